@@ -1,0 +1,31 @@
+"""GPTQ as a PyTorch compiler pass and torchao plugin.
+
+from gptq_ao import gptq_config, quantize_
+quantize_(model, gptq_config(bits=4, group_size=128, calibration=batches))
+"""
+
+from gptq_ao import data, errors
+from gptq_ao.checkpoint import load_quantized, save_quantized
+from gptq_ao.config import GPTQConfig, gptq_config
+from gptq_ao.integrations.torchao import register as _register
+from gptq_ao.quantize import quantize_, whole_model
+from gptq_ao.report import Report
+from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
+
+_register()
+
+__all__ = [
+    "GPTQConfig",
+    "Int2GroupTensor",
+    "Int3GroupTensor",
+    "Int4GroupTensor",
+    "Int8GroupTensor",
+    "Report",
+    "data",
+    "errors",
+    "gptq_config",
+    "load_quantized",
+    "quantize_",
+    "save_quantized",
+    "whole_model",
+]

@@ -1,0 +1,3 @@
+from gptq_ao.cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""A Hugging Face model as an empty frame: every module, no weight in memory."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from gptq_ao.errors import CheckpointError
+
+__all__ = ["empty_model"]
+
+
+def empty_model(directory: Path) -> nn.Module:
+    """The model that `config.json` describes, parameters on the meta device, buffers computed. In eval mode.
+
+    Raises:
+        CheckpointError: there is no config, or it names a model that transformers does not have.
+    """
+    import transformers
+
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} has no config.json, so the model cannot be built from it: build it yourself and call "
+            "load_quantized(model, directory)"
+        )
+    config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    names = getattr(config, "architectures", None) or []
+    kind: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if not (isinstance(kind, type) and hasattr(kind, "_from_config")):
+        raise CheckpointError(
+            f"{directory / 'config.json'} names the architecture {names}, which transformers "
+            f"{transformers.__version__} does not have (code in a checkpoint is never run): build the model and call "
+            "load_quantized(model, directory)"
+        )
+    with _parameters_on_meta():
+        model: nn.Module = kind._from_config(config)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that modules create meanwhile take no memory. Buffers do: some are computed, not loaded."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            empty = torch.empty_like(parameter, device="meta")
+            module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+    with patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield

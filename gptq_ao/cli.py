@@ -1,0 +1,187 @@
+"""gptq-ao: quantize, evaluate and inspect models from the command line.
+
+Progress and messages go to stderr. With --json, stdout carries exactly one JSON object.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from gptq_ao.checkpoint import read_manifest, save_quantized
+from gptq_ao.config import gptq_config
+from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
+from gptq_ao.demo import run_demo
+from gptq_ao.errors import ConfigError, GPTQError
+from gptq_ao.evaluate import evaluate
+from gptq_ao.integrations.transformers import load_model, load_tokenizer
+from gptq_ao.quantize import quantize_
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Method(StrEnum):
+    gptq = "gptq"
+    rtn = "rtn"
+
+
+class ActOrder(StrEnum):
+    static = "static"
+    none = "none"
+    group = "group"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the unquantized model; auto: as stored.")]
+Model = Annotated[str, typer.Argument(help="A local Hugging Face directory or a hub id.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input features per scale; -1: one scale per row.")] = 128,
+    act_order: Annotated[ActOrder, typer.Option(help="Order in which columns are rounded.")] = ActOrder.static,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.")] = True,
+    damp_percent: Annotated[float | None, typer.Option(help="Damping; by default from the amount of data.")] = None,
+    method: Annotated[Method, typer.Option(help="GPTQ, or round to nearest as a baseline.")] = Method.gptq,
+    calibration: Annotated[
+        str | None, typer.Option(help="A .jsonl, .json, .txt or .parquet file, or a dataset's name.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Field of the calibration data that holds the text.")] = "text",
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
+    strict: Annotated[bool, typer.Option(help="Fail instead of falling back.")] = False,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and write it to OUT."""
+    if calibration is None and method is Method.gptq:
+        raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
+    config = gptq_config(
+        bits,
+        group_size,
+        sym=sym,
+        act_order=act_order.value,
+        damp_percent=damp_percent,
+        method=method.value,
+        strict=strict,
+    )
+    tokenizer = load_tokenizer(model)
+    if calibration is not None:
+        batches = text_batches(
+            tokenizer,
+            calibration,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            column=column,
+        )
+        config = config.with_calibration(batches)
+    loaded = load_model(model, dtype=_dtype(dtype))
+    report = quantize_(loaded, config, device=device)
+    assert report is not None
+    save_quantized(loaded, out, tokenizer=tokenizer)
+    _print({"model": model, "out": str(out), **report.to_dict()}, f"{report}\nwritten to {out}", as_json)
+
+
+@app.command("eval")
+def evaluate_(
+    model: Annotated[str, typer.Argument(help="A quantized or unquantized model: a directory or a hub id.")],
+    data: Annotated[str, typer.Option(help="Text the model was not calibrated on: a file or a dataset's name.")],
+    reference: Annotated[str | None, typer.Option(help="The original model, for the KL divergence from it.")] = None,
+    column: Annotated[str, typer.Option(help="Field of the data that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")] = 2048,
+    max_chunks: Annotated[int, typer.Option(min=1, help="Score at most so many, evenly spaced.")] = 10**9,
+    batch_size: Annotated[int, typer.Option(min=1, help="Chunks that run together.")] = 4,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of MODEL, and its KL divergence from a reference."""
+    chunks = token_chunks(load_tokenizer(model), read_documents(data, split=split, column=column), seq_len)
+    scored = spaced(chunks, max_chunks)
+    loaded = load_model(model, device=device, dtype=_dtype(dtype))
+    original = None if reference is None else load_model(reference, device=device, dtype=_dtype(dtype))
+    result = evaluate(loaded, scored, original, batch_size)
+    protocol = (
+        f"{len(scored)} of {len(chunks)} chunks of {seq_len} tokens, evenly spaced; documents are preceded by one "
+        f"separator token and concatenated; tokens 2 to {seq_len} of a chunk are scored, log-softmax in fp32"
+    )
+    kl = "" if result.kl is None else f", KL(reference ‖ model) {result.kl:.5f} nats per token"
+    text = f"perplexity {result.perplexity:.4f}{kl}\n{result.tokens} predictions: {protocol}"
+    _print({"model": model, "reference": reference, **asdict(result), "protocol": protocol}, text, as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A directory that gptq-ao wrote.")],
+    as_json: Json = False,
+) -> None:
+    """What a quantized checkpoint holds. Reads its manifest and headers, no weight."""
+    manifest = read_manifest(path)
+    layers = [
+        {
+            "name": name,
+            "bits": e.bits,
+            "shape": list(e.shape),
+            "group_size": e.shape[1] // e.groups,
+            "dtype": e.dtype,
+            "act_order": "group" if e.perm else "static or none",
+        }
+        for name, e in manifest.quantized.items()
+    ]
+    size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    facts: dict[str, Any] = {"path": str(path), "bytes": size, "quantized": layers}
+    facts |= {"dense": {n: {"dtype": d, "shape": s} for n, (d, s) in manifest.dense.items()}, "tied": manifest.tied}
+    lines = [f"{path}: {size / 2**20:.1f} MiB, {len(layers)} quantized and {len(manifest.dense)} other tensors"]
+    lines += [f"  {x['name']}  {x['shape']}  {x['bits']} bits, group {x['group_size']}" for x in layers]
+    lines += [f"  {n}  {s}  {d}" for n, (d, s) in manifest.dense.items()]
+    lines += [f"  {a} is {b}" for a, b in manifest.tied.items()]
+    _print(facts, "\n".join(lines), as_json)
+
+
+@app.command()
+def demo(as_json: Json = False) -> None:
+    """Quantize the small language model that comes with gptq_ao to 4 and 3 bits, and compare."""
+    result = run_demo()
+    _print(result.to_dict(), str(result), as_json)
+
+
+def main() -> None:
+    """Entry point: errors made for users become one line and exit status 1."""
+    try:
+        app()
+    except GPTQError as e:
+        notes = "".join(f"\n{note}" for note in getattr(e, "__notes__", ()))
+        print(f"error: {e}{notes}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _dtype(dtype: Dtype) -> torch.dtype | None:
+    return None if dtype is Dtype.auto else getattr(torch, dtype.value)
+
+
+def _print(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(facts) if as_json else text)

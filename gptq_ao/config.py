@@ -1,0 +1,179 @@
+"""What to do, as one frozen object. It validates and never infers: what it says is what happens.
+
+`GPTQConfig` is a torchao config, so it is serialized by `torchao.core.config.config_to_dict` and dispatched by
+`torchao.quantization.quantize_`. A serialized config carries no calibration data: it then means round-to-nearest,
+which is what loaders and adapter merges need.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchao.core.config import AOBaseConfig
+
+from gptq_ao.errors import ConfigError
+
+__all__ = ["ACT_ORDERS", "BITS", "METHODS", "PRESETS", "GPTQConfig", "gptq_config"]
+
+BITS = (2, 3, 4, 8)
+ACT_ORDERS = ("static", "none", "group")
+METHODS = ("gptq", "rtn")
+PRESETS: dict[str, dict[str, Any]] = {
+    "4bit-128": {"bits": 4, "group_size": 128},
+    "4bit-32-act": {"bits": 4, "group_size": 32, "act_order": "group"},
+    "3bit-128-act": {"bits": 3, "group_size": 128, "act_order": "group"},
+}
+OVERRIDABLE = ("bits", "group_size", "sym", "act_order", "damp_percent", "method")
+
+Override = dict[str, Any] | None
+Calibration = Iterable[Any] | Callable[[], Iterable[Any]] | None
+
+
+@dataclass(frozen=True)
+class GPTQConfig(AOBaseConfig):
+    """How to quantize. Build it with `gptq_config`, which documents every field."""
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    act_order: str = "static"
+    damp_percent: float | None = None
+    method: str = "gptq"
+    rules: dict[str, Override] = field(default_factory=dict)
+    strict: bool = False
+    # torchao serializes no field that starts with an underscore: data never ends up in a checkpoint.
+    _calibration: Calibration = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _one_of("bits", self.bits, BITS)
+        _one_of("act_order", self.act_order, ACT_ORDERS)
+        _one_of("method", self.method, METHODS)
+        if type(self.group_size) is not int or (self.group_size < 2 and self.group_size != -1):
+            raise ConfigError(
+                f"group_size is {self.group_size!r}: give a number of input features that share a scale, "
+                "such as 32, 64 or 128, or -1 for one scale per output row"
+            )
+        if self.damp_percent is not None and not 0 < self.damp_percent <= 10:
+            raise ConfigError(
+                f"damp_percent is {self.damp_percent!r}: give a fraction of the Hessian's mean diagonal, such as 0.01, "
+                "or None to derive it from the amount of calibration data"
+            )
+        if not isinstance(self.rules, dict):
+            raise ConfigError(f"rules must be a dict {{pattern: override or None}}, got {type(self.rules).__name__}")
+        for pattern, override in self.rules.items():
+            _check_rule(self, pattern, override)
+
+    @property
+    def calibration(self) -> Calibration:
+        return self._calibration
+
+    def with_calibration(self, calibration: Calibration) -> "GPTQConfig":
+        return dataclasses.replace(self, _calibration=calibration)
+
+    def rule_for(self, weight: str) -> str | None:
+        """The first rule whose pattern matches the parameter name `weight` or the name of its module."""
+        module = weight.rpartition(".")[0]
+        return next((p for p in self.rules if _matches(p, weight) or _matches(p, module)), None)
+
+    def for_weight(self, weight: str) -> "GPTQConfig | None":
+        """The settings of one parameter, or None where a rule leaves it alone."""
+        rule = self.rule_for(weight)
+        if rule is None:
+            return self
+        override = self.rules[rule]
+        return None if override is None else dataclasses.replace(self, **override)
+
+
+def gptq_config(
+    bits: int = 4,
+    group_size: int = 128,
+    *,
+    sym: bool = True,
+    act_order: str = "static",
+    damp_percent: float | None = None,
+    method: str = "gptq",
+    calibration: Calibration = None,
+    rules: Mapping[str, Mapping[str, Any] | None] | None = None,
+    strict: bool = False,
+    preset: str | None = None,
+    desc_act: bool | None = None,
+) -> GPTQConfig:
+    """Describe a quantization.
+
+    Args:
+        bits: width of a code: 2, 3, 4 or 8.
+        group_size: input features that share one scale and zero point; it must divide `in_features`.
+            -1: one scale per output row.
+        sym: symmetric grid, codes centred on `2**(bits-1)`; otherwise each group has its own zero point.
+        act_order: the order in which GPTQ rounds the columns. `"static"`: by decreasing Hessian diagonal, while groups
+            stay runs of neighbouring columns, so nothing is paid at run time. `"group"`: the classic `desc_act`, where
+            groups follow that order and the activation is permuted at run time. `"none"`: left to right.
+        damp_percent: added to the Hessian's diagonal, as a fraction of its mean. None: `in_features / rows` of
+            calibration data, at least 0.01 and at most 1.
+        method: `"gptq"`, or `"rtn"` (round to nearest, no Hessian) as a baseline.
+        calibration: batches of the model's own inputs: a list or other iterable, a DataLoader, or a callable that
+            returns one. A batch is a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+            Read once, never changed, never serialized.
+        rules: ordered `{pattern: override}`. A pattern is a parameter or module name, or `re:` and a regular
+            expression that must match all of it; the first that matches wins. An override is a dict of `bits`,
+            `group_size`, `sym`, `act_order`, `damp_percent` or `method`; None leaves the weight as it is. A rule that
+            matches nothing is an error. A rule also includes what is left out by default (an output head, a router).
+        strict: fail where a weight would otherwise be rounded to nearest or left out for a reason other than a rule
+            or a default, instead of listing it in the report.
+        preset: `"4bit-128"`, `"4bit-32-act"` or `"3bit-128-act"`, in place of `bits`, `group_size` and `act_order`.
+        desc_act: Hugging Face's spelling: True is `act_order="group"`, False is `act_order="none"`.
+
+    Raises:
+        ConfigError: a value is not one of those above, or two of them contradict each other.
+    """
+    values = {"bits": bits, "group_size": group_size, "act_order": act_order}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"preset is {preset!r}: give one of {', '.join(map(repr, PRESETS))}")
+        defaults = {"bits": 4, "group_size": 128, "act_order": "static"}
+        if values != defaults or desc_act is not None:
+            raise ConfigError(
+                f"preset {preset!r} already sets bits, group_size and act_order: give it or them, not both"
+            )
+        values = {**defaults, **PRESETS[preset]}
+    if desc_act is not None:
+        if act_order != "static":
+            raise ConfigError(f"desc_act={desc_act} and act_order={act_order!r} name the same setting: give one")
+        values["act_order"] = "group" if desc_act else "none"
+    return GPTQConfig(
+        **values,  # type: ignore[arg-type]
+        sym=sym,
+        damp_percent=damp_percent,
+        method=method,
+        rules={p: None if o is None else dict(o) for p, o in (rules or {}).items()},
+        strict=strict,
+        _calibration=calibration,
+    )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise ConfigError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
+
+
+def _check_rule(config: GPTQConfig, pattern: str, override: Override) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as e:
+            raise ConfigError(f"rule {pattern!r} is not a regular expression: {e}") from e
+    if override is None:
+        return
+    unknown = [k for k in override if k not in OVERRIDABLE]
+    if unknown:
+        raise ConfigError(f"rule {pattern!r} sets {unknown[0]!r}: a rule may set {', '.join(OVERRIDABLE)}, or be None")
+    try:
+        dataclasses.replace(config, rules={}, **override)
+    except ConfigError as e:
+        raise ConfigError(f"rule {pattern!r}: {e}") from e
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name

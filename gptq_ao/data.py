@@ -1,0 +1,159 @@
+"""Text as calibration batches.
+
+Every document's tokens follow one separator (the tokenizer's beginning-of-text token, else its end-of-text token, else
+none); documents are concatenated in order and cut into chunks of equal length without overlap. No padding, so no
+position is wasted or masked.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_ao.errors import CalibrationError
+
+__all__ = ["read_documents", "spaced", "text_batches", "token_chunks"]
+
+Source = str | Path | Sequence[str]
+
+
+def text_batches(
+    tokenizer: Callable[..., Any],
+    source: Source,
+    *,
+    num_samples: int = 128,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    seed: int = 0,
+    split: str = "train",
+    column: str = "text",
+) -> list[dict[str, Tensor]]:
+    """Calibration batches `{"input_ids": int64 [batch_size, seq_len]}` from text.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        source: a list of documents, a local .jsonl, .json, .txt or .parquet file, or a name for `datasets.load_dataset`
+            (`"name"` or `"name:configuration"`).
+        num_samples: chunks to draw, without repetition; all of them if there are fewer.
+        seed: of the draw. The global random state is neither read nor changed.
+        split, column: where the text is in a dataset; `column` also in files with fields.
+
+    Raises:
+        CalibrationError: the source cannot be read, or holds less than one chunk.
+    """
+    chunks = token_chunks(tokenizer, read_documents(source, split=split, column=column), seq_len)
+    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return [{"input_ids": rows} for rows in chunks[order].split(batch_size)]
+
+
+def token_chunks(tokenizer: Callable[..., Any], documents: Iterable[str], seq_len: int) -> Tensor:
+    """All chunks of `documents`, int64 [chunks, seq_len]; the remainder is left out."""
+    separator = getattr(tokenizer, "bos_token_id", None)
+    separator = getattr(tokenizer, "eos_token_id", None) if separator is None else separator
+    tokens: list[int] = []
+    for text in documents:
+        if separator is not None:
+            tokens.append(separator)
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise CalibrationError(
+            f"the text has {len(tokens)} tokens, less than one sequence of {seq_len}: give more text "
+            "or a smaller seq_len"
+        )
+    return torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
+
+
+def spaced(chunks: Tensor, at_most: int) -> Tensor:
+    """`at_most` of the chunks, evenly spaced over all of them, the first included."""
+    return chunks if len(chunks) <= at_most else chunks[torch.arange(at_most) * len(chunks) // at_most]
+
+
+def read_documents(source: Source, *, split: str = "train", column: str = "text") -> list[str]:
+    """The documents of a source that `text_batches` takes."""
+    if not isinstance(source, str | Path):
+        documents = list(source)
+    elif Path(source).is_file():
+        documents = _read_file(Path(source), column)
+    elif Path(source).suffix in _READERS:
+        raise CalibrationError(f"there is no file {str(source)!r}")
+    else:
+        documents = _read_dataset(str(source), split, column)
+    wrong = next((d for d in documents if not isinstance(d, str)), None)
+    if wrong is not None:
+        raise CalibrationError(f"{_name(source)}: a document is a {type(wrong).__name__}, not a string")
+    if not documents:
+        raise CalibrationError(f"{_name(source)} holds no document")
+    return documents
+
+
+def _read_file(path: Path, column: str) -> list[Any]:
+    if path.suffix not in _READERS:
+        raise CalibrationError(
+            f"{path}: cannot read {path.suffix or 'a file without suffix'}, give {', '.join(_READERS)}"
+        )
+    try:
+        return [_text(row, column, path) for row in _READERS[path.suffix](path, column)]
+    except (ValueError, OSError) as e:
+        if isinstance(e, CalibrationError):
+            raise
+        raise CalibrationError(f"{path} cannot be read: {e}") from e
+
+
+def _jsonl(path: Path, column: str) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        yield from (json.loads(line) for line in file if line.strip())
+
+
+def _json(path: Path, column: str) -> Iterator[Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content = content.get(column, [content]) if isinstance(content, dict) else content
+    yield from content if isinstance(content, list) else [content]
+
+
+def _txt(path: Path, column: str) -> Iterator[Any]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _parquet(path: Path, column: str) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    if column not in pyarrow.parquet.read_schema(path).names:
+        raise CalibrationError(f"{path} has no column {column!r}")
+    yield from pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Any]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".txt": _txt,
+    ".parquet": _parquet,
+}
+
+
+def _read_dataset(name: str, split: str, column: str) -> list[Any]:
+    import datasets
+
+    path, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, configuration or None, split=split)
+    except Exception as e:  # a missing name, no network, no such split: datasets has an own error for each
+        raise CalibrationError(f"dataset {name!r}, split {split!r}, cannot be loaded: {type(e).__name__}: {e}") from e
+    if column not in rows.column_names:
+        raise CalibrationError(f"dataset {name!r} has the columns {rows.column_names}, not {column!r}")
+    return list(rows[column])
+
+
+def _text(row: Any, column: str, path: Path) -> Any:
+    if isinstance(row, dict):
+        if column not in row:
+            raise CalibrationError(f"{path}: a record has the fields {sorted(row)}, not {column!r}")
+        return row[column]
+    return row
+
+
+def _name(source: Source) -> str:
+    return repr(str(source)) if isinstance(source, str | Path) else "the list of documents"

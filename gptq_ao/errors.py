@@ -1,0 +1,49 @@
+"""Every error a user can meet. Each message says what went wrong, where (a name, a shape), why, and what to do next."""
+
+__all__ = [
+    "CalibrationError",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "GPTQError",
+    "NoLinearError",
+    "NonFiniteError",
+    "PassError",
+    "SolverError",
+]
+
+
+class GPTQError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(GPTQError, ValueError):
+    """A setting is wrong, or does not fit the model it is applied to."""
+
+
+class CalibrationError(GPTQError, ValueError):
+    """The calibration data is missing, empty, or not what the model takes."""
+
+
+class CaptureError(GPTQError, RuntimeError):
+    """torch.export could not turn the model into a graph."""
+
+
+class NoLinearError(GPTQError, ValueError):
+    """The model has no weight that could be quantized."""
+
+
+class NonFiniteError(GPTQError, ValueError):
+    """A weight, an activation or a scale is NaN or infinite."""
+
+
+class SolverError(GPTQError, RuntimeError):
+    """The Hessian of a layer could not be factored, or `strict` forbids the fallback."""
+
+
+class CheckpointError(GPTQError, RuntimeError):
+    """A checkpoint is incomplete, inconsistent, unsafe, or cannot be written."""
+
+
+class PassError(GPTQError, AssertionError):
+    """A graph pass broke its own invariant: a defect of this package, please report it with the message."""

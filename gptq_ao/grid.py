@@ -1,0 +1,80 @@
+"""The affine grid of a group of weights: choose scale and zero point, round to a code, and back.
+
+    w ≈ (code − zero_point) · scale          code, zero_point in 0 … 2^bits − 1
+
+One scale and one zero point serve `group_size` neighbouring columns of a row. Scales are rounded to fp16, the type they
+are stored in, *before* any code is computed: a code is then the nearest one on the grid that is really used.
+
+Shapes: N = out_features, K = in_features, G = number of groups in a row.
+"""
+
+import torch
+from torch import Tensor
+
+from gptq_ao.errors import NonFiniteError
+
+__all__ = ["choose_grid", "dequantize", "group_columns", "max_code", "round_to_grid"]
+
+SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16: a group of zeros still needs a scale to divide by
+
+
+def max_code(bits: int) -> int:
+    return 2**bits - 1
+
+
+def group_columns(in_features: int, group_size: int) -> int:
+    """The number of columns in a group: `group_size`, or all of them for −1."""
+    return in_features if group_size == -1 else group_size
+
+
+def choose_grid(weight: Tensor, group_size: int, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point from the smallest and the largest weight of each group.
+
+    Symmetric: the zero point is 2^(bits−1) and the scale max|w| / (2^bits − 1) · 2, so that the grid's full width spans
+    [−max|w|, max|w|] (at 4 bits: max|w| / 7.5, as GPTQ's authors and their successors do).
+    Asymmetric: the grid spans [min(w, 0), max(w, 0)], so that zero stays representable.
+
+    Args:
+        weight: [N, K], floating point; K is a multiple of the group's columns.
+
+    Returns:
+        scale [N, G] fp16 and zero_point [N, G] uint8.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite, or too large for an fp16 scale.
+    """
+    groups = weight.float().unflatten(-1, (-1, group_columns(weight.shape[-1], group_size)))
+    low, high = groups.aminmax(dim=-1)
+    levels = max_code(bits)
+    width = 2 * torch.maximum(-low, high) if sym else high.clamp(min=0) - low.clamp(max=0)
+    scale = (width / levels).clamp(min=SMALLEST_SCALE).to(torch.float16)
+    if not torch.isfinite(scale).all():
+        largest = weight.abs().max().item()
+        raise NonFiniteError(f"the weights reach {largest:.3g}: a scale for them is not a finite fp16 number")
+    if sym:
+        zero_point = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+    else:
+        zero_point = (-low.clamp(max=0) / scale.float()).round().clamp(0, levels).to(torch.uint8)
+    return scale, zero_point
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The nearest code, ties to even, as float. `scale` and `zero_point` are fp32 and broadcast against `weight`."""
+    return (weight / scale).round_().add_(zero_point).clamp_(0, max_code(bits))
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    """(code − zero_point) · scale.
+
+    The difference is an exact small integer; the product is formed in fp32 and rounded once, to `dtype`. (As one
+    multiply-add, code·scale − zero_point·scale, it would cost up to half a quantization step in bf16.)
+
+    Args:
+        codes: [..., N, K] uint8. scale: [..., N, G] fp16. zero_point: [..., N, G] uint8.
+
+    Returns:
+        [..., N, K] of `dtype`.
+    """
+    groups = codes.unflatten(-1, (scale.shape[-1], -1)).float()
+    weight = groups.sub_(zero_point.unsqueeze(-1)).mul_(scale.unsqueeze(-1).float())
+    return weight.flatten(-2).to(dtype)

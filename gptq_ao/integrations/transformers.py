@@ -1,0 +1,46 @@
+"""Models and tokenizers from a local Hugging Face directory or a hub id. Safetensors only, no remote code."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_ao.checkpoint import MANIFEST, check_weight_map, load_quantized
+from gptq_ao.errors import CheckpointError
+
+__all__ = ["load_model", "load_tokenizer"]
+
+
+def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal language model in eval mode: quantized, if `source` is a directory that `save_quantized` wrote.
+
+    Args:
+        dtype: of an unquantized model; None: as stored.
+
+    Raises:
+        CheckpointError: the directory is unsafe or incomplete, or the model cannot be loaded.
+    """
+    import transformers
+
+    directory = Path(source)
+    if (directory / MANIFEST).is_file():
+        return load_quantized(directory, device=device).to(device)
+    if directory.is_dir():
+        check_weight_map(directory)
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{source!r} cannot be loaded as a causal language model: {e}") from e
+    return model.eval().to(device)
+
+
+def load_tokenizer(source: str) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{source!r} has no tokenizer that can be loaded: {e}") from e

@@ -1,0 +1,110 @@
+"""The operators a quantized weight computes with, as `torch.library` sees them: schema, shape function, gradient.
+
+    gptq_ao::linear       x·Wᵀ
+    gptq_ao::dequantize   W
+
+They take plain tensors and numbers, so torch.compile and torch.export keep each as one node, and the choice of a kernel
+(by device, dtype and number of rows) happens inside, at run time. Registered through `Library.define`, whose call is
+cheaper than that of the `custom_op` decorator. Kernels are imported when they run: this file needs torch alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["dequantize", "linear"]
+
+_PACKED = (
+    "Tensor qdata, Tensor scale_zero, Tensor? high_plane, Tensor? perm, "
+    "int bits, int group_size, int out_features, int in_features"
+)
+_library = torch.library.Library("gptq_ao", "DEF")
+_library.define(f"linear(Tensor x, {_PACKED}) -> Tensor")
+_library.define(f"dequantize({_PACKED}, ScalarType dtype) -> Tensor")
+
+
+def _linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    from gptq_ao.kernels import cpu, reference
+
+    if x.device.type == "cpu" and cpu.supports(x, qdata, bits, group_size):
+        return cpu.linear(x, qdata, scale_zero, perm, group_size, out_features, in_features)
+    return reference.linear(x, qdata, scale_zero, high_plane, perm, bits, out_features, in_features)
+
+
+def _dequantize(
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from gptq_ao.kernels import reference
+
+    return reference.dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, dtype)
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("gptq_ao::linear", lib=_library)
+def _(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    torch._check(x.shape[-1] == in_features, lambda: f"x {tuple(x.shape)} does not end in {in_features} features")
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("gptq_ao::dequantize", lib=_library)
+def _(
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return qdata.new_empty(*qdata.shape[:-3], out_features, in_features, dtype=dtype)
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qdata, scale_zero, high_plane, perm, *ctx.numbers = inputs
+    ctx.save_for_backward(qdata, scale_zero, high_plane, perm)
+
+
+def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY·W. Codes are integers: the weight itself has no gradient."""
+    weight = torch.ops.gptq_ao.dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
+    return (grad @ weight, *([None] * 8))
+
+
+torch.library.register_autograd("gptq_ao::linear", _input_gradient, setup_context=_save_weight, lib=_library)
+
+linear = torch.ops.gptq_ao.linear.default
+dequantize = torch.ops.gptq_ao.dequantize.default

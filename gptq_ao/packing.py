@@ -1,0 +1,156 @@
+"""How codes lie in memory. The only file that knows the order of bits.
+
+**Run-time layout.** `qdata` is int32 `[N/16, K/KE, 128]`: tiles of 16 rows by KE = 256/bits columns, 512 bytes each.
+The four words (16 bytes) at `4·lane` are what lane `lane` of a warp feeds to a 16×8×16 matrix instruction as operand
+"A", so a kernel loads 16 bytes per lane and shuffles nothing (the fragment order of mma.sync and wgmma). With
+lane = 4·g + t:
+
+    row    = 16·tile_row + 8·row_half + g                          g in 0…7, t in 0…3
+    column = KE·tile_column + 16·step + 8·k_half + 2·t + e         e in 0…1
+
+    bits  KE   word of the lane      place of a code within its word, in units of `bits`, from the lowest
+    4      64  step                  row_half + 2·k_half + 4·e
+    2     128  step // 2             row_half + 2·k_half + 4·(step % 2) + 8·e
+    8      32  2·step + k_half       row_half + 2·e
+    3     128  as 2 bits for the low two bits, and beside it a plane of the high bits, int32 [N/16, K/128, 64],
+               two words a lane:
+               step // 4             row_half + 2·k_half + 4·(step % 2) + 8·(step // 2 % 2) + 16·e
+
+`scale_zero` is int32 `[N/16, G, 16]`: the scale's fp16 bits in the low half, the zero point in the high half; one word
+that a kernel can load asynchronously, whatever the model's dtype. Every tensor has dim 0 ∝ N and dim 1 ∝ K, so sharding
+either one is a plain slice. Rows and columns that do not fill a tile are padded with zeros.
+
+**File layout.** Each row of codes is one little-endian stream of bits, code j at bits [j·bits, (j+1)·bits): portable,
+without tiles, without padding but the last byte's.
+
+Leading dimensions (a stack of experts) pass through all functions here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "TILE_ROWS",
+    "pack_bits",
+    "pack_codes",
+    "pack_scale_zero",
+    "tile_columns",
+    "unpack_bits",
+    "unpack_codes",
+    "unpack_scale_zero",
+]
+
+TILE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One tensor of packed codes: how a [16·T, columns·C] matrix of codes is split and re-ordered.
+
+    Attributes:
+        bits: width of a code in this plane.
+        columns: the factors of a tile's columns, outermost first.
+        order: the axes (row_half, g, *columns) of a tile in memory: those that number its words, then those that
+            number the places within a word, highest first.
+    """
+
+    bits: int
+    columns: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def tile_columns(self) -> int:
+        return torch.Size(self.columns).numel()
+
+    @property
+    def permutation(self) -> list[int]:
+        """From (lead, tile_row, row_half, g, tile_column, *columns) to (lead, tile_row, tile_column, *order)."""
+        return [0, 1, 4, *(axis + 2 if axis < 2 else axis + 3 for axis in self.order)]
+
+
+# factors of the columns                          order: words (g, t, …), then places from the highest (e, …, row_half)
+_FOUR = Plane(4, (4, 2, 4, 2), (1, 4, 2, 5, 3, 0))  # step, k_half, t, e
+_TWO = Plane(2, (4, 2, 2, 4, 2), (1, 5, 2, 6, 3, 4, 0))  # step // 2, step % 2, k_half, t, e
+_ONE = Plane(1, (2, 2, 2, 2, 4, 2), (1, 6, 2, 7, 3, 4, 5, 0))  # step // 4, step // 2 % 2, step % 2, k_half, t, e
+_EIGHT = Plane(8, (2, 2, 4, 2), (1, 4, 2, 3, 5, 0))  # step, k_half, t, e
+
+_PLANES = {2: (_TWO,), 3: (_TWO, _ONE), 4: (_FOUR,), 8: (_EIGHT,)}
+
+
+def tile_columns(bits: int) -> int:
+    """KE, the columns of one tile."""
+    return _PLANES[bits][0].tile_columns
+
+
+def pack_codes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Codes uint8 [..., N, K] to `qdata` int32 [..., N/16, K/KE, 128] and, for 3 bits, the plane of high bits."""
+    low, *high = _PLANES[bits]
+    codes = _pad(codes, TILE_ROWS, low.tile_columns)
+    if not high:
+        return _pack_plane(codes, low), None
+    return _pack_plane(codes & 3, low), _pack_plane(codes >> 2, high[0])
+
+
+def unpack_codes(qdata: Tensor, high_plane: Tensor | None, bits: int, out_features: int, in_features: int) -> Tensor:
+    """The inverse of `pack_codes`: uint8 [..., out_features, in_features]."""
+    low, *high = _PLANES[bits]
+    codes = _unpack_plane(qdata, low)
+    if high_plane is not None:
+        codes |= _unpack_plane(high_plane, high[0]) << 2
+    return codes[..., :out_features, :in_features]
+
+
+def pack_scale_zero(scale: Tensor, zero_point: Tensor) -> Tensor:
+    """fp16 and uint8 [..., N, G] to int32 [..., N/16, G, 16]."""
+    word = (scale.contiguous().view(torch.int16).int() & 0xFFFF) | (zero_point.int() << 16)
+    return _pad(word, TILE_ROWS, 1).unflatten(-2, (-1, TILE_ROWS)).transpose(-1, -2).contiguous()
+
+
+def unpack_scale_zero(scale_zero: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_scale_zero`: scale fp16 and zero_point uint8 [..., out_features, G]."""
+    word = scale_zero.transpose(-1, -2).flatten(-3, -2)[..., :out_features, :]
+    scale = (word & 0xFFFF).to(torch.int16).view(torch.float16)
+    return scale, (word >> 16).to(torch.uint8)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)]."""
+    stream = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
+    stream = _pad(stream.flatten(-2).unsqueeze(-2), 1, 8).squeeze(-2).unflatten(-1, (-1, 8))
+    place = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (stream << place).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 [..., count]."""
+    place = torch.arange(8, dtype=torch.uint8, device=stream.device)
+    single = ((stream.unsqueeze(-1) >> place) & 1).flatten(-2)[..., : count * bits].unflatten(-1, (count, bits))
+    weight = torch.arange(bits, dtype=torch.uint8, device=stream.device)
+    return (single << weight).sum(-1, dtype=torch.uint8)
+
+
+def _pack_plane(codes: Tensor, plane: Plane) -> Tensor:
+    *lead, rows, columns = codes.shape
+    tile_rows, tile_cols = rows // TILE_ROWS, columns // plane.tile_columns
+    split = codes.reshape(-1, tile_rows, 2, 8, tile_cols, *plane.columns)
+    words = split.permute(plane.permutation).reshape(*lead, tile_rows, tile_cols, -1, 32 // plane.bits)
+    place = torch.arange(0, 32, plane.bits, dtype=torch.int32, device=codes.device)
+    return (words.int() << place).sum(-1, dtype=torch.int32)
+
+
+def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
+    *lead, tile_rows, tile_cols, _ = words.shape
+    place = torch.arange(0, 32, plane.bits, dtype=torch.int32, device=words.device)
+    codes = ((words.unsqueeze(-1) >> place) & (2**plane.bits - 1)).to(torch.uint8)
+    factors = (2, 8, *plane.columns)
+    split = codes.reshape(-1, tile_rows, tile_cols, *(factors[axis] for axis in plane.order))
+    inverse = sorted(range(len(plane.permutation)), key=plane.permutation.__getitem__)
+    return split.permute(inverse).reshape(*lead, tile_rows * TILE_ROWS, tile_cols * plane.tile_columns)
+
+
+def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros after the last row and column, up to multiples of `rows` and `columns`."""
+    *_, n, k = x.shape
+    return torch.nn.functional.pad(x, (0, -k % columns, 0, -n % rows))

@@ -1,0 +1,108 @@
+"""What was done to a model: one line per weight, nothing left out."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Report", "WeightReport"]
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One quantized weight.
+
+    Attributes:
+        method: "gptq" or "rtn".
+        stage: the stage it was solved in; 0 without calibration.
+        rows: activation rows its Hessian was made of.
+        damp: fraction of the Hessian's mean diagonal that was added.
+        dead: input features that were zero in all of the data.
+        error: relative output error tr(E·H·Eᵀ) / tr(W·H·Wᵀ); None without a Hessian.
+        bytes: of the quantized weight in memory.
+        fallback: why it was rounded to nearest although GPTQ was asked for, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    method: str
+    stage: int
+    rows: int
+    damp: float | None
+    dead: int
+    error: float | None
+    bytes: int
+    original_bytes: int
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `quantize_`. `str(report)` is a table, `to_dict()` is for JSON.
+
+    Attributes:
+        weights: in the order in which they were solved.
+        excluded: name → reason, for every matrix of the model that stays as it is.
+        hessians: how many were accumulated.
+        seconds: phase → wall time: capture, plan, calibrate, solve.
+        peak_bytes: "host": peak resident memory of the process; "cuda": peak of PyTorch's allocator, on such a device.
+    """
+
+    weights: tuple[WeightReport, ...]
+    excluded: Mapping[str, str]
+    stages: int
+    hessians: int
+    seconds: Mapping[str, float]
+    peak_bytes: Mapping[str, int]
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        return {w.name: w.fallback for w in self.weights if w.fallback is not None}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales, zero points and padding included."""
+        return 8 * sum(w.bytes for w in self.weights) / sum(_count(w) for w in self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "weights": len(self.weights),
+            "stages": self.stages,
+            "hessians": self.hessians,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": sum(w.bytes for w in self.weights),
+            "original_bytes": sum(w.original_bytes for w in self.weights),
+            "seconds": dict(self.seconds),
+            "peak_bytes": dict(self.peak_bytes),
+            "layers": [asdict(w) for w in self.weights],
+            "excluded": dict(self.excluded),
+            "fallbacks": self.fallbacks,
+        }
+
+    def __str__(self) -> str:
+        width = max(len(w.name) for w in self.weights)
+        lines = [f"{'weight':{width}}  {'shape':>14}  bits  group  method  stage     rows    damp      error"]
+        for w in self.weights:
+            shape = "x".join(map(str, w.shape))
+            damp = "" if w.damp is None else f"{w.damp:.4f}"
+            error = "" if w.error is None else f"{w.error:.2e}"
+            lines.append(
+                f"{w.name:{width}}  {shape:>14}  {w.bits:>4}  {w.group_size:>5}  {w.method:>6}  {w.stage:>5}  "
+                f"{w.rows:>7}  {damp:>6}  {error:>9}" + (f"  fallback: {w.fallback}" if w.fallback else "")
+            )
+        total, original = sum(w.bytes for w in self.weights), sum(w.original_bytes for w in self.weights)
+        lines.append(
+            f"{len(self.weights)} weights in {self.stages} stages, {original / 2**20:.1f} → {total / 2**20:.1f} MiB, "
+            f"{self.bits_per_weight:.3f} bits per weight"
+        )
+        lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
+        lines.append(", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items()))
+        return "\n".join(lines)
+
+
+def _count(weight: WeightReport) -> int:
+    count = 1
+    for size in weight.shape:
+        count *= size
+    return count

@@ -1,0 +1,56 @@
+"""Segment × batches → Hessians: run one segment on every batch and hand on the values that later segments need.
+
+Invariant: after a segment the store holds, per batch, exactly the segment's `keeps`.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from gptq_ao.errors import NonFiniteError, PassError
+from gptq_ao.hessian import Hessian, HessianObserver
+from gptq_ao.passes.records import Segment, Stage
+
+__all__ = ["calibrate", "run_segment"]
+
+Values = dict[str, Any]
+
+
+def run_segment(segment: Segment, values: Values, statics: list[Any]) -> tuple[Any, ...]:
+    """One batch through one segment: what it writes."""
+    with torch.no_grad():
+        return segment.module(*(values[name] for name in segment.reads), *statics)
+
+
+def calibrate(segment: Segment, stage: Stage, store: list[Values], static: Callable[[str], Any]) -> tuple[Hessian, ...]:
+    """Run every batch, in order.
+
+    Args:
+        store: per batch the live values by name; updated in place.
+        static: a parameter, buffer or constant by placeholder name; asked once per segment.
+
+    Returns:
+        The Hessians of `stage.groups`, in order.
+
+    Raises:
+        NonFiniteError: an activation is NaN or infinite; names the weights that read it and the batch.
+    """
+    statics = [static(name) for name in segment.statics]
+    observers = [cast(HessianObserver, segment.module.get_submodule(group.name)) for group in stage.groups]
+    for index, values in enumerate(store):
+        written = dict(zip(segment.writes, run_segment(segment, values, statics), strict=True))
+        store[index] = {name: written[name] if name in written else values[name] for name in segment.keeps}
+        for observer in observers:
+            observer.end_batch()
+    hessians = tuple(observer.finish() for observer in observers)
+    for group, hessian in zip(stage.groups, hessians, strict=True):
+        if hessian.first_bad_batch is not None:
+            raise NonFiniteError(
+                f"the input of {', '.join(group.weights)} is NaN or infinite in calibration batch "
+                f"{hessian.first_bad_batch} (or its squares exceed fp32). Check that batch, or run the model in bf16 "
+                "or fp32"
+            )
+    if any(set(values) != set(segment.keeps) for values in store):
+        raise PassError("calibrate kept other values than the segment says")
+    return hessians

@@ -1,0 +1,82 @@
+"""Sites + config → the weights to quantize with their settings, and the rest with the reason.
+
+Everything that can be wrong with a setting is found here, before any computation.
+"""
+
+from collections.abc import Callable
+
+from gptq_ao.config import GPTQConfig
+from gptq_ao.errors import ConfigError, NoLinearError
+from gptq_ao.grid import group_columns
+from gptq_ao.passes.records import Excluded, LinearSite, Selection
+
+__all__ = ["check_group_sizes", "choose_weights"]
+
+
+def choose_weights(
+    sites: tuple[LinearSite, ...],
+    excluded: tuple[Excluded, ...],
+    config: GPTQConfig,
+    wanted: Callable[[str], bool] = lambda weight: True,
+) -> Selection:
+    """Apply the defaults, the rules and the filter.
+
+    Args:
+        wanted: a further condition on a parameter's name.
+
+    Raises:
+        ConfigError: a rule matches nothing or cannot be followed, or a group size does not divide.
+        NoLinearError: nothing is left to quantize.
+    """
+    names = [*dict.fromkeys(s.weight for s in sites), *(e.weight for e in excluded)]
+    used = {config.rule_for(name) for name in names}
+    unused = [pattern for pattern in config.rules if pattern not in used]
+    if unused:
+        raise ConfigError(
+            f"rule {unused[0]!r} matches no weight, or only such as an earlier rule matches. "
+            f"Names look like {', '.join(map(repr, names[:3]))}; use re:… for patterns"
+        )
+    for e in excluded:
+        if not e.expected or config.rule_for(e.weight) is None:
+            continue
+        if config.for_weight(e.weight) is not None:
+            raise ConfigError(f"a rule asks to quantize {e.weight!r}, which cannot be: {e.reason}")
+
+    left = list(excluded)
+    settings: dict[str, GPTQConfig] = {}
+    for name in dict.fromkeys(s.weight for s in sites):
+        reason = next((s.left_out for s in sites if s.weight == name and s.left_out), None)
+        own = config.for_weight(name)
+        by_rule = config.rule_for(name) is not None
+        if own is None:
+            left.append(Excluded(name, f"rule {config.rule_for(name)!r}", expected=True))
+        elif not wanted(name):
+            left.append(Excluded(name, "left out by filter_fn", expected=True))
+        elif reason is not None and not by_rule:
+            left.append(Excluded(name, reason, expected=True))
+        elif reason == "also the embedding table":
+            raise ConfigError(f"a rule asks to quantize {name!r}, which is also the embedding table: untie them first")
+        else:
+            settings[name] = own
+    if not settings:
+        listing = (
+            "\n".join(f"  {e.weight}: {e.reason}" for e in left) or "  (it multiplies no activation by a parameter)"
+        )
+        raise NoLinearError(f"the model has no weight to quantize:\n{listing}")
+    check_group_sizes({s.weight: (s.shape, settings[s.weight]) for s in sites if s.weight in settings})
+    return Selection(tuple(s for s in sites if s.weight in settings), settings, tuple(left))
+
+
+def check_group_sizes(weights: dict[str, tuple[tuple[int, int], GPTQConfig]]) -> None:
+    """Every weight's in_features must be a multiple of its group size."""
+    wrong = [
+        f"  {name} [{shape[0]}, {shape[1]}]: {shape[1]} input features, group_size {c.group_size}"
+        for name, (shape, c) in weights.items()
+        if shape[1] % group_columns(shape[1], c.group_size)
+    ]
+    if wrong:
+        raise ConfigError(
+            "group_size does not divide the input features of:\n" + "\n".join(wrong) + "\n"
+            "Choose a divisor, or -1 for one scale per row, or give these weights their own: "
+            "rules={name: {'group_size': 32}}, or None to leave one as it is"
+        )

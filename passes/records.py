@@ -1,0 +1,222 @@
+"""What the passes hand to one another. Read from top to bottom, this is the program.
+
+    model + batch → Program → LinearSite* → Selection → Plan(Stage*, Segment*) → Hessian → … → the model, quantized
+
+Records are frozen: a pass returns a new one. A value's name (`str`) is the name of its node in `Program.module.graph`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from gptq_ao.batches import Batch
+from gptq_ao.config import GPTQConfig
+from gptq_ao.errors import CalibrationError
+
+__all__ = ["Excluded", "HessianGroup", "LinearSite", "Plan", "Program", "Segment", "Selection", "Stage", "static_size"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as one graph, in which every parameter, buffer and constant is a placeholder.
+
+    Attributes:
+        module: the graph; nodes carry fake tensors in `meta["val"]`.
+        parameters, buffers: placeholder name to the name in the model.
+        constants: placeholder name to value.
+        inputs: placeholder names of the flattened inputs, in order; None where an input is not a tensor.
+        literals: position among the flattened inputs to the value, for those that are not tensors.
+        spec: the structure of (args, kwargs).
+        keywords: the order of kwargs in `spec`.
+        ranges: symbol of a size to the smallest and the largest value the graph is valid for.
+    """
+
+    module: fx.GraphModule
+    parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
+    constants: Mapping[str, Any]
+    inputs: tuple[str | None, ...]
+    literals: Mapping[int, Any]
+    spec: pytree.TreeSpec
+    keywords: tuple[str, ...]
+    ranges: Mapping[Any, tuple[float, float]]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def bind(self, batch: Batch, where: str) -> dict[str, torch.Tensor]:
+        """The batch's tensors by placeholder name.
+
+        Raises:
+            CalibrationError: the batch has another structure than the one captured, or sizes the graph does not cover.
+        """
+        if set(batch.kwargs) != set(self.keywords):
+            raise CalibrationError(
+                f"{where} has the inputs {sorted(batch.kwargs)}, the model was captured with {sorted(self.keywords)}: "
+                "give every batch the same inputs"
+            )
+        flat, spec = pytree.tree_flatten((batch.args, {k: batch.kwargs[k] for k in self.keywords}))
+        if spec != self.spec:
+            raise CalibrationError(f"{where} has the structure {spec}, the model was captured with {self.spec}")
+        bound = {}
+        for position, (name, value) in enumerate(zip(self.inputs, flat, strict=True)):
+            if name is None:
+                if value != self.literals[position]:
+                    raise CalibrationError(
+                        f"{where}: input {position} is {value!r}, the model was captured with "
+                        f"{self.literals[position]!r}, which is fixed in the graph"
+                    )
+            else:
+                self._check_sizes(name, value, where)
+                bound[name] = value
+        return bound
+
+    def _check_sizes(self, name: str, value: Any, where: str) -> None:
+        fake = self.placeholders[name].meta["val"]
+        if not isinstance(value, torch.Tensor) or value.dim() != fake.dim() or value.dtype != fake.dtype:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise CalibrationError(
+                f"{where}: input {name!r} is {got}, the model was captured with {fake.dtype} of {fake.dim()} dimensions"
+            )
+        for axis, size in enumerate(fake.shape):
+            fixed = static_size(size)
+            low, high = (fixed, fixed) if fixed is not None else self.ranges.get(size.node.expr, (0, float("inf")))
+            if not low <= value.shape[axis] <= high:
+                wanted = f"{low}" if low == high else f"{low} to {high}"
+                raise CalibrationError(
+                    f"{where}: input {name!r} has {value.shape[axis]} elements along axis {axis}; the model fixed that "
+                    f"size at capture, to {wanted} (it loops or branches over it). Give every batch that size"
+                )
+
+    @property
+    def placeholders(self) -> dict[str, fx.Node]:
+        return {n.name: n for n in self.graph.find_nodes(op="placeholder")}
+
+
+def static_size(size: int | torch.SymInt) -> int | None:
+    """The one value a size can have, or None."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else None
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One place in the graph where an activation is multiplied by a parameter.
+
+    Attributes:
+        weight: the parameter's name in the model.
+        node: the name of the multiplication.
+        activation: the value whose rows it multiplies, without reshapes. Sites that name the same one share a Hessian.
+        mask: input that is zero where those rows are padding, or None.
+        shape: (out_features, in_features).
+        transposed: whether the parameter is stored as [in_features, out_features].
+        left_out: why it is not quantized unless a rule asks for it, or None.
+    """
+
+    weight: str
+    node: str
+    activation: str
+    mask: str | None
+    shape: tuple[int, int]
+    transposed: bool
+    left_out: str | None
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A parameter that stays as it is. `expected`: by default or by a rule, rather than for want of support."""
+
+    weight: str
+    reason: str
+    expected: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The sites to quantize and, for each of their weights, the settings; all other matrices with the reason."""
+
+    sites: tuple[LinearSite, ...]
+    settings: Mapping[str, GPTQConfig]
+    excluded: tuple[Excluded, ...]
+
+
+@dataclass(frozen=True)
+class HessianGroup:
+    """Weights that multiply exactly the same rows, hence share a Hessian.
+
+    Attributes:
+        name: of the observer, unique in the plan.
+        activations: (value, mask or None); several if the weights are applied several times.
+        weights: parameter names.
+        in_features: the Hessian is [in_features, in_features].
+    """
+
+    name: str
+    activations: tuple[tuple[str, str | None], ...]
+    weights: tuple[str, ...]
+    in_features: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights that are solved together, because no one's input depends on another's output (unless entangled: some
+    weight of the stage is applied again to what comes out of it, so it has to be solved on unquantized inputs)."""
+
+    groups: tuple[HessianGroup, ...]
+    entangled: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of the graph that runs between two stages, once per batch.
+
+    Attributes:
+        module: takes `reads`, then `statics`, returns the tuple `writes`.
+        reads: values from earlier segments or inputs.
+        statics: placeholder names of parameters, buffers and constants.
+        writes: values computed here that later segments read.
+        keeps: all values that later segments read; the rest is dropped afterwards.
+    """
+
+    module: fx.GraphModule
+    reads: tuple[str, ...]
+    statics: tuple[str, ...]
+    writes: tuple[str, ...]
+    keeps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be solved and what runs in between: `segments[i]` ends at the activations of `stages[i]`, with all
+    earlier stages quantized; `tail` leads from the last stage to the model's outputs (calibration does not run it)."""
+
+    stages: tuple[Stage, ...]
+    segments: tuple[Segment, ...]
+    tail: Segment
+    selection: Selection
+
+    def describe(self) -> str:
+        """The plan, readable: one line per stage and per parameter that stays as it is."""
+        groups = [g for s in self.stages for g in s.groups]
+        weights = sum(len(g.weights) for g in groups)
+        lines = [f"{len(self.stages)} stages, {weights} weights, {len(groups)} Hessians"]
+        for number, stage in enumerate(self.stages, 1):
+            for group in stage.groups:
+                sides = f"[{group.in_features}, {group.in_features}]"
+                note = " (entangled: a weight is applied more than once)" if stage.entangled else ""
+                values = ", ".join(a for a, _ in group.activations)
+                lines.append(f"  stage {number}: H {sides} of {values}{note}")
+                for weight in group.weights:
+                    c = self.selection.settings[weight]
+                    grid = "symmetric" if c.sym else "asymmetric"
+                    lines.append(f"    {weight}  {c.bits} bits, group {c.group_size}, {grid}, act_order {c.act_order}")
+        if self.selection.excluded:
+            lines.append(f"  left as they are: {len(self.selection.excluded)}")
+            lines += [f"    {e.weight}: {e.reason}" for e in self.selection.excluded]
+        return "\n".join(lines)

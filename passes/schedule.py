@@ -1,0 +1,176 @@
+"""Selection → Plan: which weights are solved together, and what runs in between.
+
+    level(value)  = number of the last stage whose weights it depends on (0: none)
+    stage(weight) = 1 + level of the activation it multiplies
+    segment k     = what is needed, with stages < k quantized, to compute the activations of stage k
+
+So segment k begins with the freshly quantized products of stage k−1 and ends at the activations of stage k: a layer
+sees inputs made by already quantized layers ("true sequential"), although each node runs once. Nodes run as late as
+possible.
+
+A weight that is applied several times is solved once: the uses, and all that lies between them, form one stage. What
+that stage computed with unquantized weights is stale afterwards and is computed again.
+
+Values that depend on no parameter of two or more dimensions (masks, positions, rotary tables) are cheap: each segment
+makes its own instead of storing them for every batch.
+
+Invariants: a segment reads only inputs and what earlier segments wrote; every other node is in one segment only, unless
+it is stale; each stage's activations are computed in its segment, or live.
+"""
+
+from collections.abc import Iterable
+
+import networkx as nx
+from torch import fx
+
+from gptq_ao.errors import PassError
+from gptq_ao.passes.records import HessianGroup, LinearSite, Plan, Program, Segment, Selection, Stage
+
+__all__ = ["schedule"]
+
+
+def schedule(program: Program, selection: Selection) -> Plan:
+    """Pure: the program is not changed; segments are graphs of their own."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    level = _levels(program, selection.sites, nodes)
+    last = max(level[nodes[s.node]] for s in selection.sites)
+    sites_of = [[s for s in selection.sites if level[nodes[s.node]] == k] for k in range(1, last + 1)]
+    stages = tuple(_stage(sites, level, nodes, k) for k, sites in enumerate(sites_of, 1))
+
+    outputs = next(n for n in program.graph.nodes if n.op == "output").all_input_nodes
+    targets = [[nodes[v] for s in sites for v in (s.activation, s.mask) if v is not None] for sites in sites_of]
+    targets.append(list(outputs))
+    inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.inputs]
+    static = set(program.graph.find_nodes(op="placeholder")) - set(inputs) | set(
+        program.graph.find_nodes(op="get_attr")
+    )
+    cheap = _cheap(program, static, set(inputs))
+
+    # Forward: what each segment computes. Backward: what of it must be kept.
+    live = set(inputs)
+    bodies: list[list[fx.Node]] = []
+    known: list[set[fx.Node]] = []  # valid values before each segment
+    for k, wanted in enumerate(targets, 1):
+        known.append(set(live))
+        bodies.append(_needed(program.graph, wanted, live | static))
+        live |= {n for n in bodies[-1] if level[n] < k and n not in cheap}
+    segments: list[Segment] = []
+    keep: set[fx.Node] = set()
+    for body, before, wanted in reversed(list(zip(bodies, known, targets, strict=True))):
+        used = {i for n in body for i in n.all_input_nodes} | set(wanted)
+        reads = [n for n in program.graph.nodes if n in before and n in used]
+        segments.append(_segment(program, body, reads, static, keep, wanted if not segments else None))
+        keep = (keep - set(body)) | set(reads)
+    segments.reverse()
+    plan = Plan(stages, tuple(segments[:-1]), segments[-1], selection)
+    _check(program, plan, level, cheap, nodes)
+    return plan
+
+
+def _levels(program: Program, sites: Iterable[LinearSite], nodes: dict[str, fx.Node]) -> dict[fx.Node, int]:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(program.graph.nodes)
+    graph.add_edges_from((i, n) for n in program.graph.nodes for i in n.all_input_nodes)
+    uses: dict[str, list[fx.Node]] = {}
+    for s in sites:
+        uses.setdefault(s.weight, []).append(nodes[s.node])
+    for first, *more in uses.values():
+        for other in more:  # a cycle: the uses, and all paths between them, become one component
+            graph.add_edges_from([(first, other), (other, first)])
+    multiplied = {n for group in uses.values() for n in group}
+
+    components = nx.condensation(graph)
+    level: dict[int, int] = {}
+    for c in nx.topological_sort(components):
+        before = max((level[p] for p in components.predecessors(c)), default=0)
+        level[c] = before + (not multiplied.isdisjoint(components.nodes[c]["members"]))
+    return {n: level[c] for n, c in components.graph["mapping"].items()}
+
+
+def _stage(sites: list[LinearSite], level: dict[fx.Node, int], nodes: dict[str, fx.Node], number: int) -> Stage:
+    activations: dict[str, dict[tuple[str, str | None], None]] = {}
+    width = {s.weight: s.shape[1] for s in sites}
+    for s in sites:
+        activations.setdefault(s.weight, {})[s.activation, s.mask] = None
+    groups: dict[tuple[tuple[str, str | None], ...], list[str]] = {}
+    for weight, values in activations.items():
+        groups.setdefault(tuple(values), []).append(weight)
+    entangled = any(level[nodes[s.activation]] >= number for s in sites)
+    return Stage(
+        tuple(
+            HessianGroup(f"hessian_{number}_{i}", values, tuple(weights), width[weights[0]])
+            for i, (values, weights) in enumerate(groups.items())
+        ),
+        entangled,
+    )
+
+
+def _cheap(program: Program, static: set[fx.Node], inputs: set[fx.Node]) -> set[fx.Node]:
+    """Computed values that depend on no matrix parameter."""
+    heavy = {n for n in static if n.name in program.parameters and n.meta["val"].dim() >= 2}
+    for n in program.graph.nodes:
+        if any(i in heavy for i in n.all_input_nodes):
+            heavy.add(n)
+    return {n for n in program.graph.nodes if n.op == "call_function" and n not in heavy}
+
+
+def _needed(graph: fx.Graph, wanted: Iterable[fx.Node], have: set[fx.Node]) -> list[fx.Node]:
+    """The nodes that compute `wanted` from `have`, in graph order."""
+    seen: set[fx.Node] = set()
+    todo = [n for n in wanted if n not in have]
+    while todo:
+        n = todo.pop()
+        if n not in seen:
+            seen.add(n)
+            todo += [i for i in n.all_input_nodes if i not in have]
+    return [n for n in graph.nodes if n in seen]
+
+
+def _segment(
+    program: Program,
+    body: list[fx.Node],
+    reads: list[fx.Node],
+    static: set[fx.Node],
+    keep: set[fx.Node],
+    outputs: list[fx.Node] | None,
+) -> Segment:
+    used = {i for n in body for i in n.all_input_nodes}
+    statics = [n for n in program.graph.nodes if n in static and n.op == "placeholder" and n in used]
+    writes = [n for n in body if n in keep] if outputs is None else outputs
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    attributes = [n for n in static if n.op == "get_attr" and n in used]
+    for n in (*reads, *statics, *attributes, *body):
+        copies[n] = graph.placeholder(n.name) if n in reads or n in statics else graph.node_copy(n, copies.__getitem__)
+        copies[n].name, copies[n].meta = n.name, dict(n.meta)
+    graph.output(tuple(copies[n] for n in writes))
+    graph.lint()
+    kept = [n for n in program.graph.nodes if n in keep]
+    names = [tuple(n.name for n in group) for group in (reads, statics, writes, kept)]
+    return Segment(fx.GraphModule(program.module, graph), names[0], names[1], names[2], names[3])
+
+
+def _check(
+    program: Program, plan: Plan, level: dict[fx.Node, int], cheap: set[fx.Node], nodes: dict[str, fx.Node]
+) -> None:
+    stored = {name for name in program.inputs if name is not None}
+    ran: dict[str, int] = {}
+    for k, segment in enumerate((*plan.segments, plan.tail), 1):
+        missing = set(segment.reads) - stored
+        if missing:
+            raise PassError(f"segment {k} reads {sorted(missing)}, which no earlier segment keeps")
+        inside = {n.name for n in segment.module.graph.nodes}
+        for name in (n.name for n in segment.module.graph.nodes if n.op == "call_function"):
+            stale = level[nodes[name]] >= k
+            if name in ran and nodes[name] not in cheap and not stale and level[nodes[name]] < ran[name]:
+                raise PassError(f"node {name} runs in segments {ran[name]} and {k}")
+            ran[name] = k
+        if k <= len(plan.stages):
+            wanted = {a for g in plan.stages[k - 1].groups for a, _ in g.activations}
+            if not wanted <= inside:
+                raise PassError(f"segment {k} does not reach {sorted(wanted - inside)}")
+        stored = set(segment.keeps)
+        if not stored <= inside | {n.name for n in program.graph.nodes}:
+            raise PassError(f"segment {k} keeps values that do not exist")
+    if {w for s in plan.stages for g in s.groups for w in g.weights} != set(plan.selection.settings):
+        raise PassError("a chosen weight is in no stage")

@@ -1,0 +1,192 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptq_ao.batches import as_batch
+from gptq_ao.config import gptq_config
+from gptq_ao.errors import ConfigError, NoLinearError
+from gptq_ao.passes.canonicalize import canonicalize
+from gptq_ao.passes.capture import capture
+from gptq_ao.passes.choose_weights import choose_weights
+from gptq_ao.passes.find_linears import find_linears
+from gptq_ao.passes.records import Excluded, LinearSite
+
+from ..models import seeded, tiny_llama, token_batches
+
+
+def found(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> tuple[dict[str, LinearSite], dict[str, Excluded]]:
+    program = canonicalize(capture(model, as_batch(kwargs or args)))
+    sites, excluded = find_linears(program)
+    return {s.weight: s for s in sites}, {e.weight: e for e in excluded}
+
+
+def test_every_matrix_of_a_llama_is_a_site_or_listed() -> None:
+    model = tiny_llama()
+    sites, excluded = found(model, **token_batches()[0])
+    assert len(sites) == 15
+    assert {n for n, p in model.named_parameters() if p.dim() >= 2} == set(sites) | set(excluded)
+    assert excluded["model.embed_tokens.weight"].reason == "embedding table"
+    assert sites["lm_head.weight"].left_out == "output head"
+    block = "model.layers.0.self_attn."
+    assert len({sites[f"{block}{n}_proj.weight"].activation for n in "qkv"}) == 1
+    assert (
+        sites["model.layers.0.mlp.gate_proj.weight"].activation == sites["model.layers.0.mlp.up_proj.weight"].activation
+    )
+    assert sites[f"{block}k_proj.weight"].shape == (32, 64)
+
+
+def test_a_head_tied_to_the_embedding() -> None:
+    sites, _ = found(tiny_llama(tied=True), **token_batches()[0])
+    tied = [s for s in sites.values() if s.left_out]
+    assert [s.left_out for s in tied] == ["also the embedding table"]
+
+
+class Products(nn.Module):
+    """One activation, five ways to multiply it by a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.conv1d_bias = nn.Parameter(torch.zeros(4))
+        self.conv1d = nn.Parameter(torch.zeros(8, 4))  # [in, out], as in GPT-2
+        self.matmul = nn.Parameter(torch.zeros(8, 4))
+        self.transposed = nn.Parameter(torch.zeros(4, 8))
+        self.numpy_t = nn.Parameter(torch.zeros(4, 8))
+        self.twice = nn.Parameter(torch.zeros(8, 4))
+        self.shaped = nn.Parameter(torch.zeros(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.addmm(self.conv1d_bias, rows, self.conv1d).view(x.shape[0], x.shape[1], 4)
+        y = y + self.linear(x) + x @ self.matmul + x.matmul(self.transposed.t()) + x @ self.numpy_t.T
+        return y + rows.mm(self.twice.transpose(0, 1).transpose(0, 1)).view_as(y) + x @ self.shaped.view(8, 4)
+
+
+def test_all_spellings_of_a_product_share_one_activation() -> None:
+    model = seeded(Products())
+    sites, excluded = found(model, torch.ones(2, 3, 8))
+    assert {s.activation for s in sites.values()} == {"x"} or len({s.activation for s in sites.values()}) == 1
+    assert {n: s.transposed for n, s in sites.items()} == {
+        "linear.weight": False,
+        "conv1d": True,
+        "matmul": True,
+        "transposed": False,
+        "numpy_t": False,
+        "twice": True,
+    }
+    assert all(s.shape == (4, 8) for s in sites.values())
+    assert not excluded["shaped"].expected
+    assert "aten::view" in excluded["shaped"].reason
+
+
+class Odd(nn.Module):
+    """Matrices that cannot be quantized yet, or that are no product's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.merged = nn.Parameter(torch.zeros(16, 8))
+        self.experts = nn.Parameter(torch.zeros(2, 8, 8))
+        self.table = nn.Parameter(torch.zeros(4, 8))
+        self.left = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 4, 8]
+        a, b = self.merged.chunk(2)
+        x = self.linear(x + self.table) + x @ a.t() + x @ b.t()
+        x = torch.bmm(x.transpose(0, 1)[:2], self.experts).transpose(0, 1).repeat(1, 2, 1) + self.left @ x
+        return self.conv(x)
+
+
+def test_what_is_not_supported_is_listed_with_the_operator() -> None:
+    sites, excluded = found(seeded(Odd()), torch.ones(2, 4, 8))
+    assert set(sites) == {"linear.weight"}
+    assert "aten::chunk" in excluded["merged"].reason
+    assert "aten::bmm" in excluded["experts"].reason
+    assert "aten::conv1d" in excluded["conv.weight"].reason
+    assert "aten::matmul" in excluded["left"].reason
+    assert excluded["table"].reason == "not a matrix of a product, used by aten::add"
+    assert excluded["unused.weight"].reason == "not used by the captured forward"
+    assert {n for n, e in excluded.items() if not e.expected} == {"merged", "experts", "conv.weight", "left"}
+
+
+def test_a_router_is_left_out() -> None:
+    class Routes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.value = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, index = self.router(x).softmax(-1).topk(2)
+            return self.value(x).gather(-1, index) * weights
+
+    sites, _ = found(seeded(Routes()), torch.ones(2, 8))
+    assert sites["router.weight"].left_out == "router: decides which experts run"
+    assert sites["value.weight"].left_out is None
+
+
+def test_padding_masks_speak_of_positions_only() -> None:
+    batch = {**token_batches()[0], "attention_mask": torch.ones(2, 40, dtype=torch.long)}
+    sites, _ = found(tiny_llama(layers=1), **batch)
+    assert {s.mask for s in sites.values()} == {"attention_mask"}
+
+
+def site(name: str, left_out: str | None = None, shape: tuple[int, int] = (8, 96)) -> LinearSite:
+    return LinearSite(f"{name}.weight", name, "x", None, shape, False, left_out)
+
+
+SITES = (site("a.q"), site("a.k"), site("lm_head", "output head"))
+OTHER = (Excluded("embed.weight", "embedding table", True),)
+
+
+def test_rules_in_order_by_module_by_parameter_and_by_pattern() -> None:
+    rules = {"a.q": {"bits": 8}, "re:a\\..*": {"group_size": -1}, "lm_head.weight": {"bits": 8}}
+    chosen = choose_weights(SITES, OTHER, gptq_config(4, 32, rules=rules))
+    assert {n: (c.bits, c.group_size) for n, c in chosen.settings.items()} == {
+        "a.q.weight": (8, 32),
+        "a.k.weight": (4, -1),
+        "lm_head.weight": (8, 32),
+    }
+    assert [e.weight for e in chosen.excluded] == ["embed.weight"]
+
+
+def test_defaults_none_and_filter_are_listed_with_the_reason() -> None:
+    config = gptq_config(4, 32, rules={"a.k": None})
+    chosen = choose_weights((*SITES, site("b")), OTHER, config, lambda name: name != "b.weight")
+    assert {e.weight: e.reason for e in chosen.excluded} == {
+        "embed.weight": "embedding table",
+        "a.k.weight": "rule 'a.k'",
+        "lm_head.weight": "output head",
+        "b.weight": "left out by filter_fn",
+    }
+    assert {s.weight for s in chosen.sites} == set(chosen.settings) == {"a.q.weight"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"mlp": {"bits": 8}}, r"rule 'mlp' matches no weight.*Names look like 'a.q.weight'"),
+        ({"re:a.*": None, "a.q": None}, r"rule 'a.q' matches no weight, or only such as an earlier rule"),
+        ({"embed": {"bits": 8}}, r"quantize 'embed.weight', which cannot be: embedding table"),
+        (
+            {"a.q": {"group_size": 64}},
+            r"group_size does not divide.*\n  a.q.weight \[8, 96\]: 96 input features, group_s",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_followed(rules: dict[str, dict[str, int] | None], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_weights(SITES, OTHER, gptq_config(4, 32, rules=rules))
+
+
+def test_a_rule_cannot_quantize_an_embedding() -> None:
+    tied = (site("a"), site("embed", "also the embedding table"))
+    with pytest.raises(ConfigError, match=r"'embed.weight', which is also the embedding table: untie them first"):
+        choose_weights(tied, (), gptq_config(4, 32, rules={"embed": {"bits": 8}}))
+
+
+def test_nothing_left() -> None:
+    with pytest.raises(NoLinearError, match=r"no weight to quantize:\n  embed.weight: embedding table\n  lm_head"):
+        choose_weights((SITES[2],), OTHER, gptq_config())
+    with pytest.raises(NoLinearError, match="it multiplies no activation by a parameter"):
+        choose_weights((), (), gptq_config())

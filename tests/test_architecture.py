@@ -1,0 +1,126 @@
+"""The rules that keep the package readable: a module imports only from lower floors, and files have one name."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module imports only from strictly lower floors. Where one file of a floor may use another, they are listed apart.
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"config"},
+    {"packing", "grid", "hessian", "batches", "data", "report"},
+    {"solver", "kernels.reference", "kernels.cpu"},
+    {"ops"},
+    {"passes.records"},
+    {
+        "tensor",
+        "architecture",
+        "passes.capture",
+        "passes.canonicalize",
+        "passes.find_linears",
+        "passes.choose_weights",
+        "passes.schedule",
+        "passes.observe",
+        "passes.calibrate",
+        "passes.rewrite",
+    },
+    {"quantize", "checkpoint", "evaluate"},
+    {"integrations.torchao", "integrations.transformers"},
+    {"tiny_lm.corpus"},
+    {"demo"},
+    {"", "cli"},
+    {"__main__", "tiny_lm.train"},
+]
+FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+
+
+def sources() -> dict[str, Path]:
+    """Module name below gptq_ao → file."""
+    found = {}
+    for folder, prefix in (
+        ("gptq_ao", ""),
+        ("passes", "passes."),
+        ("kernels", "kernels."),
+        ("examples/tiny_lm", "tiny_lm."),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT / folder)
+            if folder == "gptq_ao" and relative.parts[0] in ("passes", "kernels", "tiny_lm"):
+                continue  # reached through a link
+            name = ".".join(relative.with_suffix("").parts)
+            found[prefix + name.removesuffix("__init__").removesuffix(".")] = path
+    return found
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Names below gptq_ao that a file imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (
+                a.name.removeprefix("gptq_ao").removeprefix(".")
+                for a in node.names
+                if a.name.split(".")[0] == "gptq_ao"
+            )
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gptq_ao":
+            module = (node.module or "").removeprefix("gptq_ao").removeprefix(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix(".")
+                yield inner if inner in FLOOR_OF else module
+
+
+def violations(name: str, source: str) -> list[str]:
+    return [
+        f"{name or 'gptq_ao'} imports {used or 'gptq_ao'}"
+        for used in imports(ast.parse(source))
+        if FLOOR_OF[used] >= FLOOR_OF[name]
+    ]
+
+
+def test_every_file_has_a_floor() -> None:
+    assert set(sources()) == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("name", sorted(FLOOR_OF))
+def test_a_module_imports_only_from_lower_floors(name: str) -> None:
+    assert violations(name, sources()[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from gptq_ao.quantize import quantize_",
+        "import gptq_ao.passes.schedule",
+        "def f():\n  from gptq_ao import tensor",
+    ],
+)
+def test_a_violation_is_seen(line: str) -> None:
+    assert violations("passes.observe", line)
+
+
+def test_no_file_imports_by_a_short_name() -> None:
+    """`passes.x` and `gptq_ao.passes.x` would be two modules, with two classes of each name."""
+    short = {"passes", "kernels", "tiny_lm"}
+    for path in [*ROOT.glob("*/**/*.py")]:
+        if ".venv" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not short & {n.split(".")[0] for n in names}, path
+
+
+@pytest.mark.parametrize("folder", ["passes", "kernels", "examples/tiny_lm"])
+def test_linked_folders_are_no_packages_of_their_own(folder: str) -> None:
+    """An `__init__.py` in kernels/ would shadow Hugging Face's distribution of that name and break transformers."""
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()
+    assert (ROOT / "gptq_ao" / Path(folder).name).resolve() == (ROOT / folder).resolve()
+
+
+def test_files_stay_short() -> None:
+    long = {name: lines for name, path in sources().items() if (lines := len(path.read_text().splitlines())) > 400}
+    assert not long

@@ -1,0 +1,141 @@
+"""What only a GPU can show. Run with `pytest -m gpu`."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
+from gptq_ao.hessian import HessianObserver
+from gptq_ao.solver import factor, relative_error, round_to_nearest, solve
+from gptq_ao.tensor import GroupTensor, tensor_class
+
+from .models import seeded, tiny_llama, token_batches
+
+pytestmark = pytest.mark.gpu
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(bits: int, n: int, k: int, dtype: torch.dtype, group_size: int = 32) -> GroupTensor:
+    s = round_to_nearest(randn(n, k), bits=bits, group_size=group_size, sym=False)
+    return tensor_class(bits).from_codes(s.codes, s.scale, s.zero_point, dtype=dtype)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(100, 96), (33, 160)])
+def test_linear_on_cuda_is_that_of_the_dense_weight(bits: int, dtype: torch.dtype, n: int, k: int) -> None:
+    weight = quantized(bits, n, k, dtype)
+    moved = weight.to("cuda")
+    assert torch.equal(moved.dequantize().cpu(), weight.dequantize())
+    for rows in (1, 5, 130):
+        x = randn(rows, k, seed=rows).to("cuda", dtype)
+        # The same dense product of the same numbers: only the order of the sum may differ, which fp32 accumulation
+        # bounds by k·2^-24 relative to Σ|x·w|, plus one rounding to the dtype.
+        exact = x.double() @ moved.dequantize().double().T
+        bound = (x.double().abs() @ moved.dequantize().double().abs().T) * k * 2**-24 + exact.abs() * torch.finfo(
+            dtype
+        ).eps
+        assert ((F.linear(x, moved).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_hessian_on_cuda(dtype: torch.dtype) -> None:
+    x = (randn(700, 96) * 3).to("cuda", dtype)
+    observer = HessianObserver(96)
+    observer(x[:300].view(3, 100, 96))
+    observer(x[300:])
+    observer.end_batch()
+    hessian = observer.finish()
+    exact = x.double().T @ x.double() / 700
+    # fp32 sums of 700 products that are exact in fp32 for 16-bit inputs, and rounded once for fp32.
+    bound = (x.double().abs().T @ x.double().abs()) / 700 * 700 * 2**-24
+    assert hessian.rows == 700
+    assert ((hessian.matrix.double() - exact).abs() <= bound).all()
+
+
+def test_hessian_ignores_tf32_and_restores_the_flag() -> None:
+    x = randn(2000, 64).cuda()
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        observer = HessianObserver(64)
+        observer(x)
+        result = observer.finish().matrix
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    exact = x.double().T @ x.double() / 2000
+    assert ((result.double() - exact).abs() <= x.double().abs().T @ x.double().abs() * 2**-24).all()  # TF32: 2^-11
+
+
+@pytest.mark.parametrize("act_order", ["static", "none", "group"])
+def test_solver_on_cuda_agrees_with_cpu(act_order: str) -> None:
+    x = randn(3000, 256) @ randn(256, 256, seed=1)
+    weight = randn(96, 256, seed=2)
+    observer = HessianObserver(256)
+    observer(x)
+    hessian = observer.finish()
+    codes = []
+    for device in ("cpu", "cuda"):
+        h = type(hessian)(hessian.matrix.to(device), hessian.rows)
+        f = factor(h, act_order)
+        s = solve(weight.to(device), f, bits=4, group_size=64, sym=True, act_order=act_order)
+        assert relative_error(weight.to(device), s.dequantize(), h) < 0.01
+        codes.append(s.codes.cpu())
+    assert (codes[0] == codes[1]).double().mean() >= 0.999  # fp32 sums in another order: ties may fall either way
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_on_cuda_and_one_computed_there_agree(dtype: torch.dtype, tmp_path: object) -> None:
+    config = gptq_config(4, 32, calibration=token_batches())
+    resident, visiting = tiny_llama(dtype=dtype).cuda(), tiny_llama(dtype=dtype)
+    quantize_(resident, config)
+    report = quantize_(visiting, config, device="cuda")
+    assert report is not None
+    assert report.peak_bytes["cuda"] > 0
+    for name, p in visiting.named_parameters():
+        assert p.device.type == "cpu"
+        other = resident.get_parameter(name)
+        assert other.device.type == "cuda"
+        if isinstance(p, GroupTensor):
+            assert isinstance(other, GroupTensor)
+            assert torch.equal(p.codes(), other.codes().cpu()), name
+
+
+def test_compiled_quantized_model_on_cuda(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_llama(dtype=torch.bfloat16).cuda()
+    quantize_(model, gptq_config(4, 32, calibration=token_batches()))
+    ids = token_batches()[0]["input_ids"].cuda()
+    with torch.no_grad():
+        eager = model(ids).logits.float()
+        compiled = torch.compile(model, fullgraph=True)(ids).logits.float()
+    # Two correct bf16 evaluations differ by roundings of about 2^-8 of the largest logit per layer.
+    assert (eager - compiled).abs().max() <= 4 * 2**-8 * eager.abs().max()
+    save_quantized(model, tmp_path / "q")
+    again = load_quantized(tmp_path / "q", device="cuda").cuda()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits.float(), eager)
+
+
+def test_backward_on_cuda() -> None:
+    weight = quantized(4, 48, 64, torch.bfloat16).to("cuda")
+    x = randn(7, 64).to("cuda", torch.bfloat16).requires_grad_()
+    F.linear(x, weight).square().sum().backward()
+    dense = x.detach().clone().requires_grad_()
+    F.linear(dense, weight.dequantize()).square().sum().backward()
+    assert x.grad is not None
+    assert dense.grad is not None
+    assert torch.equal(x.grad, dense.grad)
+
+
+def test_plain_mlp_on_cuda_keeps_its_other_parameters() -> None:
+    model = seeded(torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 32))).cuda()
+    before = copy.deepcopy(model.state_dict())
+    quantize_(model, gptq_config(4, 32, calibration=[randn(50, 64).cuda()]))
+    assert torch.equal(model[0].bias, before["0.bias"])
+    assert isinstance(model[2].weight, GroupTensor)

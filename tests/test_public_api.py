@@ -1,0 +1,84 @@
+"""What `import gptq_ao` offers, what it costs, and that it needs neither Triton nor a GPU."""
+
+import subprocess
+import sys
+
+import gptq_ao
+
+PUBLIC = {
+    "GPTQConfig",
+    "Int2GroupTensor",
+    "Int3GroupTensor",
+    "Int4GroupTensor",
+    "Int8GroupTensor",
+    "Report",
+    "data",
+    "errors",
+    "gptq_config",
+    "load_quantized",
+    "quantize_",
+    "save_quantized",
+    "whole_model",
+}
+
+
+def fresh(code: str) -> str:
+    """Output of `code` in a new interpreter, where warnings do not matter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_public_surface() -> None:
+    assert set(gptq_ao.__all__) == PUBLIC
+    assert all(getattr(gptq_ao, name).__doc__ for name in PUBLIC)
+
+
+def test_every_public_function_documents_what_it_raises() -> None:
+    for function in (gptq_ao.gptq_config, gptq_ao.quantize_, gptq_ao.save_quantized, gptq_ao.load_quantized):
+        assert "Raises:" in (function.__doc__ or "")
+
+
+def test_import_and_quantize_without_triton_and_without_touching_cuda() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, gptq_ao
+from gptq_ao import gptq_config, quantize_
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+report = quantize_(model, gptq_config(4, 32, calibration=[torch.randn(20, 64)]))
+assert len(report.weights) == 2
+assert not torch.cuda.is_initialized()
+print("fine")
+"""
+    assert fresh(code).strip() == "fine"
+
+
+def test_strict_compile_can_be_the_first_call() -> None:
+    code = """
+import torch
+from gptq_ao import Int4GroupTensor
+codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8)
+weight = Int4GroupTensor.from_codes(codes, torch.ones(32, 2).half(), torch.full((32, 2), 8, dtype=torch.uint8), dtype=torch.float32)
+linear = torch.nn.Linear(64, 32, bias=False)
+linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+y = torch.compile(linear, fullgraph=True)(torch.ones(3, 64))
+assert torch.equal(y, linear(torch.ones(3, 64)))
+print("fine")
+"""
+    assert fresh(code).strip() == "fine"
+
+
+def test_importing_changes_no_global_state() -> None:
+    code = """
+import torch, torchao, transformers
+state = lambda: (torch.get_rng_state().sum().item(), torch.backends.cuda.matmul.fp32_precision,
+                 torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype(),
+                 torch._inductor.config.save_config_portable())
+import torch._inductor.config
+before = state()
+import gptq_ao
+assert state() == before
+print("fine")
+"""
+    assert fresh(code).strip() == "fine"
