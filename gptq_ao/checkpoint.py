@@ -10,29 +10,17 @@ bits), `NAME.scale` (fp16 [N, G]), `NAME.zero_point` (uint8 [N, G]) and, if its 
 (int32 [K]); w = (code − zero_point)·scale. That is independent of how this package arranges codes at run time. All
 other parameters and buffers are stored as they are.
 
-The manifest (format version 1):
-
-    {"format": "gptq_ao", "format_version": 1,
-     "quantized": {NAME: {"bits": 4, "shape": [N, K], "groups": G, "dtype": "bfloat16",
-                          "transposed": false, "perm": false}},
-     "dense": {NAME: {"dtype": "BF16", "shape": […]}},
-     "tied": {OTHER_NAME: NAME},
-     "shards": {TENSOR: FILE}}
-
-A checkpoint is written to a temporary directory and renamed when complete. On loading, everything that can be wrong is
-looked for in the JSON and the shards' headers before a tensor is allocated, and the model is changed only when all
-tensors are there. No pickle, no code from a checkpoint.
+A checkpoint is written to a temporary directory and renamed when complete. On loading, `manifest.py` first checks
+names, sizes and files, and the model is changed only when all tensors are there. No pickle, no code from a checkpoint.
 """
 
 import contextlib
 import copy
 import errno
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,51 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gptq_ao.architecture import empty_model
-from gptq_ao.config import BITS
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
+from gptq_ao.manifest import DTYPES, FORMAT_VERSION, MANIFEST, Manifest, read_manifest, shard_path
 from gptq_ao.packing import pack_bits, unpack_bits
 from gptq_ao.tensor import GroupTensor, tensor_class
 
-__all__ = ["MANIFEST", "check_weight_map", "load_quantized", "read_manifest", "save_quantized"]
+__all__ = ["load_quantized", "save_quantized"]
 
-MANIFEST = "gptq_ao.json"
-FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 256 * 2**20
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_NAME_OF = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class QuantizedEntry:
-    """One quantized weight of a manifest."""
-
-    bits: int
-    shape: tuple[int, int]
-    groups: int
-    dtype: str
-    transposed: bool
-    perm: bool
-
-    def tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
-        """What the shards must hold for it: name → (safetensors dtype, shape)."""
-        n, k = self.shape
-        parts = {
-            f"{name}.codes": ("U8", [n, -(-k * self.bits // 8)]),
-            f"{name}.scale": ("F16", [n, self.groups]),
-            f"{name}.zero_point": ("U8", [n, self.groups]),
-        }
-        return {**parts, f"{name}.perm": ("I32", [k])} if self.perm else parts
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A checked manifest: names, sizes and files fit together."""
-
-    quantized: dict[str, QuantizedEntry]
-    dense: dict[str, tuple[str, list[int]]]
-    tied: dict[str, str]
-    shards: dict[str, str]
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save_quantized(
@@ -153,46 +104,6 @@ def load_quantized(
     loaded = _load(path, manifest, torch.device(device))
     _assign(model, loaded, manifest)
     return model
-
-
-def read_manifest(directory: str | Path) -> Manifest:
-    """Read and check a checkpoint's manifest and the headers of its shards; no tensor is loaded."""
-    directory = Path(directory)
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} has no {MANIFEST}: not a checkpoint of gptq_ao, or one whose writing was cut off"
-        )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
-    if not isinstance(content, dict) or content.get("format") != "gptq_ao":
-        raise CheckpointError(f"{path} is not a manifest of gptq_ao")
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version!r}, this gptq_ao reads {FORMAT_VERSION}: update gptq_ao"
-        )
-    try:
-        manifest = _parse(content)
-    except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {e}") from e
-    _check_headers(directory, manifest)
-    return manifest
-
-
-def check_weight_map(directory: Path) -> None:
-    """Refuse a Hugging Face directory whose index names shards outside of it; transformers would follow such a name."""
-    for index in directory.glob("*.index.json"):
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise CheckpointError(f"{index} is damaged: {type(e).__name__}: {e}") from e
-        for file in sorted(map(str, files)):
-            _shard_path(directory, file)
 
 
 def _contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -283,71 +194,6 @@ def _disk_errors(directory: Path, need: int) -> Iterator[None]:
         raise CheckpointError(f"{directory} could not be written, nothing is left of it: {what}") from e
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
-    quantized = {}
-    for name, e in content["quantized"].items():
-        n, k = e["shape"]
-        entry = QuantizedEntry(e["bits"], (n, k), e["groups"], e["dtype"], e["transposed"], e["perm"])
-        whole = all(type(v) is int and 0 < v < 2**31 for v in (n, k, entry.groups))
-        if entry.bits not in BITS or not whole or k % entry.groups or entry.dtype not in _DTYPES:
-            raise ValueError(f"{name!r} cannot be {e}")
-        if type(entry.transposed) is not bool or type(entry.perm) is not bool:
-            raise ValueError(f"{name!r} cannot be {e}")
-        quantized[name] = entry
-    dense = {name: (str(e["dtype"]), [int(s) for s in e["shape"]]) for name, e in content["dense"].items()}
-    tied = {str(a): str(b) for a, b in content["tied"].items()}
-    shards = {str(t): str(f) for t, f in content["shards"].items()}
-    known = {*quantized, *dense}
-    if known & set(tied) or not set(tied.values()) <= known or set(quantized) & set(dense):
-        raise ValueError("a name is listed twice, or tied to one that is not there")
-    return Manifest(quantized, dense, tied, shards)
-
-
-def _expected(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
-    expected = dict(manifest.dense)
-    for name, entry in manifest.quantized.items():
-        expected |= entry.tensors(name)
-    return expected
-
-
-def _check_headers(directory: Path, manifest: Manifest) -> None:
-    """The shards hold exactly the tensors the manifest speaks of, in the right shapes and dtypes."""
-    expected = _expected(manifest)
-    if set(manifest.shards) != set(expected):
-        odd = sorted(set(manifest.shards) ^ set(expected))[0]
-        raise CheckpointError(f"{directory / MANIFEST} is damaged: no shard, or no entry, for tensor {odd!r}")
-    for file in sorted(set(manifest.shards.values())):
-        path = _shard_path(directory, file)
-        names = {t for t, f in manifest.shards.items() if f == file}
-        try:
-            with safe_open(path, framework="pt") as shard:
-                missing = sorted(names - set(shard.keys()))
-                if missing:
-                    raise CheckpointError(f"{path} lacks tensor {missing[0]!r} (and {len(missing) - 1} more)")
-                for name in sorted(names):
-                    header = shard.get_slice(name)
-                    found = (header.get_dtype(), list(header.get_shape()))
-                    if found != expected[name]:
-                        raise CheckpointError(f"{path}: tensor {name!r} is {found}, the manifest says {expected[name]}")
-        except SafetensorError as e:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: {e}") from e
-
-
-def _shard_path(directory: Path, file: str) -> Path:
-    """A shard is a file in the directory itself (or, in a hub cache, in the blobs that its snapshots link to)."""
-    if not _SHARD_NAME.fullmatch(file):
-        raise CheckpointError(
-            f"{directory / MANIFEST} names the shard {file!r}: only plain *.safetensors names are allowed"
-        )
-    root = directory.resolve()
-    path = (directory / file).resolve()
-    if path.parent not in (root, root.parent.parent / "blobs"):
-        raise CheckpointError(f"shard {file!r} of {directory} links to {path}, outside the checkpoint")
-    if not path.is_file():
-        raise CheckpointError(f"{directory} lacks the shard {file!r}")
-    return path
-
-
 def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
     state = model.state_dict(keep_vars=True)
     names = {*manifest.quantized, *manifest.dense, *manifest.tied}
@@ -370,7 +216,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     """All tensors of a checked manifest, quantized ones put together."""
     raw: dict[str, Tensor] = {}
     for file in sorted(set(manifest.shards.values())):
-        with safe_open(_shard_path(directory, file), framework="pt", device=str(device)) as shard:
+        with safe_open(shard_path(directory, file), framework="pt", device=str(device)) as shard:
             raw |= {name: shard.get_tensor(name) for name, f in manifest.shards.items() if f == file}
     loaded = {name: raw[name] for name in manifest.dense}
     for name, e in manifest.quantized.items():
@@ -379,7 +225,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
         perm = raw.pop(f"{name}.perm", None)
         try:
             loaded[name] = tensor_class(e.bits).from_codes(
-                codes, scale, zero_point, dtype=_DTYPES[e.dtype], perm=perm, transposed=e.transposed
+                codes, scale, zero_point, dtype=DTYPES[e.dtype], perm=perm, transposed=e.transposed
             )
         except (ConfigError, NonFiniteError) as error:
             raise CheckpointError(f"{directory}: weight {name!r} is damaged: {error}") from error

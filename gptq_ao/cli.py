@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gptq_ao.checkpoint import read_manifest, save_quantized
+from gptq_ao.checkpoint import save_quantized
 from gptq_ao.config import gptq_config
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.demo import run_demo
 from gptq_ao.errors import ConfigError, GPTQError
 from gptq_ao.evaluate import evaluate
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
+from gptq_ao.manifest import read_manifest
 from gptq_ao.quantize import quantize_
 
 __all__ = ["app", "main"]

@@ -158,6 +158,12 @@ class GroupTensor(TorchAOBaseTensor):
         names = [*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names]
         return type(self)(*(attributes.get(n, getattr(self, n)) for n in names))
 
+    def _expanded(self, lead: tuple[int, ...]) -> "GroupTensor":
+        """The matrix as a stack of `lead` equal ones (or, for `()`, the first of such a stack), without a copy."""
+        inner = {n: getattr(self, n) for n in ("qdata", "scale_zero", "high_plane")}
+        inner = {n: t.expand(*lead, *t.shape) if lead else t[0] for n, t in inner.items() if t is not None}
+        return self._replace(**inner)
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, group_size={self.group_size}, "
@@ -207,7 +213,8 @@ def _times_transposed(x: Tensor, weight: GroupTensor) -> Tensor:
 def _product(x: Any, y: Any) -> Tensor:
     """x·y for mm and bmm, one of them quantized."""
     if isinstance(y, GroupTensor) and y.transposed and not isinstance(x, GroupTensor):
-        return _times_transposed(x, y)
+        # One matrix, expanded over a batch: a product of all rows with that matrix.
+        return _times_transposed(x, y._expanded(()) if y.dim() == 3 and y.qdata.stride(0) == 0 else y)
     dense = [t.dequantize() if isinstance(t, GroupTensor) else t for t in (x, y)]
     return torch.matmul(*dense)
 
@@ -254,6 +261,27 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return return_and_correct_aliasing(func, args, kwargs, flipped)
 
 
+@implements([aten.expand.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, size = args
+    *lead, n, k = size
+    if weight.dim() != 2 or (n, k) not in (tuple(weight.shape), (-1, -1)):
+        raise NotImplementedError(f"{weight!r} cannot be expanded to {tuple(size)}")
+    with torch.inference_mode(False):
+        stack = weight._expanded(tuple(lead)) if lead else weight._replace()
+    return return_and_correct_aliasing(func, args, kwargs, stack)
+
+
+@implements([aten.view.default, aten._unsafe_view.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, size = args
+    if tuple(size) != tuple(weight.shape):
+        raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
+    with torch.inference_mode(False):
+        same = weight._replace()
+    return return_and_correct_aliasing(func, args, kwargs, same)
+
+
 @implements([aten._to_copy.default, aten.to.dtype_layout])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     # The base class keeps the dtype whatever is asked for.
@@ -265,18 +293,26 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 class Int2GroupTensor(GroupTensor):
+    """A weight of 2-bit codes, see `GroupTensor`."""
+
     bits = 2
 
 
 class Int3GroupTensor(GroupTensor):
+    """A weight of 3-bit codes, see `GroupTensor`."""
+
     bits = 3
 
 
 class Int4GroupTensor(GroupTensor):
+    """A weight of 4-bit codes, see `GroupTensor`."""
+
     bits = 4
 
 
 class Int8GroupTensor(GroupTensor):
+    """A weight of 8-bit codes, see `GroupTensor`."""
+
     bits = 8
 
 

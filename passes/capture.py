@@ -1,7 +1,7 @@
 """model + sample batch → Program, by torch.export.
 
-Invariant: every parameter, buffer and constant is a placeholder that maps to one name in the model. The model, its
-config and all global state are as before when this returns, whatever happens.
+Invariant: every parameter, buffer and constant is a placeholder that maps to one name in the model (the first, if
+tied). The model, its config and all global state are as before when this returns, whatever happens.
 
 Every axis of every input is dynamic (`Dim.AUTO`): only what the model itself fixes gets a fixed size. The capture is
 functional (no node writes to its inputs) and runs in eval mode, without key-value cache and without the fused inference
@@ -56,7 +56,7 @@ def capture(model: nn.Module, batch: Batch) -> Program:
                 exported = exported.run_decompositions({})
         except Exception as e:  # torch.export raises whatever the model's forward raises
             raise CaptureError(_explain(e)) from e
-    return _program(exported, sample)
+    return _program(exported, sample, model)
 
 
 @contextlib.contextmanager
@@ -157,12 +157,13 @@ def _needs_functionalization(node: fx.Node) -> bool:
     return mutates or isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def _program(exported: ExportedProgram, sample: Batch) -> Program:
+def _program(exported: ExportedProgram, sample: Batch, model: nn.Module) -> Program:
     parameters, buffers, constants, inputs = {}, {}, {}, []
+    first_name = {id(p): name for name, p in model.named_parameters()}  # of tied parameters, the model's own first one
     for s in exported.graph_signature.input_specs:
         name = s.arg.name
         if s.kind == InputKind.PARAMETER:
-            parameters[name] = str(s.target)
+            parameters[name] = first_name[id(model.get_parameter(str(s.target)))]
         elif s.kind == InputKind.BUFFER:
             buffers[name] = str(s.target)
         elif s.kind in (InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ):

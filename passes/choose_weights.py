@@ -36,13 +36,13 @@ def choose_weights(
             f"rule {unused[0]!r} matches no weight, or only such as an earlier rule matches. "
             f"Names look like {', '.join(map(repr, names[:3]))}; use re:… for patterns"
         )
+    left = []
     for e in excluded:
-        if not e.expected or config.rule_for(e.weight) is None:
-            continue
-        if config.for_weight(e.weight) is not None:
-            raise ConfigError(f"a rule asks to quantize {e.weight!r}, which cannot be: {e.reason}")
+        rule = config.rule_for(e.weight)
+        if rule is not None and config.for_weight(e.weight) is not None and e.expected:
+            raise ConfigError(f"rule {rule!r} asks to quantize {e.weight!r}, which cannot be: {e.reason}")
+        left.append(e if rule is None or config.rules[rule] is not None else Excluded(e.weight, f"rule {rule!r}", True))
 
-    left = list(excluded)
     settings: dict[str, GPTQConfig] = {}
     for name in dict.fromkeys(s.weight for s in sites):
         reason = next((s.left_out for s in sites if s.weight == name and s.left_out), None)

@@ -1,9 +1,11 @@
 """Small models that the tests share. Seeds are local: no test depends on another's."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def tiny_llama(*, layers: int = 2, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -33,7 +35,7 @@ def token_batches(count: int = 4, rows: int = 2, length: int = 40, vocabulary: i
     return [{"input_ids": torch.randint(0, vocabulary, (rows, length), generator=generator)} for _ in range(count)]
 
 
-def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
+def seeded(module: ModuleT, seed: int = 0) -> ModuleT:
     """`module` with reproducible random parameters, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
     {"errors"},
     {"config"},
-    {"packing", "grid", "hessian", "batches", "data", "report"},
+    {"packing", "grid", "hessian", "batches", "data", "report", "manifest"},
     {"solver", "kernels.reference", "kernels.cpu"},
     {"ops"},
     {"passes.records"},

@@ -1,6 +1,8 @@
 """What only a GPU can show. Run with `pytest -m gpu`."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +93,7 @@ def test_solver_on_cuda_agrees_with_cpu(act_order: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_model_on_cuda_and_one_computed_there_agree(dtype: torch.dtype, tmp_path: object) -> None:
+def test_a_model_on_cuda_and_one_computed_there_agree(dtype: torch.dtype) -> None:
     config = gptq_config(4, 32, calibration=token_batches())
     resident, visiting = tiny_llama(dtype=dtype).cuda(), tiny_llama(dtype=dtype)
     quantize_(resident, config)
@@ -107,7 +109,7 @@ def test_a_model_on_cuda_and_one_computed_there_agree(dtype: torch.dtype, tmp_pa
             assert torch.equal(p.codes(), other.codes().cpu()), name
 
 
-def test_compiled_quantized_model_on_cuda(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_compiled_quantized_model_on_cuda(tmp_path: Path) -> None:
     model = tiny_llama(dtype=torch.bfloat16).cuda()
     quantize_(model, gptq_config(4, 32, calibration=token_batches()))
     ids = token_batches()[0]["input_ids"].cuda()
@@ -134,7 +136,7 @@ def test_backward_on_cuda() -> None:
 
 
 def test_plain_mlp_on_cuda_keeps_its_other_parameters() -> None:
-    model = seeded(torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 32))).cuda()
+    model: Any = seeded(torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 32))).cuda()
     before = copy.deepcopy(model.state_dict())
     quantize_(model, gptq_config(4, 32, calibration=[randn(50, 64).cuda()]))
     assert torch.equal(model[0].bias, before["0.bias"])

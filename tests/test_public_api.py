@@ -59,7 +59,8 @@ def test_strict_compile_can_be_the_first_call() -> None:
 import torch
 from gptq_ao import Int4GroupTensor
 codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8)
-weight = Int4GroupTensor.from_codes(codes, torch.ones(32, 2).half(), torch.full((32, 2), 8, dtype=torch.uint8), dtype=torch.float32)
+scale, zero_point = torch.ones(32, 2).half(), torch.full((32, 2), 8, dtype=torch.uint8)
+weight = Int4GroupTensor.from_codes(codes, scale, zero_point, dtype=torch.float32)
 linear = torch.nn.Linear(64, 32, bias=False)
 linear.weight = torch.nn.Parameter(weight, requires_grad=False)
 y = torch.compile(linear, fullgraph=True)(torch.ones(3, 64))

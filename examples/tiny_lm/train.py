@@ -212,7 +212,7 @@ def main() -> None:
     tokens = token_stream(documents("train")).to(device)
     heldout = token_stream(documents("heldout"))
     model = build_model(torch.Generator().manual_seed(args.seed))
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     add_dropout(model)
     torch.manual_seed(args.seed)  # dropout's masks have no generator of their own
     train(model, tokens, heldout, args.steps, torch.Generator(device).manual_seed(args.seed))
@@ -221,7 +221,7 @@ def main() -> None:
     write_json(args.out / "tokenizer_config.json", TOKENIZER_CONFIG)
 
     saved = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16).eval()
-    saved.to(device)  # type: ignore[arg-type]
+    saved.to(device)
     loss, chunks = heldout_loss(saved, heldout)
     report = {
         "parameters": sum(p.numel() for p in saved.parameters()),

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_ao.checkpoint import MANIFEST, check_weight_map, load_quantized
+from gptq_ao.checkpoint import load_quantized
 from gptq_ao.errors import CheckpointError
+from gptq_ao.manifest import MANIFEST, check_weight_map
 
 __all__ = ["load_model", "load_tokenizer"]
 

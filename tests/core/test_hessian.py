@@ -156,6 +156,31 @@ def test_results_are_not_shared_between_finishes() -> None:
     assert torch.equal(first, before)
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
+def test_default_dtype_does_not_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, generator=generator, dtype=torch.float32)
+    matrix = observe(x).finish().matrix
+    assert matrix.dtype == torch.float32
+    expected, bound = exact(x)
+    assert ((matrix.double() - expected).abs() <= bound).all()
+
+
+def test_autocast_does_not_matter() -> None:
+    x = random(50, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        matrix = observe(x).finish().matrix
+    assert torch.equal(matrix, observe(x).finish().matrix)
+
+
 def test_keeps_no_autograd_graph_and_no_state() -> None:
     x = random(5, 8).requires_grad_()
     observer = observe(x * 2)

@@ -295,6 +295,16 @@ def test_cpu_kernel_follows_changes_in_place(changed: int, cpu_calls: list[Tenso
     assert torch.equal(after, ops.linear(x, *fresh))
 
 
+def test_cpu_kernel_follows_another_scale_zero(cpu_calls: list[Tensor]) -> None:
+    packed, other = pack(19, 64, bits=4, group=32), pack(19, 64, bits=4, group=32, seed=9)
+    x = random(5, 64, dtype=BF16)
+    ops.linear(x, *packed.arguments)
+    qdata, _, *rest = packed.arguments
+    y = ops.linear(x, qdata, other.arguments[1], *rest)
+    assert len(cpu_calls) == 2
+    assert torch.equal(y, ops.linear(x, qdata.clone(), other.arguments[1], *rest))
+
+
 def test_cpu_kernel_keeps_no_memory_alive() -> None:
     gc.collect()
     kept = len(cpu._converted)

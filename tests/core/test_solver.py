@@ -369,6 +369,24 @@ def test_weights_of_other_dtype_and_strides(act_order: str) -> None:
 
 
 @orders
+def test_autocast_does_not_matter(act_order: str) -> None:
+    weight, hessian = random(24, 160, seed=5), make_hessian("correlated", 160)
+    expected = quantize(weight, hessian, 0.01, 4, 32, False, act_order)
+    error = relative_error(weight, expected.dequantize(), hessian)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(quantize(weight, hessian, 0.01, 4, 32, False, act_order), expected)
+        assert relative_error(weight, expected.dequantize(), hessian) == error
+
+
+def test_weight_may_be_a_parameter() -> None:
+    weight, hessian = random(24, 160, seed=5), make_hessian("correlated", 160)
+    parameter = torch.nn.Parameter(weight.clone())
+    solution = quantize(parameter, hessian, 0.01, 4, 32, False, "static")
+    assert same(solution, quantize(weight, hessian, 0.01, 4, 32, False, "static"))
+    assert not solution.dequantize().requires_grad
+
+
+@orders
 @pytest.mark.parametrize("k", [96, 320])
 def test_rows_are_independent(k: int, act_order: str) -> None:
     sizes, hessian = [5, 1, 18], make_hessian("correlated", k)

@@ -28,7 +28,7 @@ def test_every_tensor_is_a_placeholder_with_its_name_in_the_model() -> None:
     assert set(program.parameters.values()) == set(named)
     for placeholder, name in program.parameters.items():
         assert program.placeholders[placeholder].meta["val"].shape == named[name].shape
-    assert {b for b in program.buffers.values()} <= {n for n, _ in model.named_buffers()}
+    assert set(program.buffers.values()) <= {n for n, _ in model.named_buffers()}
     assert program.inputs == ("input_ids",)
     assert not any(n.op == "get_attr" for n in program.graph.nodes)
 
@@ -137,10 +137,15 @@ def test_outputs_of_an_unknown_dataclass() -> None:
 
 def test_calibration_mode_restores_when_the_body_raises() -> None:
     model = seeded(nn.Sequential(nn.Linear(4, 4), nn.Dropout())).train()
-    with pytest.raises(RuntimeError, match="stop"), calibration_mode(model):
-        assert not model[1].training
-        assert not torch.is_grad_enabled()
-        raise RuntimeError("stop")
+
+    def body() -> None:
+        with calibration_mode(model):
+            assert not any(m.training for m in model.modules())
+            assert not torch.is_grad_enabled()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        body()
     assert all(m.training for m in model.modules())
     assert torch.is_grad_enabled()
 

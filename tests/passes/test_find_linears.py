@@ -36,9 +36,11 @@ def test_every_matrix_of_a_llama_is_a_site_or_listed() -> None:
 
 
 def test_a_head_tied_to_the_embedding() -> None:
-    sites, _ = found(tiny_llama(tied=True), **token_batches()[0])
-    tied = [s for s in sites.values() if s.left_out]
-    assert [s.left_out for s in tied] == ["also the embedding table"]
+    sites, excluded = found(tiny_llama(tied=True), **token_batches()[0])
+    assert {n: s.left_out for n, s in sites.items() if s.left_out} == {
+        "model.embed_tokens.weight": "also the embedding table"
+    }
+    assert excluded == {}
 
 
 class Products(nn.Module):
@@ -167,7 +169,7 @@ def test_defaults_none_and_filter_are_listed_with_the_reason() -> None:
     [
         ({"mlp": {"bits": 8}}, r"rule 'mlp' matches no weight.*Names look like 'a.q.weight'"),
         ({"re:a.*": None, "a.q": None}, r"rule 'a.q' matches no weight, or only such as an earlier rule"),
-        ({"embed": {"bits": 8}}, r"quantize 'embed.weight', which cannot be: embedding table"),
+        ({"embed": {"bits": 8}}, r"rule 'embed' asks to quantize 'embed.weight', which cannot be: embedding table"),
         (
             {"a.q": {"group_size": 64}},
             r"group_size does not divide.*\n  a.q.weight \[8, 96\]: 96 input features, group_s",

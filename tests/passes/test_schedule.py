@@ -166,9 +166,7 @@ def test_a_bad_activation_is_named_by_weight_and_batch() -> None:
     batches = [torch.ones(3, 8) for _ in range(4)]
     program, bare = planned(model, batches[0])
     plan = observe(bare)
-    with torch.no_grad():
-        model[0].bias[3] = 3e38
-        batches[2][1] = 1e20  # its product with the first weight is finite, the square of the result is not
+    batches[2][1] = 1e20  # finite, but its square is not
     store: list[dict[str, Any]] = [dict(program.bind(as_batch(b), "batch")) for b in batches]
     static = lambda n: statics(model, program, (n,))[0]  # noqa: E731
     with pytest.raises(NonFiniteError, match=r"the input of 0.weight is NaN or infinite in calibration batch 2"):

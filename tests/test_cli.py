@@ -1,0 +1,144 @@
+"""The command line, in process; once as a real process, where only stdout and the exit status count."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptq_ao import cli
+from gptq_ao.tiny_lm.corpus import documents
+
+TINY = str(Path(__file__).parents[1] / "examples" / "tiny_lm")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": d}) for d in documents("heldout")[:6]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A model written by the command, and what the command printed."""
+    out = tmp_path_factory.mktemp("out") / "q"
+    with pytest.MonkeyPatch.context() as patch:
+        printed = run(patch, "quantize", TINY, str(out), *CALIBRATION, "--calibration", str(text), "--json")
+    return out, printed
+
+
+CALIBRATION = ("--bits", "3", "--group-size", "64", "--num-samples", "8", "--seq-len", "128")
+
+
+def run(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """stdout of a command that must succeed, as JSON."""
+    lines: list[str] = []
+    patch.setattr("builtins.print", lambda *a, **k: lines.append(str(a[0])) if "file" not in k else None)
+    patch.setattr(sys, "argv", ["gptq-ao", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 0
+    assert len(lines) == 1
+    return json.loads(lines[0]) if "--json" in arguments else lines[0]
+
+
+def fail(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    patch.setattr(sys, "argv", ["gptq-ao", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code != 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_quantize_reports_totals_phases_and_layers(quantized: tuple[Path, dict[str, Any]]) -> None:
+    out, report = quantized
+    assert report["weights"] == len(report["layers"]) == 21
+    assert report["stages"] == 12
+    assert set(report["seconds"]) == {"capture", "plan", "calibrate", "solve"}
+    assert report["bits_per_weight"] == pytest.approx(3 + 32 / 64)
+    assert report["excluded"]["model.embed_tokens.weight"] == "also the embedding table"
+    assert {x["bits"] for x in report["layers"]} == {3}
+    assert {x["rows"] for x in report["layers"]} == {8 * 128}
+    assert (out / "gptq_ao.json").is_file()
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_eval_of_what_quantize_wrote(
+    quantized: tuple[Path, dict[str, Any]], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", str(text), "--seq-len", "128", "--max-chunks", "10", "--json")
+    result = run(monkeypatch, "eval", str(quantized[0]), "--reference", TINY, *options)
+    assert result["tokens"] == 10 * 127
+    assert 0.01 < result["kl"] < 0.3
+    assert "10 of " in result["protocol"]
+    original = run(monkeypatch, "eval", TINY, *options)
+    assert original["kl"] is None
+    assert 1.5 < original["perplexity"] < result["perplexity"] < 4
+    itself = run(monkeypatch, "eval", TINY, "--reference", TINY, *options)
+    assert itself["kl"] == 0
+
+
+def test_inspect(quantized: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = run(monkeypatch, "inspect", str(quantized[0]), "--json")
+    assert len(facts["quantized"]) == 21
+    assert facts["quantized"][0]["bits"] == 3
+    assert facts["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
+    lines = run(monkeypatch, "inspect", str(quantized[0]))
+    assert "21 quantized and 8 other tensors" in lines
+    assert "lm_head.weight is model.embed_tokens.weight" in lines
+
+
+def test_rtn_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(monkeypatch, "quantize", TINY, str(tmp_path / "q"), "--method", "rtn", "--asym", "--json")
+    assert {x["method"] for x in report["layers"]} == {"rtn"}
+
+
+def test_errors_are_one_message_and_a_status(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "q")
+    cases = [
+        (("quantize", TINY, out), "error: GPTQ needs calibration data: --calibration FILE"),
+        (("quantize", TINY, out, "--calibration", str(text), "--bits", "5"), "error: bits is 5"),
+        (("quantize", TINY, out, "--calibration", "gone.jsonl"), "error: there is no file 'gone.jsonl'"),
+        (("quantize", str(tmp_path), out, "--method", "rtn"), "has no tokenizer that can be loaded"),
+        (("quantize", TINY, out, "--method", "rtn", "--group-size", "100"), "group_size does not divide"),
+        (("inspect", TINY), "has no gptq_ao.json"),
+        (("quantize", TINY, out, "--group-sizes", "1"), "--group-size"),
+    ]
+    for arguments, message in cases:
+        assert message in fail(monkeypatch, capsys, *arguments), arguments
+    assert not Path(out).exists()
+
+
+def test_as_a_process_stdout_is_one_json_object(quantized: tuple[Path, dict[str, Any]]) -> None:
+    command = [sys.executable, "-m", "gptq_ao", "inspect", str(quantized[0]), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(json.loads(done.stdout)["quantized"]) == 21
+    failed = subprocess.run([*command[:4], TINY], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "Traceback" not in failed.stderr
+
+
+def test_demo_shows_that_gptq_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptq_ao import demo
+
+    monkeypatch.setattr(demo, "EVALUATION_CHUNKS", 6)
+    monkeypatch.setattr(demo, "CALIBRATION_SAMPLES", 16)
+    monkeypatch.setattr(demo, "GENERATED_TOKENS", 12)
+    state = torch.get_rng_state()
+    result = run(monkeypatch, "demo", "--json")
+    assert torch.equal(torch.get_rng_state(), state)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["original", "4-bit RTN", "4-bit GPTQ", "3-bit RTN", "3-bit GPTQ"]
+    assert rows["4-bit GPTQ"]["kl"] < 0.75 * rows["4-bit RTN"]["kl"]
+    assert rows["3-bit GPTQ"]["kl"] < 0.75 * rows["3-bit RTN"]["kl"]
+    assert rows["original"]["bytes"] > 3.5 * rows["4-bit GPTQ"]["bytes"]
+    assert set(result["generated"]) == {"original", "4-bit GPTQ", "3-bit GPTQ"}
