@@ -1,4 +1,4 @@
-"""What goes wrong in practice, and the one error that says so. Afterwards the model is as it was, or the error says not."""
+"""What goes wrong in practice, and the one error that says so. Afterwards the model is as it was, or the error tells"""
 
 from typing import Any
 

@@ -61,7 +61,11 @@ def test_batch_without_a_tensor(value: Any, kind: str) -> None:
         as_batch(value)
 
 
-@pytest.mark.parametrize("value", [torch.empty(0, 3), (IDS, torch.empty(0, 3)), {"x": [torch.empty(0, 3)]}], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [torch.empty(0, 3), (IDS, torch.empty(0, 3)), {"x": [torch.empty(0, 3)]}],
+    ids=["tensor", "tuple", "nested"],
+)
 def test_batch_with_an_empty_tensor(value: Any) -> None:
     with pytest.raises(CalibrationError, match=r"the batch is empty: a tensor in it has shape \(0, 3\)\. Leave such"):
         as_batch(value)
@@ -91,7 +95,8 @@ def test_forms_of_calibration(calibration: Any) -> None:
 
 
 def test_batches_of_a_data_loader() -> None:
-    loader = DataLoader([{"input_ids": torch.full((3,), i)} for i in range(5)], batch_size=2)  # type: ignore[arg-type]
+    samples: Any = [{"input_ids": torch.full((3,), i)} for i in range(5)]
+    loader: DataLoader[Any] = DataLoader(samples, batch_size=2)
     batches = read_batches(loader)
     assert [b.kwargs["input_ids"].shape for b in batches] == [(2, 3), (2, 3), (1, 3)]
     assert not any(b.args for b in batches)
@@ -134,7 +139,8 @@ def test_one_batch_or_a_text_is_no_calibration(calibration: Any, kind: str) -> N
 def test_nothing_to_read() -> None:
     generator = generate()
     assert len(read_batches(generator)) == 2
-    for empty in (generator, [], lambda: ()):
+    nothing: list[Any] = [generator, [], lambda: ()]
+    for empty in nothing:
         message = r"no calibration data: the collection of batches is empty \(a generator already read\?\)"
         with pytest.raises(CalibrationError, match=message):
             read_batches(empty)

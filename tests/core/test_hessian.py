@@ -57,7 +57,8 @@ def test_split_into_batches_changes_nothing_but_rounding(dtype: torch.dtype) -> 
 
 def test_non_contiguous_input() -> None:
     x = random(33, 60)
-    assert torch.equal(observe(x.T.contiguous().T).finish().matrix, observe(x).finish().matrix)
+    expected, bound = exact(x)
+    assert ((observe(x.T.contiguous().T).finish().matrix.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32], ids=["bool", "int64", "fp32"])
@@ -69,7 +70,7 @@ def test_masked_rows_are_left_out_exactly(kind: torch.dtype, padding: float) -> 
     x[mask == 0] = padding
     hessian = observe(x, mask=mask).finish()
     expected, bound = exact(x[mask != 0])
-    assert hessian.rows == 9 + 9 - 4 + 6
+    assert hessian.rows == 5 + 9 + 6
     assert hessian.first_bad_batch is None
     assert ((hessian.matrix.double() - expected).abs() <= bound).all()
 

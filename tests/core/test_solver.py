@@ -329,6 +329,9 @@ def test_fp32_factor_of_a_large_hessian_agrees(monkeypatch: pytest.MonkeyPatch) 
     assert (precise.codes == coarse.codes).double().mean() >= 0.99
     errors = [relative_error(weight, s.dequantize(), hessian) for s in (precise, coarse)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    before = hessian.matrix.clone()
+    factor(hessian, "none")
+    assert torch.equal(hessian.matrix, before)
 
 
 @orders

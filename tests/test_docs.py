@@ -1,0 +1,74 @@
+"""Every snippet of the README and of docs/ runs: Python blocks in order, in one namespace a page; `$ gptq-ao` lines."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptq_ao import cli
+from gptq_ao.tiny_lm.corpus import documents
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_like_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    text = documents("heldout")[:6]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in text))
+    (tmp_path / "text.txt").write_text("\n".join(text))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    # Whatever is neither run here nor listed must not be written as a snippet.
+    assert {kind for kind, _ in blocks} <= {"python", "console", "bash"}
+    namespace: dict[str, object] = {"__name__": "snippet"}
+    for kind, body in blocks:
+        if kind == "python":
+            exec(compile(body, page, "exec"), namespace)
+        elif kind == "console":
+            for line in body.splitlines():
+                assert line.startswith("$ gptq-ao "), line
+                monkeypatch.setattr(sys, "argv", shlex.split(line[2:]))
+                with pytest.raises(SystemExit) as e:
+                    cli.main()
+                assert e.value.code == 0, line
+
+
+def test_bash_lines_are_those_that_ci_runs() -> None:
+    lines = [
+        line.split("#")[0].strip()
+        for kind, body in BLOCK.findall((ROOT / "README.md").read_text())
+        if kind == "bash"
+        for line in body.splitlines()
+    ]
+    assert lines == ["pip install -e .", "make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\ndemo: " in makefile
+    assert "\ntest: " in makefile
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]:
+        path = ROOT / page
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_option_of_quantize_is_documented() -> None:
+    import typer.main
+
+    command = typer.main.get_command(cli.app).commands["quantize"]  # type: ignore[attr-defined]
+    options = {o for p in command.params if p.param_type_name == "option" for o in p.opts + p.secondary_opts}
+    text = (ROOT / "docs" / "cli.md").read_text()
+    assert [
+        o for o in options - {"--help"} if o.removeprefix("--no-") not in text and o not in text and "strict" not in o
+    ] == []
