@@ -55,7 +55,10 @@ class GPTQConfig(AOBaseConfig):
                 f"group_size is {self.group_size!r}: give a number of input features that share a scale, "
                 "such as 32, 64 or 128, or -1 for one scale per output row"
             )
-        if self.damp_percent is not None and not 0 < self.damp_percent <= 10:
+        for flag in ("sym", "strict"):
+            _one_of(flag, getattr(self, flag), (True, False))
+        damp = self.damp_percent
+        if damp is not None and (type(damp) not in (int, float) or not 0 < damp <= 10):
             raise ConfigError(
                 f"damp_percent is {self.damp_percent!r}: give a fraction of the Hessian's mean diagonal, such as 0.01, "
                 "or None to derive it from the amount of calibration data"
@@ -63,6 +66,8 @@ class GPTQConfig(AOBaseConfig):
         if not isinstance(self.rules, dict):
             raise ConfigError(f"rules must be a dict {{pattern: override or None}}, got {type(self.rules).__name__}")
         for pattern, override in self.rules.items():
+            if not isinstance(pattern, str) or not (override is None or isinstance(override, dict)):
+                raise ConfigError(f"rule {pattern!r}: {override!r} is not a pattern and a dict of settings or None")
             _check_rule(self, pattern, override)
 
     @property
@@ -130,7 +135,7 @@ def gptq_config(
     """
     values = {"bits": bits, "group_size": group_size, "act_order": act_order}
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"preset is {preset!r}: give one of {', '.join(map(repr, PRESETS))}")
         defaults = {"bits": 4, "group_size": 128, "act_order": "static"}
         if values != defaults or desc_act is not None:
@@ -139,22 +144,25 @@ def gptq_config(
             )
         values = {**defaults, **PRESETS[preset]}
     if desc_act is not None:
+        _one_of("desc_act", desc_act, (True, False))
         if act_order != "static":
             raise ConfigError(f"desc_act={desc_act} and act_order={act_order!r} name the same setting: give one")
         values["act_order"] = "group" if desc_act else "none"
+    if rules is not None and not isinstance(rules, Mapping):
+        raise ConfigError(f"rules must be a dict {{pattern: override or None}}, got {type(rules).__name__}")
     return GPTQConfig(
         **values,  # type: ignore[arg-type]
         sym=sym,
         damp_percent=damp_percent,
         method=method,
-        rules={p: None if o is None else dict(o) for p, o in (rules or {}).items()},
+        rules={p: dict(o) if isinstance(o, Mapping) else o for p, o in (rules or {}).items()},
         strict=strict,
         _calibration=calibration,
     )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if type(value) not in {type(a) for a in allowed} or value not in allowed:
         raise ConfigError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
 
 

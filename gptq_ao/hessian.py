@@ -45,6 +45,7 @@ class HessianObserver(nn.Module):
         self._sum: Tensor | None = None
         self._rows: list[int | Tensor] = []
         self._finite: list[Tensor] = []
+        self._unseen_batches = 0  # before the first call
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add the rows of `x` [..., K], on its device; those where `mask` [...] is zero (padding) are left out.
@@ -61,7 +62,7 @@ class HessianObserver(nn.Module):
             rows = torch.where(keep, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
             self._rows.append(keep.sum())
         if self._sum is None:
-            self._sum = torch.zeros(self.in_features, self.in_features, device=x.device)
+            self._sum = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=x.device)
         if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
             self._sum += torch.mm(rows.T, rows, out_dtype=torch.float32)  # tensor cores
         else:
@@ -71,7 +72,9 @@ class HessianObserver(nn.Module):
 
     def end_batch(self) -> None:
         """Note whether the sums are still finite, so that `finish` can name the batch that spoiled them."""
-        if self._sum is not None:
+        if self._sum is None:
+            self._unseen_batches += 1
+        else:
             self._finite.append(torch.isfinite(self._sum.diagonal()).all())
 
     def finish(self) -> Hessian:
@@ -83,7 +86,7 @@ class HessianObserver(nn.Module):
         if self._sum is None:
             raise RuntimeError("a HessianObserver was never called")
         total, rows = self._sum, sum(int(r) for r in self._rows)
-        finite = torch.stack(self._finite).tolist() if self._finite else []
+        finite = [True] * self._unseen_batches + (torch.stack(self._finite).tolist() if self._finite else [])
         self._reset()
         return Hessian(total.div_(max(rows, 1)), rows, finite.index(False) if False in finite else None)
 

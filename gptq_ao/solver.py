@@ -134,11 +134,15 @@ def solve(
     together, and its grid comes from the weights as updated by all errors before it.
 
     Args:
-        grid: scale [N, G] fp16 and zero_point [N, G] uint8 of natural groups, to use instead of choosing.
+        grid: scale [N, G] fp16 and zero_point [N, G] uint8 of natural groups, to use instead of choosing; not with
+            `act_order="group"`, whose groups are not natural.
 
     Returns:
         The solution; codes are on the stored (fp16) scales exactly.
     """
+    if grid is not None and act_order == "group":
+        raise ValueError('act_order="group" makes its own groups: a given grid cannot fit them')
+    weight = weight.detach()
     n, k = weight.shape
     columns = group_columns(k, group_size)
     groups = k // columns
@@ -197,7 +201,7 @@ def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, sym: bool) -
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Hessian) -> float:
     """tr(E·H·Eᵀ) / tr(W·H·Wᵀ) with E = W − Ŵ: the share of the output's energy that the rounding changed."""
     W, E = weight.float(), weight.float() - quantized
-    with ieee_fp32():
+    with ieee_fp32(), torch.autocast(W.device.type, enabled=False):
         changed, energy = (torch.sum((m @ hessian.matrix) * m, dtype=torch.float64).item() for m in (E, W))
     return changed / energy if energy > 0 else 0.0
 

@@ -159,9 +159,10 @@ class GroupTensor(TorchAOBaseTensor):
         return type(self)(*(attributes.get(n, getattr(self, n)) for n in names))
 
     def _expanded(self, lead: tuple[int, ...]) -> "GroupTensor":
-        """The matrix as a stack of `lead` equal ones (or, for `()`, the first of such a stack), without a copy."""
+        """The matrix as a stack of `lead` equal ones (or, for `()`, the first matrix of a stack), without a copy."""
         inner = {n: getattr(self, n) for n in ("qdata", "scale_zero", "high_plane")}
-        inner = {n: t.expand(*lead, *t.shape) if lead else t[0] for n, t in inner.items() if t is not None}
+        first = (0,) * (self.dim() - 2)
+        inner = {n: t.expand(*lead, *t.shape) if lead else t[first] for n, t in inner.items() if t is not None}
         return self._replace(**inner)
 
     def __repr__(self) -> str:
@@ -205,8 +206,10 @@ implements_torch_function = GroupTensor.implements_torch_function
 
 def _times_transposed(x: Tensor, weight: GroupTensor) -> Tensor:
     """x·Wᵀ for a weight [N, K] (or a stack of them); x may be of another floating dtype than the weight."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not x.is_floating_point() or x.shape[-1] != weight.in_features:
+        raise ValueError(f"a product with {weight!r} cannot take {x.dtype} {tuple(x.shape)}")
     return ops.linear(x, *weight._packed())
 
 
@@ -215,17 +218,22 @@ def _product(x: Any, y: Any) -> Tensor:
     if isinstance(y, GroupTensor) and y.transposed and not isinstance(x, GroupTensor):
         # One matrix, expanded over a batch: a product of all rows with that matrix.
         return _times_transposed(x, y._expanded(()) if y.dim() == 3 and y.qdata.stride(0) == 0 else y)
-    dense = [t.dequantize() if isinstance(t, GroupTensor) else t for t in (x, y)]
-    return torch.matmul(*dense)
+    if isinstance(x, GroupTensor):
+        return torch.matmul(x.dequantize(y.dtype), y.dequantize() if isinstance(y, GroupTensor) else y)
+    return torch.matmul(x, y.dequantize(x.dtype))
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
 
 
 @implements([aten.linear.default])
 @implements_torch_function([torch.nn.functional.linear, aten.linear.default])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    x, weight, *rest = args
-    bias = rest[0] if rest else kwargs.get("bias")
+    x, weight, bias = _linear_arguments(*args, **kwargs)
     if not isinstance(weight, GroupTensor) or isinstance(x, GroupTensor) or isinstance(bias, GroupTensor):
-        raise NotImplementedError(f"linear takes a quantized weight only, got {tuple(type(a).__name__ for a in args)}")
+        kinds = tuple(type(a).__name__ for a in (x, weight, bias))
+        raise NotImplementedError(f"linear takes a quantized weight only, got {kinds}")
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
     y = x @ weight.dequantize(x.dtype).mT if weight.transposed else _times_transposed(x, weight)
@@ -240,7 +248,9 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 @implements([aten.addmm.default])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     bias, x, y = args
-    return bias * kwargs.get("beta", 1) + _product(x, y) * kwargs.get("alpha", 1)
+    product = _product(x, y) * kwargs.get("alpha", 1)
+    beta = kwargs.get("beta", 1)
+    return product if beta == 0 else product + bias * beta
 
 
 @implements([aten.t.default, aten.transpose.int, aten.permute.default])
@@ -265,7 +275,9 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     weight, size = args
     *lead, n, k = size
-    if weight.dim() != 2 or (n, k) not in (tuple(weight.shape), (-1, -1)):
+    if tuple(size) == tuple(weight.shape):
+        lead = []
+    elif weight.dim() != 2 or (n, k) not in (tuple(weight.shape), (-1, -1)):
         raise NotImplementedError(f"{weight!r} cannot be expanded to {tuple(size)}")
     with torch.inference_mode(False):
         stack = weight._expanded(tuple(lead)) if lead else weight._replace()
@@ -275,10 +287,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 @implements([aten.view.default, aten._unsafe_view.default])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     weight, size = args
-    if tuple(size) != tuple(weight.shape):
+    one_matrix = weight.qdata.stride()[:-3] == (0,) * (weight.dim() - 2)  # expanded over leading dimensions, if any
+    if tuple(size) != tuple(weight.shape) and not (one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:])):
         raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
     with torch.inference_mode(False):
-        same = weight._replace()
+        same = weight._expanded(()) if one_matrix else weight
+        same = same._expanded(tuple(size[:-2])) if one_matrix and len(size) > 2 else same._replace()
     return return_and_correct_aliasing(func, args, kwargs, same)
 
 
@@ -290,6 +304,37 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         lambda t: t.to(kwargs.get("device"), non_blocking=kwargs.get("non_blocking", False))
     )
     return return_and_correct_aliasing(func, args, kwargs, moved._replace(dtype=kwargs.get("dtype") or weight.dtype))
+
+
+def _kind(value: Any) -> str:
+    return repr(value) if isinstance(value, GroupTensor) else f"a {value.dtype} tensor {tuple(value.shape)}"
+
+
+@implements([aten.copy_.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    target, source = args[:2]
+    if not isinstance(target, GroupTensor):
+        return target.copy_(source.dequantize(target.dtype))
+    if type(target) is not type(source) or target.__tensor_flatten__() != source.__tensor_flatten__():
+        raise ValueError(
+            f"cannot copy {_kind(source)} into {target!r}: a quantized weight takes one of the same kind and groups"
+        )
+    for name in target.__tensor_flatten__()[0]:
+        inner = getattr(target, name)
+        inner.copy_(getattr(source, name))
+        if not inner.is_inference():
+            # Below autograd nothing counts versions, by which a kernel knows that its converted weight is out of date.
+            torch.autograd.graph.increment_version(inner)
+    return target
+
+
+_alias = GroupTensor._ATEN_OP_TABLE[GroupTensor][aten.detach.default]
+
+
+@implements([aten.detach.default, aten.alias.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    with torch.inference_mode(False):  # as for transposed views
+        return _alias(func, types, args, kwargs)
 
 
 class Int2GroupTensor(GroupTensor):

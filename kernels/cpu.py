@@ -4,6 +4,8 @@
 layout depends on the instruction set, so it is made from ours at first use and kept beside it, as long as that lives.
 """
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,7 +18,7 @@ MAX_ROWS = 96  # above, dequantizing once and multiplying densely is faster
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 16
 
-# qdata -> (its version when converted, converted weight, scales and offsets)
+# qdata -> (versions when converted, the scale_zero it was converted with, converted weight, scales and offsets)
 _converted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -53,13 +55,13 @@ def linear(
 def _convert(qdata: Tensor, scale_zero: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     version = (qdata._version, scale_zero._version)
     known = _converted.get(qdata)
-    if known is not None and known[0] == version:
-        return known[1], known[2]
+    if known is not None and known[0] == version and known[1]() is scale_zero:
+        return known[2], known[3]
     padded = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     codes = unpack_codes(qdata, None, 4, padded, in_features)
     scale, zero_point = (t.float() for t in unpack_scale_zero(scale_zero, padded))
     offset = (8 - zero_point) * scale
     weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     scale_and_offset = torch.stack([scale, offset], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
-    _converted[qdata] = (version, weight, scale_and_offset)
+    _converted[qdata] = (version, weakref.ref(scale_zero), weight, scale_and_offset)
     return weight, scale_and_offset

@@ -171,3 +171,24 @@ def test_serialized_config_has_no_calibration(monkeypatch: pytest.MonkeyPatch) -
     assert loaded == config
     assert list(loaded.rules) == list(rules)  # the order is their meaning
     assert loaded.calibration is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sym": "yes"}, "sym is 'yes': give one of True, False"),
+        ({"strict": 1}, "strict is 1: give one of True, False"),
+        ({"desc_act": "yes"}, "desc_act is 'yes'"),
+        ({"bits": 4.0}, "bits is 4.0: give one of 2, 3, 4, 8"),
+        ({"damp_percent": True}, "damp_percent is True"),
+        ({"damp_percent": "0.1"}, "damp_percent is '0.1'"),
+        ({"rules": {"a": "skip"}}, "rule 'a': 'skip' is not a pattern and a dict of settings or None"),
+        ({"rules": {"a": False}}, "rule 'a': False is not"),
+        ({"rules": {3: None}}, "rule 3: None is not a pattern"),
+        ({"rules": ["a"]}, "rules must be a dict .*, got list"),
+        ({"preset": ["a"]}, r"preset is \['a'\]"),
+    ],
+)
+def test_values_of_the_wrong_type(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gptq_config(**settings)

@@ -229,3 +229,11 @@ def test_observer_multiplies_in_full_precision(flags: str, monkeypatch: pytest.M
     observe(random(5, 8))
     assert seen == [["ieee", "ieee"]]
     assert read_flags() == [flags, flags]
+
+
+def test_batches_before_the_first_call_count() -> None:
+    observer = HessianObserver(4)
+    observer.end_batch()
+    observer(torch.full((2, 4), float("nan")))
+    observer.end_batch()
+    assert observer.finish().first_bad_batch == 1

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ shapes = pytest.mark.parametrize(("n", "k", "group"), SHAPES, ids=[f"{n}x{k}g{g}
 grids = pytest.mark.parametrize(("bits", "sym"), GRIDS, ids=[f"{b}bit-{'sym' if s else 'asym'}" for b, s in GRIDS])
 kinds = pytest.mark.parametrize("kind", ["random", "correlated", "ill-conditioned"])
 orders = pytest.mark.parametrize("act_order", ["static", "none", "group"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Column by column there is too little to share: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -370,9 +370,23 @@ def test_linear_of_a_quantized_input() -> None:
         F.linear(random(5, K), make(), make(1, N, group=N))
 
 
-@pytest.mark.parametrize("function", [lambda w: w + 1, lambda w: w[0], lambda w: w.view(-1), torch.isnan])
-def test_unsupported_functions(function: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(NotImplementedError, match=r"Int4GroupTensor dispatch: attempting to run unimplemented"):
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda w: w.view(-1),
+            r"Int4GroupTensor\(shape=\(40, 96\).* cannot be viewed as \(-1,\): packed codes have no oth",
+        ),
+        (lambda w: w.view(8, 5, 96), r"cannot be viewed as \(8, 5, 96\)"),
+        (lambda w: w[:1], r"attempting to run unimplemented operator.*aten\.slice"),
+        (lambda w: w.expand(2, 40, 97), r"Int4GroupTensor\(shape=\(40, 96\).* cannot be expanded to \(2, 40, 97\)"),
+        (lambda w: w + 1, r"Int4GroupTensor dispatch: attempting to run unimplemented operator.*aten\.add"),
+        (torch.isnan, r"Int4GroupTensor dispatch: attempting to run unimplemented operator.*aten\.isnan"),
+    ],
+    ids=["view(-1)", "view(8,5,96)", "slice", "expand", "add", "isnan"],
+)
+def test_unsupported_functions(function: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
         function(make())
 
 
@@ -440,7 +454,7 @@ def test_copy_in_place() -> None:
     ids=["group", "bits", "perm", "dtype"],
 )
 def test_copy_of_another_kind(other: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="metadata mismatch"), torch.no_grad():
+    with pytest.raises(ValueError, match="takes one of the same kind"), torch.no_grad():
         make().copy_(make(**other))
 
 
@@ -491,7 +505,7 @@ def test_state_dict(permuted: bool, bits: int) -> None:
 
 @pytest.mark.parametrize("other", [{"group": 48}, {"bits": 8}, {"permuted": True}], ids=["group", "bits", "perm"])
 def test_state_dict_of_another_kind(other: dict[str, Any]) -> None:
-    with pytest.raises(RuntimeError, match=r'parameter named "weight"(.|\n)*metadata mismatch'):
+    with pytest.raises(RuntimeError, match=r'parameter named "weight"(.|\n)*takes one of the same kind'):
         linear_of(make()).load_state_dict(linear_of(make(**other)).state_dict())
 
 
@@ -577,3 +591,40 @@ def test_compiled_weight_may_change_in_place() -> None:
     module.load_state_dict(linear_of(make(dtype=BF16, seed=9), bias=False).state_dict())
     assert torch.equal(compiled(x), module(x))
     assert not torch.equal(compiled(x), before)
+
+
+def test_a_dense_state_dict_does_not_go_into_a_quantized_weight() -> None:
+    with (
+        pytest.raises(ValueError, match=r"cannot copy a torch.float32 tensor \(40, 96\) into Int4GroupTensor"),
+        torch.no_grad(),
+    ):
+        make().copy_(torch.ones(40, 96))
+    dense = torch.zeros(40, 96)
+    dense.copy_(make())
+    assert torch.equal(dense, make().dequantize(torch.float32))
+
+
+def test_products_that_cannot_be() -> None:
+    weight = make()
+    with pytest.raises(ValueError, match=r"cannot take torch.int64 \(3, 96\)"):
+        F.linear(torch.ones(3, 96, dtype=torch.long), weight)
+    with pytest.raises(ValueError, match=r"cannot take torch.float32 \(3, 95\)"):
+        torch.mm(torch.ones(3, 95), weight.t())
+
+
+def test_strided_batches_of_more_dimensions() -> None:
+    weight = make(dtype=torch.float32)
+    x = torch.randn(2, 3, 5, 96, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    assert torch.allclose(x @ weight.t(), x @ weight.dequantize().t(), atol=1e-5)
+
+
+def test_a_copy_has_its_own_memory() -> None:
+    weight = make()
+    assert weight.to(torch.float16).qdata.data_ptr() != weight.qdata.data_ptr()
+
+
+def test_addmm_without_its_bias_ignores_what_is_in_it() -> None:
+    weight = make(dtype=torch.float32)
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    y = torch.addmm(torch.full((40,), float("nan")), x, weight.t(), beta=0, alpha=2)
+    assert torch.equal(y, (x @ weight.t()) * 2)
