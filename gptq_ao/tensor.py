@@ -300,9 +300,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     # The base class keeps the dtype whatever is asked for.
     weight = args[0]
-    moved = weight._apply_fn_to_data(
-        lambda t: t.to(kwargs.get("device"), non_blocking=kwargs.get("non_blocking", False))
-    )
+    device, in_background = kwargs.get("device") or weight.device, kwargs.get("non_blocking", False)
+    moved = weight._apply_fn_to_data(lambda t: t.to(device, non_blocking=in_background, copy=True))
     return return_and_correct_aliasing(func, args, kwargs, moved._replace(dtype=kwargs.get("dtype") or weight.dtype))
 
 
