@@ -1,10 +1,13 @@
 """What was done to a model: one line per weight, nothing left out."""
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Report", "WeightReport"]
+__all__ = ["Clock", "Report", "WeightReport"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Report:
         excluded: name → reason, for every matrix of the model that stays as it is.
         hessians: how many were accumulated.
         seconds: phase → wall time: capture, plan, calibrate, solve.
-        peak_bytes: "host": peak resident memory of the process; "cuda": peak of PyTorch's allocator, on such a device.
+        peak_bytes: so far in this process. "host": resident memory; "cuda": PyTorch's allocator, where CUDA is in use.
     """
 
     weights: tuple[WeightReport, ...]
@@ -63,7 +66,7 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, scales, zero points and padding included."""
-        return 8 * sum(w.bytes for w in self.weights) / sum(_count(w) for w in self.weights)
+        return 8 * sum(w.bytes for w in self.weights) / sum(math.prod(w.shape) for w in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -101,8 +104,16 @@ class Report:
         return "\n".join(lines)
 
 
-def _count(weight: WeightReport) -> int:
-    count = 1
-    for size in weight.shape:
-        count *= size
-    return count
+class Clock:
+    """Wall time by phase: `with clock("solve"): …`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

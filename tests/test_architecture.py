@@ -19,6 +19,8 @@ FLOORS: list[set[str]] = [
     {
         "tensor",
         "architecture",
+        "preflight",
+        "solve_group",
         "passes.capture",
         "passes.canonicalize",
         "passes.find_linears",
