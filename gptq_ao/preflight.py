@@ -6,13 +6,15 @@ import torch
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
-from gptq_ao.errors import ConfigError, NonFiniteError
+from gptq_ao.errors import ConfigError, NoLinearError, NonFiniteError
 from gptq_ao.passes.records import Excluded, LinearSite
 
-__all__ = ["check_finite", "check_not_quantized", "linear_modules", "name_filter", "output_heads"]
+__all__ = ["check_unquantized", "check_values", "linear_modules", "name_filter", "output_heads"]
 
 
-def check_not_quantized(model: nn.Module) -> None:
+def check_unquantized(model: nn.Module) -> None:
+    if next(model.parameters(), None) is None:
+        raise NoLinearError(f"the model ({type(model).__name__}) has no parameters: nothing to quantize")
     done = [name for name, p in model.named_parameters() if isinstance(p, TorchAOBaseTensor)]
     if done:
         raise ConfigError(
@@ -21,9 +23,11 @@ def check_not_quantized(model: nn.Module) -> None:
         )
 
 
-def check_finite(model: nn.Module, names: Iterable[str]) -> None:
+def check_values(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         parameter = model.get_parameter(name)
+        if parameter.device.type == "meta":
+            raise ConfigError(f"{name!r} is on the meta device, it has no values: load the weights first")
         bad = int((~torch.isfinite(parameter)).sum())
         if bad:
             raise NonFiniteError(

@@ -26,7 +26,7 @@ from gptq_ao.passes.observe import observe
 from gptq_ao.passes.records import Plan, Program, Selection
 from gptq_ao.passes.rewrite import replace_parameter
 from gptq_ao.passes.schedule import schedule
-from gptq_ao.preflight import check_finite, check_not_quantized, linear_modules, name_filter, output_heads
+from gptq_ao.preflight import check_unquantized, check_values, linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.solve_group import SolvedWeight, round_weight, solve_group
 from gptq_ao.tensor import GroupTensor, tensor_class
@@ -63,13 +63,13 @@ def quantize_(
         given = {} if filter_fn is None else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
-    check_not_quantized(model)
+    check_unquantized(model)
     clock = Clock()
     wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
     if config.method == "rtn" and config.calibration is None:
         with clock("plan"):
             selection = choose_weights(*linear_modules(model), config, wanted)
-            check_finite(model, selection.settings)
+            check_values(model, selection.settings)
         return _report(_round_all(model, selection, clock), selection, None, clock)
 
     batches = read_batches(config.calibration)
@@ -78,7 +78,7 @@ def quantize_(
         program = canonicalize(capture(model, batches[0]), run_on)
     with clock("plan"):
         selection = choose_weights(*find_linears(program, output_heads(model)), config, wanted)
-        check_finite(model, selection.settings)
+        check_values(model, selection.settings)
         _check_support(config, selection)
         plan = observe(schedule(program, selection))
         store = [_bind(program, batch, i, run_on) for i, batch in enumerate(batches)]

@@ -31,7 +31,7 @@ FLOORS: list[set[str]] = [
         "passes.rewrite",
     },
     {"quantize", "checkpoint", "evaluate"},
-    {"integrations.torchao", "integrations.transformers"},
+    {"integrations", "integrations.torchao", "integrations.transformers"},
     {"tiny_lm.corpus"},
     {"demo"},
     {"", "cli"},

@@ -126,6 +126,13 @@ def test_a_model_with_no_linear() -> None:
         quantize_(embedding, gptq_config(4, 32, calibration=[torch.zeros(2, 3, dtype=torch.long)]))
 
 
+def test_a_model_without_parameters_or_without_values() -> None:
+    with pytest.raises(NoLinearError, match=r"the model \(ReLU\) has no parameters"):
+        quantize_(nn.ReLU(), gptq_config(4, 32, calibration=[rows()]))
+    with pytest.raises(ConfigError, match=r"'0.weight' is on the meta device, it has no values: load the weights"):
+        quantize_(mlp().to("meta"), gptq_config(4, 32, method="rtn"))
+
+
 def test_quantizing_twice() -> None:
     model = tiny_llama(layers=1)
     config = gptq_config(4, 32, calibration=token_batches())

@@ -1,5 +1,8 @@
 """Models and tokenizers from a local Hugging Face directory or a hub id. Safetensors only, no remote code."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,10 @@ def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.
     if directory.is_dir():
         check_weight_map(directory)
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
-        )
+        with _bars_on_a_terminal_only():
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+            )
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{source!r} cannot be loaded as a causal language model: {e}") from e
     return model.eval().to(device)
@@ -45,3 +49,18 @@ def load_tokenizer(source: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{source!r} has no tokenizer that can be loaded: {e}") from e
+
+
+@contextlib.contextmanager
+def _bars_on_a_terminal_only() -> Iterator[None]:
+    """transformers draws its progress bars into files and pipes as well."""
+    from transformers.utils import logging
+
+    silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()

@@ -1,0 +1,37 @@
+"""The benchmark scripts run. What they measure is not asserted."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptq_ao.tiny_lm.corpus import documents
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(documents("heldout")[:4]))
+    text = str(tmp_path / "text.txt")
+    options = ["--seq-len", "64", "--num-samples", "8", "--max-chunks", "4"]
+    script = runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"))
+    script["FORMATS"][:] = [{"bits": 4, "group_size": 128}]
+    monkeypatch.setattr(
+        sys, "argv", ["x", str(ROOT / "examples/tiny_lm"), "--calibration", text, "--data", text, *options]
+    )
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("original: perplexity")
+    assert [line.split()[0] for line in lines[3:]] == ["W4", "W4"]
+
+
+def test_linear(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "linear.py"))
+    script["SHAPES"][:] = [(32, 64)]
+    script["ROWS"][:] = [1, 100]
+    monkeypatch.setattr(sys, "argv", ["x", "--bits", "4", "3", "--group-size", "32"])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 4
+    assert "32 x 64" in lines[2]
