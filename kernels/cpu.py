@@ -14,7 +14,8 @@ from gptq_ao.packing import unpack_codes, unpack_scale_zero
 
 __all__ = ["linear", "supports"]
 
-MAX_ROWS = 96  # above, dequantizing once and multiplying densely is faster
+ROWS_PER_CALL = 64  # the kernel is slower per row when it gets more than about 96
+MAX_ROWS = 256  # above, where dequantizing pays off on processors with fast bf16 products, weights are dequantized
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 16
 
@@ -48,7 +49,9 @@ def linear(
     weight, scale_and_offset = _convert(qdata, scale_zero, out_features, in_features)
     rows = x.reshape(-1, in_features)
     rows = rows if perm is None else rows[:, perm]
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, group_size, scale_and_offset)
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    parts = [product(part, weight, group_size, scale_and_offset) for part in rows.contiguous().split(ROWS_PER_CALL)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y[:, :out_features].contiguous().reshape(*x.shape[:-1], out_features)
 
 

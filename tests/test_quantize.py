@@ -71,7 +71,7 @@ def qwen3() -> Any:
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]], int]] = {
     "llama": (tiny_llama, token_batches, 14),
     "llama-tied": (lambda: tiny_llama(tied=True), token_batches, 14),
-    "llama-bf16": (lambda: tiny_llama(dtype=torch.bfloat16), lambda: token_batches(rows=4), 14),
+    "llama-bf16": (lambda: tiny_llama(dtype=torch.bfloat16), lambda: token_batches(rows=8), 14),
     "qwen3": (qwen3, token_batches, 14),
     "gpt2": (gpt2, token_batches, 8),
     "policy": (lambda: seeded(Policy()), policy_batches, 6),

@@ -197,7 +197,7 @@ def cpu_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-@pytest.mark.parametrize("rows", [1, 7, 96])
+@pytest.mark.parametrize("rows", [1, 7, 65, 256])
 @pytest.mark.parametrize("n", [16, 19, 160])
 def test_cpu_kernel_is_taken_and_right(n: int, rows: int, group: int, cpu_calls: list[Tensor]) -> None:
     packed = pack(n, 512, bits=4, group=group, permuted=rows == 7)
@@ -227,8 +227,8 @@ def test_cpu_kernel_weight_by_weight(permuted: bool, cpu_calls: list[Tensor]) ->
 @pytest.mark.parametrize(
     ("x_shape", "shape", "bits", "group", "dtype"),
     [
-        ((97, 64), (19, 64), 4, 32, BF16),
-        ((2, 49, 64), (19, 64), 4, 32, BF16),
+        ((257, 64), (19, 64), 4, 32, BF16),
+        ((2, 129, 64), (19, 64), 4, 32, BF16),
         ((5, 48), (19, 48), 4, 48, BF16),
         ((5, 512), (19, 512), 4, 512, BF16),
         ((5, 64), (19, 64), 4, 16, BF16),
@@ -240,7 +240,7 @@ def test_cpu_kernel_weight_by_weight(permuted: bool, cpu_calls: list[Tensor]) ->
         ((2, 5, 64), (2, 19, 64), 4, 32, BF16),
         ((0, 64), (19, 64), 4, 32, BF16),
     ],
-    ids=["97rows", "2x49rows", "g48", "g512", "g16", "2bit", "3bit", "8bit", "fp32", "fp16", "stack", "0rows"],
+    ids=["257rows", "2x129rows", "g48", "g512", "g16", "2bit", "3bit", "8bit", "fp32", "fp16", "stack", "0rows"],
 )
 def test_cpu_kernel_is_left_alone(
     x_shape: tuple[int, ...],
