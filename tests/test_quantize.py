@@ -41,39 +41,43 @@ def policy_batches() -> list[dict[str, Tensor]]:
     return [{n: torch.randn(2, 30, 64, generator=g) for n in ("state", "goal")} for _ in range(3)]
 
 
+def language_model(family: str, **settings: Any) -> Any:
+    """A tiny random causal language model by the prefix of its class names in transformers."""
+    import transformers
+
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **settings})
+    architecture = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, architecture)(config).eval()
+
+
 def gpt2() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64, bos_token_id=0, eos_token_id=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(config).eval()
-
-
-def qwen3() -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=96,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Qwen3ForCausalLM(config).eval()
+    return language_model("GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=64)
 
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]], int]] = {
     "llama": (tiny_llama, token_batches, 14),
     "llama-tied": (lambda: tiny_llama(tied=True), token_batches, 14),
     "llama-bf16": (lambda: tiny_llama(dtype=torch.bfloat16), lambda: token_batches(rows=8), 14),
-    "qwen3": (qwen3, token_batches, 14),
-    "gpt2": (gpt2, token_batches, 8),
+    "qwen3": (lambda: language_model("Qwen3"), token_batches, 14),
+    "gemma2": (lambda: language_model("Gemma2"), token_batches, 14),
+    "phi-parallel": (lambda: language_model("Phi"), token_batches, 12),
+    "opt": (lambda: language_model("OPT", ffn_dim=128, word_embed_proj_dim=64), token_batches, 12),
+    "gpt2-conv1d": (gpt2, token_batches, 8),
     "policy": (lambda: seeded(Policy()), policy_batches, 6),
     "mha": (
         lambda: seeded(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)),
