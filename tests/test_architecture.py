@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [
     {"packing", "grid", "hessian", "batches", "data", "report", "manifest"},
     {"solver", "kernels.reference", "kernels.cpu"},
     {"ops"},
-    {"passes.records"},
+    {"passes.records", "group_tensor"},
     {
         "tensor",
         "architecture",

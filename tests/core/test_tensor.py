@@ -628,3 +628,9 @@ def test_addmm_without_its_bias_ignores_what_is_in_it() -> None:
     x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
     y = torch.addmm(torch.full((40,), float("nan")), x, weight.t(), beta=0, alpha=2)
     assert torch.equal(y, (x @ weight.t()) * 2)
+
+
+def test_a_stack_of_another_size_is_not_broadcast() -> None:
+    one, three = make().expanded((1,)), make().expanded((3,))
+    with pytest.raises(ValueError, match="takes one of the same kind"), torch.no_grad():
+        three.copy_(one)
