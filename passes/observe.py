@@ -27,11 +27,10 @@ def observe(plan: Plan) -> Plan:
 
 
 def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...]) -> Segment:
-    module = fx.GraphModule(segment.module, fx.Graph())
-    graph = module.graph
+    graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(segment.module.graph, copies)
-    graph.output(output)
+    graph.output(graph.graph_copy(segment.module.graph, copies))
+    module = fx.GraphModule(segment.module, graph)  # with the attributes that the graph refers to
     by_name = {n.name: copies[n] for n in segment.module.graph.nodes if n in copies}
     for group in groups:
         module.add_submodule(group.name, HessianObserver(group.in_features))

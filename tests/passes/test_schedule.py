@@ -264,3 +264,30 @@ def test_one_weight_on_two_independent_inputs() -> None:
     assert stages(plan) == [[{"tower"}], [{"head"}]]
     assert not plan.stages[0].entangled
     assert len(plan.stages[0].groups[0].activations) == 2
+
+
+def test_control_flow_that_stays_a_submodule_of_the_graph() -> None:
+    """torch.cond keeps its branches as graphs of their own, which the segments must carry along."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y = torch.cond(y.sum() > 0, lambda t: t * 2, lambda t: t - 1, (y,))
+            return self.second(y)
+
+    model = seeded(Branches())
+    program, plan = planned(model, torch.ones(4, 16))
+    assert stages(plan) == [[{"first"}], [{"second"}]]
+    observed = observe(plan)
+    for sign in (1, -1):
+        x = sign * torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.equal(run(model, program, plan, x)[0], model(x))
+        store: list[dict[str, Any]] = [dict(program.bind(as_batch(x), "batch"))]
+        for segment, stage in zip(observed.segments, observed.stages, strict=True):
+            hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
+            assert [h.rows for h in hessians] == [7]
