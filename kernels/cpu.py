@@ -15,8 +15,8 @@ from gptq_ao.packing import unpack_codes, unpack_scale_zero
 __all__ = ["linear", "supports"]
 
 ROWS_PER_CALL = 64  # the kernel is slower per row when it gets more than about 96
-# Above, one dequantization is shared by many rows. Where that pays depends on how fast the processor's dense bf16 product
-# is; where it is slow, this kernel would still be ahead at 256 rows.
+# Above, one dequantization is shared by many rows. Where that pays depends on the processor's dense bf16 product; where
+# that is slow, this kernel would still be ahead at 256 rows.
 MAX_ROWS = 256
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 16
