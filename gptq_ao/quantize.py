@@ -24,12 +24,12 @@ from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.records import Plan, Program, Selection
-from gptq_ao.passes.rewrite import replace_parameter
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.preflight import check_unquantized, check_values, linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.solve_group import SolvedWeight, round_weight, solve_group
 from gptq_ao.tensor import GroupTensor, tensor_class
+from gptq_ao.weights import ModelWeights
 
 __all__ = ["quantize_", "quantize_parameter_", "whole_model"]
 
@@ -65,26 +65,27 @@ def quantize_(
         return None
     check_unquantized(model)
     clock = Clock()
+    weights = ModelWeights(model)
     wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
     if config.method == "rtn" and config.calibration is None:
         with clock("plan"):
             selection = choose_weights(*linear_modules(model), config, wanted)
-            check_values(model, selection.settings)
-        return _report(_round_all(model, selection, clock), selection, None, clock)
+            check_values((n, weights.get(n)) for n in selection.settings)
+        return _report(_round_all(weights, selection, clock), selection, None, clock)
 
     batches = read_batches(config.calibration)
-    run_on = torch.device(device) if device is not None else next(model.parameters()).device
+    run_on = torch.device(device) if device is not None else weights.device
     with clock("capture"):
-        program = canonicalize(capture(model, batches[0]), run_on)
+        program = canonicalize(capture(model, batches[0], weights.device), run_on)
     with clock("plan"):
         selection = choose_weights(*find_linears(program, output_heads(model)), config, wanted)
-        check_values(model, selection.settings)
+        check_values((n, weights.get(n)) for n in selection.settings)
         _check_support(config, selection)
         plan = observe(schedule(program, selection))
         store = [_bind(program, batch, i, run_on) for i, batch in enumerate(batches)]
     if all(c.method == "rtn" for c in selection.settings.values()):
-        return _report(_round_all(model, selection, clock), selection, None, clock)
-    return _report(_run(model, program, plan, store, run_on, config.strict, clock), selection, plan, clock)
+        return _report(_round_all(weights, selection, clock), selection, None, clock)
+    return _report(_run(weights, program, plan, store, run_on, config.strict, clock), selection, plan, clock)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
@@ -102,11 +103,11 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
     check_group_sizes({name: ((parameter.shape[-2], parameter.shape[-1]), config)})
-    _rewrite(module, round_weight(name, parameter, config), transposed=False, stage=0)
+    _rewrite(ModelWeights(module), round_weight(name, parameter, config), transposed=False, stage=0)
 
 
 def _run(
-    model: nn.Module,
+    weights: ModelWeights,
     program: Program,
     plan: Plan,
     store: list[dict[str, Any]],
@@ -123,12 +124,12 @@ def _run(
         for number, (stage, segment) in enumerate(bar, 1):
             bar.set_description(stage.groups[0].weights[0].removesuffix(".weight"))
             with clock("calibrate"):
-                hessians = calibrate(segment, stage, store, lambda name: _static(model, program, name, device))
+                hessians = calibrate(segment, stage, store, lambda name: _static(weights, program, name, device))
             with clock("solve"), torch.no_grad():
                 for group, hessian in zip(stage.groups, hessians, strict=True):
-                    weights = {n: _matrix(model.get_parameter(n), transposed[n]).to(device) for n in group.weights}
-                    for solved in solve_group(weights, plan.selection.settings, hessian, strict):
-                        done.append(_rewrite(model, solved, transposed[solved.name], number))
+                    dense = {n: _matrix(weights.get(n, device), transposed[n]) for n in group.weights}
+                    for solved in solve_group(dense, plan.selection.settings, hessian, strict):
+                        done.append(_rewrite(weights, solved, transposed[solved.name], number))
     except BaseException as e:
         if done:
             e.add_note(f"{len(done)} of {len(plan.selection.settings)} weights are quantized already: reload the model")
@@ -136,30 +137,22 @@ def _run(
     return done
 
 
-def _round_all(model: nn.Module, selection: Selection, clock: Clock) -> list[WeightReport]:
+def _round_all(weights: ModelWeights, selection: Selection, clock: Clock) -> list[WeightReport]:
     transposed = {s.weight: s.transposed for s in selection.sites}
     with clock("solve"), torch.no_grad():
         return [
-            _rewrite(
-                model, round_weight(name, _matrix(model.get_parameter(name), transposed[name]), c), transposed[name], 0
-            )
+            _rewrite(weights, round_weight(name, _matrix(weights.get(name), transposed[name]), c), transposed[name], 0)
             for name, c in selection.settings.items()
         ]
 
 
-def _rewrite(model: nn.Module, solved: SolvedWeight, transposed: bool, stage: int) -> WeightReport:
-    """Put a solution in place of its parameter, on that one's device."""
-    parameter, s = model.get_parameter(solved.name), solved.solution
-    home = parameter.device
+def _rewrite(weights: ModelWeights, solved: SolvedWeight, transposed: bool, stage: int) -> WeightReport:
+    """Put a solution in place of its parameter."""
+    parameter, s = weights.model.get_parameter(solved.name), solved.solution
     packed = tensor_class(solved.config.bits).from_codes(
-        s.codes.to(home),
-        s.scale.to(home),
-        s.zero_point.to(home),
-        dtype=parameter.dtype,
-        perm=None if s.perm is None else s.perm.to(home),
-        transposed=transposed,
+        s.codes, s.scale, s.zero_point, dtype=parameter.dtype, perm=s.perm, transposed=transposed
     )
-    replace_parameter(model, solved.name, packed)
+    weights.replace(solved.name, packed)
     return WeightReport(
         name=solved.name,
         shape=tuple(parameter.shape),
@@ -177,17 +170,14 @@ def _rewrite(model: nn.Module, solved: SolvedWeight, transposed: bool, stage: in
     )
 
 
-def _static(model: nn.Module, program: Program, name: str, device: torch.device) -> Any:
+def _static(weights: ModelWeights, program: Program, name: str, device: torch.device) -> Any:
     """A parameter, buffer or constant of the graph, on the device that runs it."""
     if name in program.constants:
         value = program.constants[name]
-    elif name in program.buffers:
-        value = model.get_buffer(program.buffers[name])
-    else:
-        value = model.get_parameter(program.parameters[name]).detach()
+        return value.to(device) if isinstance(value, Tensor) else value
+    value = weights.get(program.buffers.get(name) or program.parameters[name], device)
     # Dequantized once per segment, not once per batch: it is what the weight's own product does for many rows.
-    value = value.dequantize() if isinstance(value, GroupTensor) else value
-    return value.to(device) if isinstance(value, Tensor) else value
+    return value.dequantize() if isinstance(value, GroupTensor) else value
 
 
 def _matrix(parameter: Tensor, transposed: bool) -> Tensor:

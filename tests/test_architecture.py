@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
         "passes.calibrate",
         "passes.rewrite",
     },
+    {"weights"},
     {"quantize", "checkpoint", "evaluate"},
     {"integrations", "integrations.torchao", "integrations.transformers"},
     {"tiny_lm.corpus"},
