@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
     {"errors"},
     {"config"},
-    {"packing", "grid", "hessian", "batches", "data", "report", "manifest"},
+    {"packing", "grid", "hessian", "batches", "data", "report", "manifest", "shards"},
     {"solver", "kernels.reference", "kernels.cpu"},
     {"ops"},
     {"passes.records", "group_tensor"},
@@ -30,7 +30,8 @@ FLOORS: list[set[str]] = [
         "passes.calibrate",
         "passes.rewrite",
     },
-    {"weights"},
+    {"weights", "stored"},
+    {"writer"},
     {"quantize", "checkpoint", "evaluate"},
     {"integrations", "integrations.torchao", "integrations.transformers"},
     {"tiny_lm.corpus"},
