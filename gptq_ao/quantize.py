@@ -25,13 +25,13 @@ from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.records import Plan, Program, Selection
 from gptq_ao.passes.schedule import schedule
-from gptq_ao.preflight import check_unquantized, check_values, linear_modules, name_filter, output_heads
+from gptq_ao.preflight import check_unquantized, linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.solve_group import SolvedWeight, round_weight, solve_group
 from gptq_ao.tensor import GroupTensor, tensor_class
-from gptq_ao.weights import ModelWeights
+from gptq_ao.weights import ModelWeights, Weights
 
-__all__ = ["quantize_", "quantize_parameter_", "whole_model"]
+__all__ = ["quantize_", "quantize_parameter_", "quantize_weights", "whole_model"]
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -64,13 +64,22 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     check_unquantized(model)
-    clock = Clock()
-    weights = ModelWeights(model)
+    return quantize_weights(ModelWeights(model), config, filter_fn, device)
+
+
+def quantize_weights(
+    weights: Weights,
+    config: GPTQConfig,
+    filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
+) -> Report:
+    """`quantize_` for a model whose weights are anywhere."""
+    clock, model = Clock(), weights.model
     wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
     if config.method == "rtn" and config.calibration is None:
         with clock("plan"):
             selection = choose_weights(*linear_modules(model), config, wanted)
-            check_values((n, weights.get(n)) for n in selection.settings)
+            weights.check(selection)
         return _report(_round_all(weights, selection, clock), selection, None, clock)
 
     batches = read_batches(config.calibration)
@@ -79,7 +88,7 @@ def quantize_(
         program = canonicalize(capture(model, batches[0], weights.device), run_on)
     with clock("plan"):
         selection = choose_weights(*find_linears(program, output_heads(model)), config, wanted)
-        check_values((n, weights.get(n)) for n in selection.settings)
+        weights.check(selection)
         _check_support(config, selection)
         plan = observe(schedule(program, selection))
         store = [_bind(program, batch, i, run_on) for i, batch in enumerate(batches)]
@@ -107,7 +116,7 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
 
 
 def _run(
-    weights: ModelWeights,
+    weights: Weights,
     program: Program,
     plan: Plan,
     store: list[dict[str, Any]],
@@ -131,13 +140,13 @@ def _run(
                     for solved in solve_group(dense, plan.selection.settings, hessian, strict):
                         done.append(_rewrite(weights, solved, transposed[solved.name], number))
     except BaseException as e:
-        if done:
+        if done and isinstance(weights, ModelWeights):
             e.add_note(f"{len(done)} of {len(plan.selection.settings)} weights are quantized already: reload the model")
         raise
     return done
 
 
-def _round_all(weights: ModelWeights, selection: Selection, clock: Clock) -> list[WeightReport]:
+def _round_all(weights: Weights, selection: Selection, clock: Clock) -> list[WeightReport]:
     transposed = {s.weight: s.transposed for s in selection.sites}
     with clock("solve"), torch.no_grad():
         return [
@@ -146,7 +155,7 @@ def _round_all(weights: ModelWeights, selection: Selection, clock: Clock) -> lis
         ]
 
 
-def _rewrite(weights: ModelWeights, solved: SolvedWeight, transposed: bool, stage: int) -> WeightReport:
+def _rewrite(weights: Weights, solved: SolvedWeight, transposed: bool, stage: int) -> WeightReport:
     """Put a solution in place of its parameter."""
     parameter, s = weights.model.get_parameter(solved.name), solved.solution
     packed = tensor_class(solved.config.bits).from_codes(
@@ -170,7 +179,7 @@ def _rewrite(weights: ModelWeights, solved: SolvedWeight, transposed: bool, stag
     )
 
 
-def _static(weights: ModelWeights, program: Program, name: str, device: torch.device) -> Any:
+def _static(weights: Weights, program: Program, name: str, device: torch.device) -> Any:
     """A parameter, buffer or constant of the graph, on the device that runs it."""
     if name in program.constants:
         value = program.constants[name]
