@@ -63,7 +63,7 @@ def quantize_checkpoint(
 
 
 class CheckpointWeights:
-    """The weights of a model on disk, see `weights.Weights`: quantized ones in the new checkpoint, others in the source."""
+    """The `Weights` of a model on disk: quantized ones in the new checkpoint, others in the source."""
 
     def __init__(self, source: Source, writer: CheckpointWriter) -> None:
         self.model: nn.Module = source.model
