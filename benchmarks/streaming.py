@@ -1,12 +1,12 @@
-"""Quantize a checkpoint in a process that may not have a quarter of its size in memory, and compare with doing it there.
+"""Quantize a checkpoint in a process that may use a quarter of its size as memory, and compare with doing it in memory.
 
     python benchmarks/streaming.py --gigabytes 4 /tmp/streaming
 
 Makes a random bf16 Llama of that size in the folder, then runs GPTQ on it twice, each time in a process of its own:
 `quantize_checkpoint` under a hard RLIMIT_DATA (all private writable memory of the process, imports included; an
-allocation beyond it fails) of a quarter of the checkpoint, and `quantize_` with `save_quantized` without a limit. Prints
-both processes' peak of private writable memory and the seconds, and whether all tensors are equal, byte for byte.
-Linux only: the numbers come from /proc.
+allocation beyond it fails) of a quarter of the checkpoint, and `quantize_` with `save_quantized` without a limit.
+Prints both processes' peak of private writable memory and the seconds, and whether all tensors are equal, byte for
+byte. Linux only: the numbers come from /proc.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Peak(threading.Thread):
                 name, _, value = line.partition(":")
                 if name in self.bytes:
                     self.bytes[name] = max(self.bytes[name], int(value.split()[0]) * 1024)
-            time.sleep(0.005)
+            time.sleep(0.02)
 
 
 def run(mode: str, source: Path, out: Path, tokens: int) -> None:
@@ -130,8 +130,8 @@ def main() -> None:
     for mode, bound in (("stream", limit), ("memory", None)):
         r = measured(mode, args.folder / "model", args.folder / mode, args.tokens, bound)
         print(
-            f"{mode}: private memory at most {r['VmData'] / gib:.2f} GiB mapped, {r['RssAnon'] / gib:.2f} GiB resident; "
-            f"{r['seconds']:.0f} s",
+            f"{mode}: private memory at most {r['VmData'] / gib:.2f} GiB mapped, {r['RssAnon'] / gib:.2f} GiB "
+            f"resident; {r['seconds']:.0f} s",
             flush=True,
         )
     print("equal, byte for byte:", same(args.folder / "stream", args.folder / "memory"))
