@@ -6,7 +6,8 @@ batches → capture → canonicalize → find_linears → choose_weights → sch
 
 import resource
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,18 +18,19 @@ from tqdm import tqdm
 from gptq_ao.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError
+from gptq_ao.hessian import Hessian
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
-from gptq_ao.passes.records import Plan, Program, Selection
+from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage
 from gptq_ao.passes.rewrite import replace_parameter
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.preflight import check_unquantized, check_values, linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock, Report, WeightReport
-from gptq_ao.solve_group import SolvedWeight, round_weight, solve_group
+from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 __all__ = ["quantize_", "quantize_parameter_", "whole_model"]
@@ -84,7 +86,7 @@ def quantize_(
         store = [_bind(program, batch, i, run_on) for i, batch in enumerate(batches)]
     if all(c.method == "rtn" for c in selection.settings.values()):
         return _report(_round_all(model, selection, clock), selection, None, clock)
-    return _report(_run(model, program, plan, store, run_on, config.strict, clock), selection, plan, clock)
+    return _report(_run(model, program, plan, store, run_on, config, clock), selection, plan, clock)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
@@ -101,8 +103,10 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
         return
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
-    check_group_sizes({name: ((parameter.shape[-2], parameter.shape[-1]), config)})
-    _rewrite(module, round_weight(name, parameter, config), transposed=False, stage=0)
+    check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})
+    stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
+    layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
+    _rewrite(module, layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
 
 
 def _run(
@@ -111,11 +115,10 @@ def _run(
     plan: Plan,
     store: list[dict[str, Any]],
     device: torch.device,
-    strict: bool,
+    config: GPTQConfig,
     clock: Clock,
 ) -> list[WeightReport]:
     """All stages in order: observe, solve, rewrite."""
-    transposed = {s.weight: s.transposed for s in plan.selection.sites}
     done: list[WeightReport] = []
     stages = list(zip(plan.stages, plan.segments, strict=True))
     bar = tqdm(stages, unit="stage", disable=None, file=sys.stderr)  # None: only on a terminal
@@ -125,10 +128,9 @@ def _run(
             with clock("calibrate"):
                 hessians = calibrate(segment, stage, store, lambda name: _static(model, program, name, device))
             with clock("solve"), torch.no_grad():
-                for group, hessian in zip(stage.groups, hessians, strict=True):
-                    weights = {n: _matrix(model.get_parameter(n), transposed[n]).to(device) for n in group.weights}
-                    for solved in solve_group(weights, plan.selection.settings, hessian, strict):
-                        done.append(_rewrite(model, solved, transposed[solved.name], number))
+                for layout, matrix, solved in _solve(model, plan, stage, hessians, device, config):
+                    whole = join_parts(solved, matrix, plan.selection.settings[solved[0].part.weight])
+                    done.append(_rewrite(model, layout, whole, plan.selection.settings, number))
     except BaseException as e:
         if done:
             e.add_note(f"{len(done)} of {len(plan.selection.settings)} weights are quantized already: reload the model")
@@ -136,32 +138,70 @@ def _run(
     return done
 
 
+def _solve(
+    model: nn.Module,
+    plan: Plan,
+    stage: Stage,
+    hessians: tuple[tuple[Hessian, ...], ...],
+    device: torch.device,
+    config: GPTQConfig,
+) -> Iterator[tuple[Layout, Tensor, list[SolvedPart]]]:
+    """Each weight of a stage with all its parts, as soon as the last of them is solved."""
+    layouts, settings = plan.selection.layouts, plan.selection.settings
+    missing = Counter(p.weight for g in stage.groups for p in g.parts for _ in range(g.experts))
+    matrices: dict[str, Tensor] = {}
+    solved: dict[str, list[SolvedPart]] = {}
+    for group, of_group in zip(stage.groups, hessians, strict=True):
+        for name in group.weights:
+            if name not in matrices:
+                matrices[name] = layouts[name].matrix(model.get_parameter(name).detach()).to(device)
+        for expert, (hessian, fallback) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
+            rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
+            for part in solve_group(rows, settings, hessian, config.strict, fallback):
+                name = part.part.weight
+                solved.setdefault(name, []).append(part)
+                missing[name] -= 1
+                if not missing[name]:
+                    yield layouts[name], matrices.pop(name), solved.pop(name)
+
+
 def _round_all(model: nn.Module, selection: Selection, clock: Clock) -> list[WeightReport]:
-    transposed = {s.weight: s.transposed for s in selection.sites}
     with clock("solve"), torch.no_grad():
         return [
             _rewrite(
-                model, round_weight(name, _matrix(model.get_parameter(name), transposed[name]), c), transposed[name], 0
+                model,
+                selection.layouts[name],
+                round_matrix(name, selection.layouts[name].matrix(model.get_parameter(name).detach()), c),
+                selection.settings,
+                0,
             )
             for name, c in selection.settings.items()
         ]
 
 
-def _rewrite(model: nn.Module, solved: SolvedWeight, transposed: bool, stage: int) -> WeightReport:
+def _rewrite(
+    model: nn.Module, layout: Layout, solved: SolvedPart, settings: Mapping[str, GPTQConfig], stage: int
+) -> WeightReport:
     """Put a solution in place of its parameter, on that one's device."""
-    parameter, s = model.get_parameter(solved.name), solved.solution
+    name = solved.part.weight
+    parameter, s = model.get_parameter(name), solved.solution
     home = parameter.device
-    packed = tensor_class(solved.config.bits).from_codes(
-        s.codes.to(home),
-        s.scale.to(home),
-        s.zero_point.to(home),
+    codes, scale, zero_point = (
+        t.unflatten(0, (layout.stack, -1)) if layout.stacked and layout.stack > 1 else t
+        for t in (s.codes.to(home), s.scale.to(home), s.zero_point.to(home))
+    )
+    packed = tensor_class(settings[name].bits).from_codes(
+        codes,
+        scale,
+        zero_point,
         dtype=parameter.dtype,
         perm=None if s.perm is None else s.perm.to(home),
-        transposed=transposed,
+        transposed=layout.transposed,
+        view_as=layout.view_as,
     )
-    replace_parameter(model, solved.name, packed)
+    replace_parameter(model, name, packed)
     return WeightReport(
-        name=solved.name,
+        name=name,
         shape=tuple(parameter.shape),
         bits=packed.bits,
         group_size=packed.group_size,
@@ -170,7 +210,7 @@ def _rewrite(model: nn.Module, solved: SolvedWeight, transposed: bool, stage: in
         rows=solved.rows,
         damp=solved.damp,
         dead=solved.dead,
-        error=solved.error,
+        error=None if solved.changed is None else solved.changed / solved.energy if solved.energy else 0.0,
         bytes=sum(getattr(packed, n).nbytes for n in packed.__tensor_flatten__()[0]),
         original_bytes=parameter.nbytes,
         fallback=solved.fallback,
@@ -188,11 +228,6 @@ def _static(model: nn.Module, program: Program, name: str, device: torch.device)
     # Dequantized once per segment, not once per batch: it is what the weight's own product does for many rows.
     value = value.dequantize() if isinstance(value, GroupTensor) else value
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _matrix(parameter: Tensor, transposed: bool) -> Tensor:
-    """[out_features, in_features], however the parameter is stored."""
-    return parameter.mT if transposed else parameter
 
 
 def _bind(program: Program, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:

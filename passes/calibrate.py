@@ -23,7 +23,9 @@ def run_segment(segment: Segment, values: Values, statics: list[Any]) -> tuple[A
         return segment.module(*(values[name] for name in segment.reads), *statics)
 
 
-def calibrate(segment: Segment, stage: Stage, store: list[Values], static: Callable[[str], Any]) -> tuple[Hessian, ...]:
+def calibrate(
+    segment: Segment, stage: Stage, store: list[Values], static: Callable[[str], Any]
+) -> tuple[tuple[Hessian, ...], ...]:
     """Run every batch, in order.
 
     Args:
@@ -31,7 +33,7 @@ def calibrate(segment: Segment, stage: Stage, store: list[Values], static: Calla
         static: a parameter, buffer or constant by placeholder name; asked once per segment.
 
     Returns:
-        The Hessians of `stage.groups`, in order.
+        The Hessians of each of `stage.groups`, in order: one, or one per expert.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the weights that read it and the batch.
@@ -44,11 +46,11 @@ def calibrate(segment: Segment, stage: Stage, store: list[Values], static: Calla
         for observer in observers:
             observer.end_batch()
     hessians = tuple(observer.finish() for observer in observers)
-    for group, hessian in zip(stage.groups, hessians, strict=True):
-        if hessian.first_bad_batch is not None:
+    for group, (first, *_) in zip(stage.groups, hessians, strict=True):
+        if first.first_bad_batch is not None:
             raise NonFiniteError(
                 f"the input of {', '.join(group.weights)} is NaN or infinite in calibration batch "
-                f"{hessian.first_bad_batch} (or its squares exceed fp32). Check that batch, or run the model in bf16 "
+                f"{first.first_bad_batch} (or its squares exceed fp32). Check that batch, or run the model in bf16 "
                 "or fp32"
             )
     if any(set(values) != set(segment.keeps) for values in store):

@@ -12,10 +12,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
     {"errors"},
     {"config"},
-    {"packing", "grid", "hessian", "batches", "data", "report", "manifest"},
+    {"packing", "grid", "hessian", "activation_rows", "batches", "data", "report", "manifest"},
     {"solver", "kernels.reference", "kernels.cpu"},
     {"ops"},
     {"passes.records", "group_tensor"},
+    {"passes.products", "passes.weight_views"},
+    {"passes.token_rows"},
     {
         "tensor",
         "architecture",

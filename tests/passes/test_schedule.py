@@ -107,7 +107,7 @@ def test_observers_are_nodes_one_per_hessian() -> None:
         calls = [n for n in segment.module.graph.nodes if n.op == "call_module"]
         assert [n.target for n in calls] == [g.name for g in stage.groups]
         assert not any(n.op == "call_module" for n in before.module.graph.nodes)
-        assert [n.args[0].name for n in calls] == [g.activations[0][0] for g in stage.groups]
+        assert [n.args[0].name for n in calls] == [g.rows[0].value for g in stage.groups]
     assert "8 stages, 14 weights, 8 Hessians" in plan.describe()
     assert "lm_head.weight: output head" in plan.describe()
     assert program.inputs == ("input_ids",)
@@ -127,7 +127,7 @@ def test_hessians_are_those_of_hooks_on_the_model() -> None:
             model(**batch)
     for segment, stage in zip(plan.segments, plan.stages, strict=True):
         hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
-        for group, hessian in zip(stage.groups, hessians, strict=True):
+        for group, (hessian,) in zip(stage.groups, hessians, strict=True):
             for weight in group.weights:
                 rows = torch.cat([x.flatten(0, 1) for x in inputs[weight.removesuffix(".weight")]]).double()
                 assert hessian.rows == len(rows) == 4 * 2 * 40
@@ -153,7 +153,7 @@ def test_padding_never_enters_a_hessian() -> None:
             [
                 h
                 for s, st in zip(plan.segments, plan.stages, strict=True)
-                for h in calibrate(s, st, store, lambda n: statics(model, program, (n,))[0])
+                for (h,) in calibrate(s, st, store, lambda n: statics(model, program, (n,))[0])
             ]
         )
     assert [h.rows for h in results[0]] == [19] * 4
@@ -218,7 +218,7 @@ def test_a_block_applied_three_times_is_one_stage() -> None:
     program, plan = planned(model, torch.ones(4, 16))
     assert stages(plan) == [[{"first"}], [{"up"}, {"down"}], [{"last"}]]
     assert [s.entangled for s in plan.stages] == [False, True, False]
-    assert [len(g.activations) for g in plan.stages[1].groups] == [3, 3]
+    assert [len(g.rows) for g in plan.stages[1].groups] == [3, 3]
     assert "entangled" in plan.describe()
     x = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_a_block_applied_three_times_is_one_stage() -> None:
     rows = []
     for segment, stage in zip(observed.segments, observed.stages, strict=True):
         hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
-        rows.append([h.rows for h in hessians])
+        rows.append([h.rows for (h,) in hessians])
     assert rows == [[7], [21, 21], [7]]
 
 
@@ -263,7 +263,7 @@ def test_one_weight_on_two_independent_inputs() -> None:
     _, plan = planned(model, (torch.ones(2, 16), torch.ones(2, 16)))
     assert stages(plan) == [[{"tower"}], [{"head"}]]
     assert not plan.stages[0].entangled
-    assert len(plan.stages[0].groups[0].activations) == 2
+    assert len(plan.stages[0].groups[0].rows) == 2
 
 
 def test_control_flow_that_stays_a_submodule_of_the_graph() -> None:
@@ -290,4 +290,4 @@ def test_control_flow_that_stays_a_submodule_of_the_graph() -> None:
         store: list[dict[str, Any]] = [dict(program.bind(as_batch(x), "batch"))]
         for segment, stage in zip(observed.segments, observed.stages, strict=True):
             hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
-            assert [h.rows for h in hessians] == [7]
+            assert [h.rows for (h,) in hessians] == [7]
