@@ -7,12 +7,16 @@
      "tied": {OTHER_NAME: NAME},
      "shards": {TENSOR: FILE}}
 
+A stack of matrices (experts) has the shape [E, N, K], and a checkpoint with one the version 2.
+
 Everything that can be wrong with a checkpoint is looked for here, in the JSON and in the shards' headers, before a
 tensor is allocated.
 """
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +29,17 @@ from gptq_ao.errors import CheckpointError
 
 __all__ = [
     "DTYPES",
-    "FORMAT_VERSION",
     "MANIFEST",
     "Manifest",
     "QuantizedEntry",
     "check_weight_map",
+    "format_version",
     "read_manifest",
     "shard_path",
 ]
 
 MANIFEST = "gptq_ao.json"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 MAX_MANIFEST_BYTES = 256 * 2**20
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -46,7 +50,7 @@ class QuantizedEntry:
     """One quantized weight of a manifest."""
 
     bits: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     groups: int
     dtype: str
     transposed: bool
@@ -54,13 +58,23 @@ class QuantizedEntry:
 
     def tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
         """What the shards must hold for it: name → (safetensors dtype, shape)."""
-        n, k = self.shape
+        *rows, k = self.shape
         parts = {
-            f"{name}.codes": ("U8", [n, -(-k * self.bits // 8)]),
-            f"{name}.scale": ("F16", [n, self.groups]),
-            f"{name}.zero_point": ("U8", [n, self.groups]),
+            f"{name}.codes": ("U8", [*rows, -(-k * self.bits // 8)]),
+            f"{name}.scale": ("F16", [*rows, self.groups]),
+            f"{name}.zero_point": ("U8", [*rows, self.groups]),
         }
         return {**parts, f"{name}.perm": ("I32", [k])} if self.perm else parts
+
+    def stored_bytes(self, name: str) -> int:
+        sizes = {"U8": 1, "F16": 2, "I32": 4}
+        return sum(sizes[dtype] * math.prod(shape) for dtype, shape in self.tensors(name).values())
+
+    @property
+    def parameter_shape(self) -> list[int]:
+        """Of the parameter in the model."""
+        *lead, n, k = self.shape
+        return [*lead, k, n] if self.transposed else [*lead, n, k]
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,11 @@ class Manifest:
     dense: dict[str, tuple[str, list[int]]]
     tied: dict[str, str]
     shards: dict[str, str]
+
+
+def format_version(quantized: Mapping[str, QuantizedEntry]) -> int:
+    """The version a checkpoint with such weights has: the lowest that has them."""
+    return 2 if any(len(e.shape) > 2 for e in quantized.values()) else 1
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -90,9 +109,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != "gptq_ao":
         raise CheckpointError(f"{path} is not a manifest of gptq_ao")
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise CheckpointError(
-            f"{path} has format version {version!r}, this gptq_ao reads {FORMAT_VERSION}: update gptq_ao"
+            f"{path} has format version {version!r}, this gptq_ao reads {FORMAT_VERSIONS}: update gptq_ao"
         )
     try:
         manifest = _parse(content)
@@ -114,16 +133,7 @@ def check_weight_map(directory: Path) -> None:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    quantized = {}
-    for name, e in content["quantized"].items():
-        n, k = e["shape"]
-        entry = QuantizedEntry(e["bits"], (n, k), e["groups"], e["dtype"], e["transposed"], e["perm"])
-        whole = all(type(v) is int and 0 < v < 2**31 for v in (n, k, entry.groups))
-        if entry.bits not in BITS or not whole or k % entry.groups or entry.dtype not in DTYPES:
-            raise ValueError(f"{name!r} cannot be {e}")
-        if type(entry.transposed) is not bool or type(entry.perm) is not bool:
-            raise ValueError(f"{name!r} cannot be {e}")
-        quantized[name] = entry
+    quantized = {name: _parse_entry(name, e) for name, e in content["quantized"].items()}
     dense = {name: (str(e["dtype"]), [int(s) for s in e["shape"]]) for name, e in content["dense"].items()}
     tied = {str(a): str(b) for a, b in content["tied"].items()}
     shards = {str(t): str(f) for t, f in content["shards"].items()}
@@ -131,6 +141,17 @@ def _parse(content: dict[str, Any]) -> Manifest:
     if known & set(tied) or not set(tied.values()) <= known or set(quantized) & set(dense):
         raise ValueError("a name is listed twice, or tied to one that is not there")
     return Manifest(quantized, dense, tied, shards)
+
+
+def _parse_entry(name: str, e: dict[str, Any]) -> QuantizedEntry:
+    entry = QuantizedEntry(e["bits"], tuple(e["shape"]), e["groups"], e["dtype"], e["transposed"], e["perm"])
+    whole = all(type(v) is int and 0 < v < 2**31 for v in (*entry.shape, entry.groups))
+    flags = type(entry.transposed) is bool and type(entry.perm) is bool
+    if entry.bits not in BITS or not whole or not flags or len(entry.shape) not in (2, 3) or entry.dtype not in DTYPES:
+        raise ValueError(f"{name!r} cannot be {e}")
+    if entry.shape[-1] % entry.groups:
+        raise ValueError(f"{name!r} cannot be {e}")
+    return entry
 
 
 def _expected(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:

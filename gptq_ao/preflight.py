@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from gptq_ao.errors import ConfigError, NoLinearError, NonFiniteError
@@ -23,11 +23,8 @@ def check_unquantized(model: nn.Module) -> None:
         )
 
 
-def check_values(model: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        parameter = model.get_parameter(name)
-        if parameter.device.type == "meta":
-            raise ConfigError(f"{name!r} is on the meta device, it has no values: load the weights first")
+def check_values(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    for name, parameter in parameters:
         bad = int((~torch.isfinite(parameter)).sum())
         if bad:
             raise NonFiniteError(

@@ -26,12 +26,12 @@ from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage
-from gptq_ao.passes.rewrite import replace_parameter
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.preflight import check_unquantized, check_values, linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
 from gptq_ao.tensor import GroupTensor, tensor_class
+from gptq_ao.weights import ModelWeights
 
 __all__ = ["quantize_", "quantize_parameter_", "whole_model"]
 
@@ -67,26 +67,27 @@ def quantize_(
         return None
     check_unquantized(model)
     clock = Clock()
+    weights = ModelWeights(model)
     wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
     if config.method == "rtn" and config.calibration is None:
         with clock("plan"):
             selection = choose_weights(*linear_modules(model), config, wanted)
-            check_values(model, selection.settings)
-        return _report(_round_all(model, selection, clock), selection, None, clock)
+            check_values((n, weights.get(n)) for n in selection.settings)
+        return _report(_round_all(weights, selection, clock), selection, None, clock)
 
     batches = read_batches(config.calibration)
-    run_on = torch.device(device) if device is not None else next(model.parameters()).device
+    run_on = torch.device(device) if device is not None else weights.device
     with clock("capture"):
-        program = canonicalize(capture(model, batches[0]), run_on)
+        program = canonicalize(capture(model, batches[0], weights.device), run_on)
     with clock("plan"):
         selection = choose_weights(*find_linears(program, output_heads(model)), config, wanted)
-        check_values(model, selection.settings)
+        check_values((n, weights.get(n)) for n in selection.settings)
         _check_support(config, selection)
         plan = observe(schedule(program, selection))
         store = [_bind(program, batch, i, run_on) for i, batch in enumerate(batches)]
     if all(c.method == "rtn" for c in selection.settings.values()):
-        return _report(_round_all(model, selection, clock), selection, None, clock)
-    return _report(_run(model, program, plan, store, run_on, config, clock), selection, plan, clock)
+        return _report(_round_all(weights, selection, clock), selection, None, clock)
+    return _report(_run(weights, program, plan, store, run_on, config, clock), selection, plan, clock)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
@@ -106,11 +107,13 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
     layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
-    _rewrite(module, layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
+    _rewrite(
+        ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0
+    )
 
 
 def _run(
-    model: nn.Module,
+    weights: ModelWeights,
     program: Program,
     plan: Plan,
     store: list[dict[str, Any]],
@@ -126,11 +129,11 @@ def _run(
         for number, (stage, segment) in enumerate(bar, 1):
             bar.set_description(stage.groups[0].weights[0].removesuffix(".weight"))
             with clock("calibrate"):
-                hessians = calibrate(segment, stage, store, lambda name: _static(model, program, name, device))
+                hessians = calibrate(segment, stage, store, lambda name: _static(weights, program, name, device))
             with clock("solve"), torch.no_grad():
-                for layout, matrix, solved in _solve(model, plan, stage, hessians, device, config):
+                for layout, matrix, solved in _solve(weights, plan, stage, hessians, device, config):
                     whole = join_parts(solved, matrix, plan.selection.settings[solved[0].part.weight])
-                    done.append(_rewrite(model, layout, whole, plan.selection.settings, number))
+                    done.append(_rewrite(weights, layout, whole, plan.selection.settings, number))
     except BaseException as e:
         if done:
             e.add_note(f"{len(done)} of {len(plan.selection.settings)} weights are quantized already: reload the model")
@@ -139,7 +142,7 @@ def _run(
 
 
 def _solve(
-    model: nn.Module,
+    weights: ModelWeights,
     plan: Plan,
     stage: Stage,
     hessians: tuple[tuple[Hessian, ...], ...],
@@ -154,7 +157,7 @@ def _solve(
     for group, of_group in zip(stage.groups, hessians, strict=True):
         for name in group.weights:
             if name not in matrices:
-                matrices[name] = layouts[name].matrix(model.get_parameter(name).detach()).to(device)
+                matrices[name] = layouts[name].matrix(weights.get(name, device))
         for expert, (hessian, fallback) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
             rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
             for part in solve_group(rows, settings, hessian, config.strict, fallback):
@@ -165,13 +168,13 @@ def _solve(
                     yield layouts[name], matrices.pop(name), solved.pop(name)
 
 
-def _round_all(model: nn.Module, selection: Selection, clock: Clock) -> list[WeightReport]:
+def _round_all(weights: ModelWeights, selection: Selection, clock: Clock) -> list[WeightReport]:
     with clock("solve"), torch.no_grad():
         return [
             _rewrite(
-                model,
+                weights,
                 selection.layouts[name],
-                round_matrix(name, selection.layouts[name].matrix(model.get_parameter(name).detach()), c),
+                round_matrix(name, selection.layouts[name].matrix(weights.get(name)), c),
                 selection.settings,
                 0,
             )
@@ -180,26 +183,25 @@ def _round_all(model: nn.Module, selection: Selection, clock: Clock) -> list[Wei
 
 
 def _rewrite(
-    model: nn.Module, layout: Layout, solved: SolvedPart, settings: Mapping[str, GPTQConfig], stage: int
+    weights: ModelWeights, layout: Layout, solved: SolvedPart, settings: Mapping[str, GPTQConfig], stage: int
 ) -> WeightReport:
-    """Put a solution in place of its parameter, on that one's device."""
-    name = solved.part.weight
-    parameter, s = model.get_parameter(name), solved.solution
-    home = parameter.device
+    """Put a solution in place of its parameter."""
+    name, s = solved.part.weight, solved.solution
+    parameter = weights.model.get_parameter(name)
+    stacked = layout.stacked and layout.stack > 1
     codes, scale, zero_point = (
-        t.unflatten(0, (layout.stack, -1)) if layout.stacked and layout.stack > 1 else t
-        for t in (s.codes.to(home), s.scale.to(home), s.zero_point.to(home))
+        t.unflatten(0, (layout.stack, -1)) if stacked else t for t in (s.codes, s.scale, s.zero_point)
     )
     packed = tensor_class(settings[name].bits).from_codes(
         codes,
         scale,
         zero_point,
         dtype=parameter.dtype,
-        perm=None if s.perm is None else s.perm.to(home),
+        perm=s.perm,
         transposed=layout.transposed,
         view_as=layout.view_as,
     )
-    replace_parameter(model, name, packed)
+    weights.replace(name, packed)
     return WeightReport(
         name=name,
         shape=tuple(parameter.shape),
@@ -217,17 +219,14 @@ def _rewrite(
     )
 
 
-def _static(model: nn.Module, program: Program, name: str, device: torch.device) -> Any:
+def _static(weights: ModelWeights, program: Program, name: str, device: torch.device) -> Any:
     """A parameter, buffer or constant of the graph, on the device that runs it."""
     if name in program.constants:
         value = program.constants[name]
-    elif name in program.buffers:
-        value = model.get_buffer(program.buffers[name])
-    else:
-        value = model.get_parameter(program.parameters[name]).detach()
+        return value.to(device) if isinstance(value, Tensor) else value
+    value = weights.get(program.buffers.get(name) or program.parameters[name], device)
     # Dequantized once per segment, not once per batch: it is what the weight's own product does for many rows.
-    value = value.dequantize() if isinstance(value, GroupTensor) else value
-    return value.to(device) if isinstance(value, Tensor) else value
+    return value.dequantize() if isinstance(value, GroupTensor) else value
 
 
 def _bind(program: Program, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
@@ -28,8 +29,12 @@ from gptq_ao.passes.records import Program
 __all__ = ["calibration_mode", "capture"]
 
 
-def capture(model: nn.Module, batch: Batch) -> Program:
+def capture(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Program:
     """Trace `model(*batch.args, **batch.kwargs)`. Parameters are replaced by fakes: nothing is computed or allocated.
+
+    Args:
+        device: where the traced model is said to be; None: where its first parameter is. Parameters may really be
+            elsewhere, or on the meta device.
 
     Raises:
         CaptureError: torch.export cannot express the model as one graph; the message says why and what to change.
@@ -38,11 +43,13 @@ def capture(model: nn.Module, batch: Batch) -> Program:
     clash = sorted(set(names) & set(batch.kwargs))
     if clash:
         raise CaptureError(f"keyword input {clash[0]!r} has a name that is used for positional inputs: rename it")
-    sample = _two_rows(_moved(batch, next(model.parameters()).device))
+    device = device or next(model.parameters()).device
+    sample = _two_rows(_moved(batch, device))
     axes = pytree.tree_map(_dynamic, (sample.args, sample.kwargs))
     shapes = {**dict(zip(names, axes[0], strict=True)), **axes[1]}
     with (
         _attributes_restored(model),
+        _all_on(model, device),
         calibration_mode(model),
         _plain_signature(model, names, list(batch.kwargs)),
         warnings.catch_warnings(),
@@ -107,6 +114,27 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
             for table, content in contents.items():
                 m.__dict__[table].clear()
                 m.__dict__[table].update(content)
+
+
+@contextlib.contextmanager
+def _all_on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model as if all of it were on `device`: fakes for what is not, and without accelerate's hooks, which would
+    load real values. Undone by `_attributes_restored`."""
+    fakes: dict[int, Any] = {}  # tied ones stay tied
+    with FakeTensorMode():
+        for module in model.modules():
+            if hasattr(module, "_hf_hook"):
+                module.forward = module._old_forward  # type: ignore[assignment]
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
+                for name, t in table.items():
+                    if t is None or t.device == device:
+                        continue
+                    if id(t) not in fakes:
+                        fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+                        fakes[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+                    table[name] = fakes[id(t)]
+    yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
     {"errors"},
     {"config"},
-    {"packing", "grid", "hessian", "activation_rows", "batches", "data", "report", "manifest"},
+    {"packing", "grid", "hessian", "activation_rows", "batches", "data", "report", "manifest", "shards"},
     {"solver", "kernels.reference", "kernels.cpu"},
     {"ops"},
     {"passes.records", "group_tensor"},
@@ -32,6 +32,8 @@ FLOORS: list[set[str]] = [
         "passes.calibrate",
         "passes.rewrite",
     },
+    {"weights", "stored"},
+    {"writer"},
     {"quantize", "checkpoint", "evaluate"},
     {"integrations", "integrations.torchao", "integrations.transformers"},
     {"tiny_lm.corpus"},

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import gptq_ao.checkpoint
+import gptq_ao.shards
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
-from gptq_ao.errors import CheckpointError
+from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.transformers import load_model
 from gptq_ao.packing import unpack_bits
-from gptq_ao.tensor import GroupTensor
+from gptq_ao.tensor import GroupTensor, tensor_class
 
 from .models import seeded, tiny_llama, token_batches
 
@@ -116,6 +116,36 @@ def test_it_holds_no_data_no_pickle_and_a_serialized_config_has_no_calibration(s
     assert kinds == {".json", ".safetensors"}
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("bits", "order"), [(4, False), (3, True)])
+def test_a_stack_of_matrices(bits: int, order: bool, transposed: bool, tmp_path: Path) -> None:
+    """The weights of experts, [E, N, K]; K no multiple of a byte's worth of codes nor of a tile."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (3, 20, 36), dtype=torch.uint8, generator=generator)
+    scale = torch.rand(3, 20, 4, generator=generator).half()
+    zero_point = torch.randint(0, 2**bits, (3, 20, 4), dtype=torch.uint8, generator=generator)
+    perm = torch.randperm(36, generator=generator) if order else None
+    weight = tensor_class(bits).from_codes(
+        codes, scale, zero_point, dtype=torch.bfloat16, perm=perm, transposed=transposed
+    )
+    model = nn.ParameterDict({"experts": nn.Parameter(weight, requires_grad=False), "norm": torch.ones(3)})
+    save_quantized(model, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "gptq_ao.json").read_text())
+    assert manifest["format_version"] == 2
+    assert manifest["quantized"]["experts"]["shape"] == [3, 20, 36]
+    shape = (3, 36, 20) if transposed else (3, 20, 36)
+    other = nn.ParameterDict({"experts": torch.zeros(shape), "norm": torch.zeros(3)})
+    again = load_quantized(other, tmp_path / "out").experts
+    assert type(again) is type(weight)
+    assert torch.equal(again.codes(), codes)
+    assert torch.equal(again.dequantize(), weight.dequantize())
+    with pytest.raises(CheckpointError, match=r"'experts' has shape \[3, .*in the model \[3, 20, 20\]"):
+        load_quantized(nn.ParameterDict({"experts": torch.zeros(3, 20, 20), "norm": torch.zeros(3)}), tmp_path / "out")
+    edit(tmp_path / "out", lambda m: m["quantized"]["experts"].update(shape=[1, 3, 20, 36]))
+    with pytest.raises(CheckpointError, match=r"is damaged: ValueError: 'experts' cannot be"):
+        load_quantized(other, tmp_path / "out")
+
+
 def test_nothing_is_overwritten(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not empty: nothing is overwritten"):
         save_quantized(mlp(), saved)
@@ -141,7 +171,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         written.append(path)
         save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(gptq_ao.checkpoint, "save_file", fills_up)
+    monkeypatch.setattr(gptq_ao.shards, "save_file", fills_up)
     with pytest.raises(CheckpointError, match=r"out could not be written, nothing is left of it: the disk is full"):
         save_quantized(mlp(), tmp_path / "out", max_shard_bytes=1000)
     assert written
@@ -155,7 +185,7 @@ def test_state_that_cannot_be_saved(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"state '_extra_state' is a dict, not a tensor"):
         save_quantized(Extra(4, 4), tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"'weight' is on the meta device"):
+    with pytest.raises(ConfigError, match=r"'weight' is on the meta device"):
         save_quantized(nn.Linear(4, 4, device="meta"), tmp_path / "out")
 
 
@@ -169,7 +199,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 DAMAGED_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version": (lambda m: m.update(format_version=2), r"has format version 2, this gptq_ao reads 1: update"),
+    "version": (lambda m: m.update(format_version=3), r"has format version 3, this gptq_ao reads \(1, 2\): update"),
     "no-version": (lambda m: m.pop("format_version"), r"has format version None"),
     "format": (lambda m: m.update(format="gguf"), r"is not a manifest of gptq_ao"),
     "no-shards": (lambda m: m.pop("shards"), r"is damaged: KeyError: 'shards'"),

@@ -1,0 +1,122 @@
+"""Safetensors files, one tensor at a time: read where it lies, written as it comes.
+
+`safe_open` maps a whole file into memory and its tensors are views of that mapping. Here a tensor is read into memory
+of its own, so what is held is what was asked for.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptq_ao.errors import CheckpointError
+
+__all__ = ["DTYPE_OF", "NAME_OF", "ShardWriter", "StoredTensor", "read_header"]
+
+DTYPE_OF = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_OF |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPE_OF |= {"BOOL": torch.bool}
+NAME_OF = {dtype: name for name, dtype in DTYPE_OF.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        value = torch.empty(self.shape, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            rest = value.flatten().view(torch.uint8).numpy().data
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+        if rest:
+            raise CheckpointError(f"{self.path} ends before byte {self.offset + self.nbytes}: it changed while in use")
+        return value
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """What a file holds, in the order in which it lies there.
+
+    Raises:
+        CheckpointError: it is no complete safetensors file, or has a tensor of a dtype that is not supported.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # checks sizes and offsets
+            pass
+    except SafetensorError as e:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: {e}") from e
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    found = {}
+    for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPE_OF:
+            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, which is not supported")
+        found[name] = StoredTensor(
+            path, 8 + size + entry["data_offsets"][0], DTYPE_OF[entry["dtype"]], tuple(entry["shape"])
+        )
+    return found
+
+
+class ShardWriter:
+    """Writes tensors into shards of at most `limit` bytes, unless a single tensor is larger.
+
+    A shard is held in memory until it is full. `model-00001.safetensors` is written first; `finish` gives the files
+    their usual names, in which the last number is that of the shards.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.directory, self.limit = directory, limit
+        self._pending: dict[str, Tensor] = {}
+        self._size = 0
+        self._placed: dict[str, int] = {}  # tensor → number of its shard
+        self._count = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors; the caller must not change them any more."""
+        for name, tensor in tensors.items():
+            if self._pending and self._size + tensor.nbytes > self.limit:
+                self._flush()
+            self._pending[name] = tensor
+            self._size += tensor.nbytes
+
+    def get(self, name: str) -> Tensor:
+        """A tensor that was added, from memory or from its file."""
+        if name in self._pending:
+            return self._pending[name]
+        return read_header(self._path(self._placed[name]))[name].read()
+
+    def finish(self) -> dict[str, str]:
+        """Write what is left. Returns tensor → file."""
+        if self._pending or not self._placed:
+            self._flush()
+        files = {n: f"model-{n:05}-of-{self._count:05}.safetensors" for n in range(1, self._count + 1)}
+        for number, file in files.items():
+            self._path(number).rename(self.directory / file)
+        return {name: files[number] for name, number in self._placed.items()}
+
+    def _flush(self) -> None:
+        self._count += 1
+        save_file(self._pending, self._path(self._count), metadata={"format": "pt"})
+        self._placed |= dict.fromkeys(self._pending, self._count)
+        self._pending, self._size = {}, 0
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"model-{number:05}.safetensors"

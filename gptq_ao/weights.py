@@ -1,0 +1,105 @@
+"""Where the pipeline reads and replaces the weights of a model.
+
+A parameter is usually where its module says. In a model that accelerate has dispatched (`device_map="auto"`,
+`cpu_offload`, `disk_offload`) the modules' parameters are on the meta device, and hooks bring the values in for each
+forward.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_ao.errors import ConfigError
+from gptq_ao.passes.rewrite import replace_parameter
+
+__all__ = ["ModelWeights"]
+
+
+class ModelWeights:
+    """The weights of a model in memory, offloaded ones included.
+
+    Attributes:
+        model: the modules; each parameter has its shape and dtype there, on the meta device if it is offloaded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, going by its first parameter."""
+        name, parameter = next(self.model.named_parameters())
+        return self._home(name, parameter)
+
+    def get(self, name: str, device: torch.device | None = None) -> Tensor:
+        """A parameter or buffer, perhaps quantized, on `device`, or where it is kept if that is None.
+
+        Raises:
+            ConfigError: it is on the meta device, and no hook knows its values.
+        """
+        value = _tensor(self.model, name)
+        if value.device.type == "meta":
+            _, hook, key = _offloaded(self.model, name)
+            if hook is None:
+                raise ConfigError(f"{name!r} is on the meta device, it has no values: load the weights first")
+            value = hook.weights_map[key].to(dtype=value.dtype)  # as the hook does
+        return value.detach().to(device or value.device)
+
+    def replace(self, name: str, new: Tensor) -> None:
+        """Put a quantized tensor in place of a parameter, under all its names, on the device where that one computes.
+
+        Accelerate cannot offload a tensor subclass. A quantized weight therefore stays, and with it what else the same
+        hook brought in: usually the bias.
+        """
+        home = self._home(name, self.model.get_parameter(name))
+        for each in replace_parameter(self.model, name, new.to(home)):
+            module, hook, _ = _offloaded(self.model, each)
+            if hook is not None:
+                _keep(module, hook)
+
+    def _home(self, name: str, parameter: Tensor) -> torch.device:
+        hook = _offloaded(self.model, name)[1] if parameter.device.type == "meta" else None
+        return parameter.device if hook is None else torch.device(hook.execution_device)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    prefix, _, leaf = name.rpartition(".")
+    value = getattr(model.get_submodule(prefix), leaf)
+    assert isinstance(value, Tensor), name
+    return value
+
+
+def _offloaded(model: nn.Module, name: str) -> tuple[nn.Module, Any, str]:
+    """The module whose hook brings in the tensor `name`, the hook, and the tensor's name there; hook None if none does.
+    It is the module that has the tensor, or one around it that brings in all its submodules at once."""
+    parts = name.split(".")
+    for depth in reversed(range(len(parts))):
+        module = model.get_submodule(".".join(parts[:depth]))
+        for hook in _hooks(module):
+            if hook.offload and (hook.place_submodules or depth == len(parts) - 1):
+                return module, hook, ".".join(parts[depth:])
+    return model, None, name
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """Accelerate's hooks that place a module's tensors, recognized by what they have: accelerate may be missing."""
+    hook = getattr(module, "_hf_hook", None)
+    yield from (h for h in getattr(hook, "hooks", (hook,)) if hasattr(h, "weights_map"))
+
+
+def _keep(module: nn.Module, hook: Any) -> None:
+    """Bring in what a hook offloads, for good."""
+    recurse = hook.place_submodules
+    for name, value in [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]:
+        if value.device.type != "meta":
+            continue
+        prefix, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(prefix)
+        real = hook.weights_map[name].to(hook.execution_device, value.dtype)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = real
+        else:
+            owner._parameters[leaf] = nn.Parameter(real, requires_grad=value.requires_grad)
+    hook.offload = False
