@@ -16,6 +16,7 @@ from torch import fx
 from gptq_ao.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CalibrationError
+from gptq_ao.passes.size_conditions import check_sizes, static_size
 
 __all__ = [
     "Excluded",
@@ -43,10 +44,11 @@ class Program:
         parameters, buffers: placeholder name to the name in the model.
         constants: placeholder name to value.
         inputs: placeholder names of the flattened inputs, in order; None where an input is not a tensor.
-        literals: position among the flattened inputs to the value, for those that are not tensors.
+        literals: position among the flattened inputs to the value, for those that are not inputs of the graph.
         spec: the structure of (args, kwargs).
         keywords: the order of kwargs in `spec`.
         ranges: symbol of a size to the smallest and the largest value the graph is valid for.
+        guards: conditions (SymPy) over the same symbols that the graph relies on: the branches that the model took.
     """
 
     module: fx.GraphModule
@@ -58,6 +60,7 @@ class Program:
     spec: pytree.TreeSpec
     keywords: tuple[str, ...]
     ranges: Mapping[Any, tuple[float, float]]
+    guards: tuple[Any, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -79,33 +82,17 @@ class Program:
             raise CalibrationError(f"{where} has the structure {spec}, the model was captured with {self.spec}")
         bound = {}
         for position, (name, value) in enumerate(zip(self.inputs, flat, strict=True)):
-            if name is None:
-                if value != self.literals[position]:
-                    raise CalibrationError(
-                        f"{where}: input {position} is {value!r}, the model was captured with "
-                        f"{self.literals[position]!r}, which is fixed in the graph"
-                    )
-            else:
-                self._check_sizes(name, value, where)
+            if name is not None:
                 bound[name] = value
-        return bound
-
-    def _check_sizes(self, name: str, value: Any, where: str) -> None:
-        fake = self.placeholders[name].meta["val"]
-        if not isinstance(value, torch.Tensor) or value.dim() != fake.dim() or value.dtype != fake.dtype:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-            raise CalibrationError(
-                f"{where}: input {name!r} is {got}, the model was captured with {fake.dtype} of {fake.dim()} dimensions"
-            )
-        for axis, size in enumerate(fake.shape):
-            fixed = static_size(size)
-            low, high = (fixed, fixed) if fixed is not None else self.ranges.get(size.node.expr, (0, float("inf")))
-            if not low <= value.shape[axis] <= high:
-                wanted = f"{low}" if low == high else f"{low} to {high}"
+            elif not _same(value, self.literals[position]):
                 raise CalibrationError(
-                    f"{where}: input {name!r} has {value.shape[axis]} elements along axis {axis}; the model fixed that "
-                    f"size at capture, to {wanted} (it loops or branches over it). Give every batch that size"
+                    f"{where}: input {position} is {value!r}, the model was captured with "
+                    f"{self.literals[position]!r}, which is fixed in the graph. Give every batch that value"
                 )
+        placeholders = self.placeholders
+        fakes = {name: placeholders[name].meta["val"] for name in bound}
+        check_sizes(fakes, bound, self.ranges, self.guards, where)
+        return bound
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:
@@ -118,11 +105,10 @@ def dim(node: Any) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else 0
 
 
-def static_size(size: int | torch.SymInt) -> int | None:
-    """The one value a size can have, or None."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr) if size.node.expr.is_number else None
+def _same(value: Any, literal: Any) -> bool:
+    if isinstance(value, torch.Tensor) and isinstance(literal, torch.Tensor):
+        return torch.equal(value, literal.to(value.device))
+    return bool(value == literal)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,16 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"packing", "grid", "hessian", "activation_rows", "batches", "data", "report", "manifest", "shards"},
     {"solver", "kernels.reference", "kernels.cpu"},
-    {"ops"},
-    {"passes.records", "group_tensor"},
+    {"ops", "passes.size_conditions"},
+    {
+        "passes.records",
+        "passes.calibration_mode",
+        "passes.stand_in",
+        "passes.known_values",
+        "passes.functional",
+        "passes.explain",
+        "group_tensor",
+    },
     {"passes.products", "passes.weight_views"},
     {"passes.token_rows"},
     {
