@@ -61,7 +61,7 @@ def linear_modules(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[Excl
             head = "output head" if name in heads or name.endswith("lm_head.weight") else None
             n, k = module.out_features, module.in_features
             layout = Layout((n, k), 1, n, k, transposed=False)
-            sites[name] = LinearSite(name, name, layout, (0, n), Rows(name), left_out=embedded or head)
+            sites[name] = LinearSite(name, name, layout, (0, n), (Rows(name),), left_out=embedded or head)
     excluded = [
         Excluded(name, "not the weight of an nn.Linear: give a calibration batch to find its products", expected=True)
         for name, p in model.named_parameters()

@@ -25,6 +25,7 @@ from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
+from gptq_ao.passes.reach_all_experts import reach_all_experts
 from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.preflight import check_unquantized, check_values, linear_modules, name_filter, output_heads
@@ -80,7 +81,10 @@ def quantize_(
     with clock("capture"):
         program = canonicalize(capture(model, batches[0], weights.device), run_on)
     with clock("plan"):
-        selection = choose_weights(*find_linears(program, output_heads(model)), config, wanted)
+        sites, excluded = find_linears(program, output_heads(model))
+        if config.calibrate_all_experts:
+            program, sites = reach_all_experts(program, sites)
+        selection = choose_weights(sites, excluded, config, wanted)
         check_values((n, weights.get(n)) for n in selection.settings)
         _check_support(config, selection)
         plan = observe(schedule(program, selection))

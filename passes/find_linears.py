@@ -81,7 +81,7 @@ def _site(
         node=node.name,
         layout=layout,
         part=part,
-        rows=Rows(value.name, product.arrange, product.offsets.name if product.offsets else None, mask, gathers),
+        rows=(Rows(value.name, product.arrange, product.offsets.name if product.offsets else None, mask, gathers),),
         experts=experts if product.experts else 1,
         left_out=product.note,
     )

@@ -191,7 +191,8 @@ class LinearSite:
         node: the name of the multiplication.
         layout: how the product reads the parameter.
         part: (start, stop), the rows of the layout's matrix that it multiplies.
-        rows: the activation rows. Sites that name the same ones share a Hessian.
+        rows: the activation rows that its Hessian is made of: those that it multiplies, as a rule. Sites that name the
+            same ones share a Hessian.
         experts: into how many equal ranges `part` falls, each with rows of its own; 1 for an ordinary product.
         left_out: why it is not quantized unless a rule asks for it, or None.
     """
@@ -200,7 +201,7 @@ class LinearSite:
     node: str
     layout: Layout
     part: tuple[int, int]
-    rows: Rows
+    rows: tuple[Rows, ...]
     experts: int = 1
     left_out: str | None = None
 

@@ -39,7 +39,7 @@ def schedule(program: Program, selection: Selection) -> Plan:
     stages = tuple(_stage(sites, level, nodes, k) for k, sites in enumerate(sites_of, 1))
 
     outputs = next(n for n in program.graph.nodes if n.op == "output").all_input_nodes
-    targets = [[nodes[v] for s in sites for v in s.rows.values] for sites in sites_of]
+    targets = [[nodes[v] for s in sites for r in s.rows for v in r.values] for sites in sites_of]
     targets.append(list(outputs))
     inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.inputs]
     static = set(program.graph.find_nodes(op="placeholder")) - set(inputs) | set(
@@ -93,11 +93,11 @@ def _stage(sites: list[LinearSite], level: dict[fx.Node, int], nodes: dict[str, 
     for s in sites:
         by_weight.setdefault(s.weight, []).append(s)
     groups: dict[tuple[tuple[Rows, ...], int], list[Part]] = {}
-    width = {s.rows: s.layout.in_features for s in sites}
+    width = {r: s.layout.in_features for s in sites for r in s.rows}
     for uses in by_weight.values():
         for part, rows, experts in _parts(uses):
             groups.setdefault((rows, experts), []).append(part)
-    entangled = any(level[nodes[v]] >= number for s in sites for v in s.rows.values)
+    entangled = any(level[nodes[v]] >= number for s in sites for r in s.rows for v in r.values)
     return Stage(
         tuple(
             HessianGroup(f"hessian_{number}_{i}", rows, tuple(parts), width[rows[0]], experts)
@@ -113,9 +113,10 @@ def _parts(uses: list[LinearSite]) -> list[tuple[Part, tuple[Rows, ...], int]]:
     pieces = []
     for start, stop in itertools.pairwise(cuts):
         over = [s for s in uses if s.part[0] <= start and stop <= s.part[1]]
-        if over:
-            rows = tuple(dict.fromkeys(s.rows for s in over))
-            pieces.append((Part(over[0].weight, start, stop), rows, over[0].experts))
+        if any(s.rows for s in over):
+            rows = tuple(dict.fromkeys(r for s in over for r in s.rows))
+            experts = next(s.experts for s in over if s.rows)
+            pieces.append((Part(over[0].weight, start, stop), rows, experts))
     return pieces
 
 

@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
         "passes.capture",
         "passes.canonicalize",
         "passes.find_linears",
+        "passes.reach_all_experts",
         "passes.choose_weights",
         "passes.schedule",
         "passes.observe",

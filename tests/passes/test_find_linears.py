@@ -207,12 +207,12 @@ def test_a_router_is_left_out() -> None:
 def test_padding_masks_speak_of_positions_only() -> None:
     batch = {**token_batches()[0], "attention_mask": torch.ones(2, 40, dtype=torch.long)}
     sites, _ = found(tiny_llama(layers=1), **batch)
-    assert {s.rows.mask for s in sites.values()} == {"attention_mask"}
+    assert {s.rows[0].mask for s in sites.values()} == {"attention_mask"}
 
 
 def site(name: str, left_out: str | None = None, shape: tuple[int, int] = (8, 96)) -> LinearSite:
     layout = Layout(shape, 1, *shape, transposed=False)
-    return LinearSite(f"{name}.weight", name, layout, (0, shape[0]), Rows("x"), left_out=left_out)
+    return LinearSite(f"{name}.weight", name, layout, (0, shape[0]), (Rows("x"),), left_out=left_out)
 
 
 SITES = (site("a.q"), site("a.k"), site("lm_head", "output head"))
