@@ -10,6 +10,7 @@ from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.integrations.torchao import register as _register
 from gptq_ao.quantize import quantize_, whole_model
 from gptq_ao.report import Report
+from gptq_ao.stream import quantize_checkpoint
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
 
 _register()
@@ -26,6 +27,7 @@ __all__ = [
     "gptq_config",
     "load_quantized",
     "quantize_",
+    "quantize_checkpoint",
     "save_quantized",
     "whole_model",
 ]

@@ -7,7 +7,7 @@ is brought back while the batch before it is still being computed.
 import itertools
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -14,8 +14,13 @@ from gptq_ao.errors import CheckpointError
 __all__ = ["empty_model"]
 
 
-def empty_model(directory: Path) -> nn.Module:
+def empty_model(
+    directory: Path, dtype: torch.dtype | None = None, *, otherwise: torch.dtype | None = None
+) -> nn.Module:
     """The model that `config.json` describes, parameters on the meta device, buffers computed. In eval mode.
+
+    Args:
+        dtype: of the parameters; None: what the config says, or `otherwise` if it says nothing.
 
     Raises:
         CheckpointError: there is no config, or it names a model that transformers does not have.
@@ -37,7 +42,7 @@ def empty_model(directory: Path) -> nn.Module:
             "load_quantized(model, directory)"
         )
     with _parameters_on_meta():
-        model: nn.Module = kind._from_config(config)
+        model: nn.Module = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
     return model.eval()
 
 

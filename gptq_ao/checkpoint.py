@@ -26,7 +26,7 @@ from gptq_ao.manifest import Manifest, read_manifest, shard_path
 from gptq_ao.shards import StoredTensor, read_header
 from gptq_ao.stored import from_stored
 from gptq_ao.weights import ModelWeights
-from gptq_ao.writer import CheckpointWriter, stored_bytes
+from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
 
 __all__ = ["load_quantized", "save_quantized"]
 
@@ -40,19 +40,11 @@ def save_quantized(
         CheckpointError: the directory holds something, the disk is full, or the model has state that is no tensor.
         ConfigError: a parameter is on the meta device, without values.
     """
-    weights = ModelWeights(model)
     state = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"state {name!r} is a {type(value).__name__}, not a tensor: it cannot be saved")
-        names.setdefault(id(value), []).append(name)
+    firsts = [first for first, *_ in state_names(model)]
     with CheckpointWriter(Path(directory), max_shard_bytes) as writer:
-        writer.check_space(stored_bytes({first: state[first] for first, *_ in names.values()}))
-        for first, *others in names.values():
-            writer.add(first, weights.get(first))
-            for other in others:
-                writer.tie(other, first)
+        writer.check_space(stored_bytes({first: state[first] for first in firsts}))
+        writer.add_rest(model, ModelWeights(model).get)
         writer.finish(model, tokenizer)
 
 

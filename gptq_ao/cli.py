@@ -22,6 +22,7 @@ from gptq_ao.evaluate import evaluate
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
 from gptq_ao.manifest import read_manifest
 from gptq_ao.quantize import quantize_
+from gptq_ao.stream import quantize_checkpoint
 
 __all__ = ["app", "main"]
 
@@ -71,6 +72,9 @@ def quantize(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
     strict: Annotated[bool, typer.Option(help="Fail instead of falling back.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Never hold the model in memory: for a directory larger than that.")
+    ] = False,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.auto,
     as_json: Json = False,
@@ -99,10 +103,14 @@ def quantize(
             column=column,
         )
         config = config.with_calibration(batches)
-    loaded = load_model(model, dtype=_dtype(dtype))
-    report = quantize_(loaded, config, device=device)
-    assert report is not None
-    save_quantized(loaded, out, tokenizer=tokenizer)
+    if stream:
+        report = quantize_checkpoint(model, out, config, device=device, dtype=_dtype(dtype), tokenizer=tokenizer)
+    else:
+        loaded = load_model(model, dtype=_dtype(dtype))
+        in_memory = quantize_(loaded, config, device=device)
+        assert in_memory is not None
+        report = in_memory
+        save_quantized(loaded, out, tokenizer=tokenizer)
     _print({"model": model, "out": str(out), **report.to_dict()}, f"{report}\nwritten to {out}", as_json)
 
 

@@ -6,35 +6,32 @@ batches → capture → canonicalize → find_linears → choose_weights → sch
 
 import resource
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchao.core.config import AOBaseConfig
-from tqdm import tqdm
 
-from gptq_ao.batches import Batch, read_batches
+from gptq_ao.activations import ActivationStore
+from gptq_ao.batches import read_batches
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError
-from gptq_ao.hessian import Hessian
-from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.reach_all_experts import reach_all_experts
-from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage
+from gptq_ao.passes.records import Layout, Plan, Selection
 from gptq_ao.passes.schedule import schedule
-from gptq_ao.preflight import check_unquantized, check_values, linear_modules, name_filter, output_heads
+from gptq_ao.preflight import check_unquantized, linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock, Report, WeightReport
-from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
-from gptq_ao.tensor import GroupTensor, tensor_class
-from gptq_ao.weights import ModelWeights
+from gptq_ao.run import rewrite, round_all, run_plan
+from gptq_ao.solve_group import round_matrix
+from gptq_ao.tensor import GroupTensor
+from gptq_ao.weights import ModelWeights, Weights
 
-__all__ = ["quantize_", "quantize_parameter_", "whole_model"]
+__all__ = ["quantize_", "quantize_parameter_", "quantize_weights", "whole_model"]
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -67,14 +64,23 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     check_unquantized(model)
-    clock = Clock()
-    weights = ModelWeights(model)
+    return quantize_weights(ModelWeights(model), config, filter_fn, device)
+
+
+def quantize_weights(
+    weights: Weights,
+    config: GPTQConfig,
+    filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
+) -> Report:
+    """`quantize_` for a model whose weights are anywhere."""
+    clock, model = Clock(), weights.model
     wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
     if config.method == "rtn" and config.calibration is None:
         with clock("plan"):
             selection = choose_weights(*linear_modules(model), config, wanted)
-            check_values((n, weights.get(n)) for n in selection.settings)
-        return _report(_round_all(weights, selection, clock), selection, None, clock)
+            weights.check(selection)
+        return _report(round_all(weights, selection, clock), selection, None, clock)
 
     batches = read_batches(config.calibration)
     run_on = torch.device(device) if device is not None else weights.device
@@ -85,13 +91,15 @@ def quantize_(
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
         selection = choose_weights(sites, excluded, config, wanted)
-        check_values((n, weights.get(n)) for n in selection.settings)
+        weights.check(selection)
         _check_support(config, selection)
         plan = observe(schedule(program, selection))
-        store = [_bind(program, batch, i, run_on) for i, batch in enumerate(batches)]
+        bound = [program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches)]
     if all(c.method == "rtn" for c in selection.settings.values()):
-        return _report(_round_all(weights, selection, clock), selection, None, clock)
-    return _report(_run(weights, program, plan, store, run_on, config, clock), selection, plan, clock)
+        return _report(round_all(weights, selection, clock), selection, None, clock)
+    with ActivationStore(bound, run_on) as store:
+        done = run_plan(weights, program, plan, store, run_on, config, clock)
+    return _report(done, selection, plan, clock)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
@@ -111,130 +119,7 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
     layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
-    _rewrite(
-        ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0
-    )
-
-
-def _run(
-    weights: ModelWeights,
-    program: Program,
-    plan: Plan,
-    store: list[dict[str, Any]],
-    device: torch.device,
-    config: GPTQConfig,
-    clock: Clock,
-) -> list[WeightReport]:
-    """All stages in order: observe, solve, rewrite."""
-    done: list[WeightReport] = []
-    stages = list(zip(plan.stages, plan.segments, strict=True))
-    bar = tqdm(stages, unit="stage", disable=None, file=sys.stderr)  # None: only on a terminal
-    try:
-        for number, (stage, segment) in enumerate(bar, 1):
-            bar.set_description(stage.groups[0].weights[0].removesuffix(".weight"))
-            with clock("calibrate"):
-                hessians = calibrate(segment, stage, store, lambda name: _static(weights, program, name, device))
-            with clock("solve"), torch.no_grad():
-                for layout, matrix, solved in _solve(weights, plan, stage, hessians, device, config):
-                    whole = join_parts(solved, matrix, plan.selection.settings[solved[0].part.weight])
-                    done.append(_rewrite(weights, layout, whole, plan.selection.settings, number))
-    except BaseException as e:
-        if done:
-            e.add_note(f"{len(done)} of {len(plan.selection.settings)} weights are quantized already: reload the model")
-        raise
-    return done
-
-
-def _solve(
-    weights: ModelWeights,
-    plan: Plan,
-    stage: Stage,
-    hessians: tuple[tuple[Hessian, ...], ...],
-    device: torch.device,
-    config: GPTQConfig,
-) -> Iterator[tuple[Layout, Tensor, list[SolvedPart]]]:
-    """Each weight of a stage with all its parts, as soon as the last of them is solved."""
-    layouts, settings = plan.selection.layouts, plan.selection.settings
-    missing = Counter(p.weight for g in stage.groups for p in g.parts for _ in range(g.experts))
-    matrices: dict[str, Tensor] = {}
-    solved: dict[str, list[SolvedPart]] = {}
-    for group, of_group in zip(stage.groups, hessians, strict=True):
-        for name in group.weights:
-            if name not in matrices:
-                matrices[name] = layouts[name].matrix(weights.get(name, device))
-        for expert, (hessian, fallback) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
-            rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
-            for part in solve_group(rows, settings, hessian, config.strict, fallback):
-                name = part.part.weight
-                solved.setdefault(name, []).append(part)
-                missing[name] -= 1
-                if not missing[name]:
-                    yield layouts[name], matrices.pop(name), solved.pop(name)
-
-
-def _round_all(weights: ModelWeights, selection: Selection, clock: Clock) -> list[WeightReport]:
-    with clock("solve"), torch.no_grad():
-        return [
-            _rewrite(
-                weights,
-                selection.layouts[name],
-                round_matrix(name, selection.layouts[name].matrix(weights.get(name)), c),
-                selection.settings,
-                0,
-            )
-            for name, c in selection.settings.items()
-        ]
-
-
-def _rewrite(
-    weights: ModelWeights, layout: Layout, solved: SolvedPart, settings: Mapping[str, GPTQConfig], stage: int
-) -> WeightReport:
-    """Put a solution in place of its parameter."""
-    name, s = solved.part.weight, solved.solution
-    parameter = weights.model.get_parameter(name)
-    stacked = layout.stacked and layout.stack > 1
-    codes, scale, zero_point = (
-        t.unflatten(0, (layout.stack, -1)) if stacked else t for t in (s.codes, s.scale, s.zero_point)
-    )
-    packed = tensor_class(settings[name].bits).from_codes(
-        codes,
-        scale,
-        zero_point,
-        dtype=parameter.dtype,
-        perm=s.perm,
-        transposed=layout.transposed,
-        view_as=layout.view_as,
-    )
-    weights.replace(name, packed)
-    return WeightReport(
-        name=name,
-        shape=tuple(parameter.shape),
-        bits=packed.bits,
-        group_size=packed.group_size,
-        method=solved.method,
-        stage=stage,
-        rows=solved.rows,
-        damp=solved.damp,
-        dead=solved.dead,
-        error=None if solved.changed is None else solved.changed / solved.energy if solved.energy else 0.0,
-        bytes=sum(getattr(packed, n).nbytes for n in packed.__tensor_flatten__()[0]),
-        original_bytes=parameter.nbytes,
-        fallback=solved.fallback,
-    )
-
-
-def _static(weights: ModelWeights, program: Program, name: str, device: torch.device) -> Any:
-    """A parameter, buffer or constant of the graph, on the device that runs it."""
-    if name in program.constants:
-        value = program.constants[name]
-        return value.to(device) if isinstance(value, Tensor) else value
-    value = weights.get(program.buffers.get(name) or program.parameters[name], device)
-    # Dequantized once per segment, not once per batch: it is what the weight's own product does for many rows.
-    return value.dequantize() if isinstance(value, GroupTensor) else value
-
-
-def _bind(program: Program, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
-    return {name: t.to(device) for name, t in program.bind(batch, f"calibration batch {index}").items()}
+    rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
 
 
 def _check_support(config: GPTQConfig, selection: Selection) -> None:

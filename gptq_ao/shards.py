@@ -57,7 +57,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: it is no complete safetensors file, or has a tensor of a dtype that is not supported.
     """
     try:
-        with safe_open(path, framework="pt"):  # checks sizes and offsets
+        with safe_open(
+            path, framework="np"
+        ):  # checks sizes and offsets; as "pt", it would map the file as private memory
             pass
     except SafetensorError as e:
         raise CheckpointError(f"{path} is truncated or no safetensors file: {e}") from e

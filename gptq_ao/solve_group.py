@@ -36,6 +36,13 @@ class SolvedPart:
     energy: float | None = None
     fallback: str | None = None
 
+    @property
+    def error(self) -> float | None:
+        """The share of the output's energy that the rounding changed."""
+        if self.changed is None or self.energy is None:
+            return None
+        return self.changed / self.energy if self.energy > 0 else 0.0
+
 
 def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig) -> SolvedPart:
     """Round `matrix` [N, K] to nearest."""

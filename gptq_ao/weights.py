@@ -6,23 +6,45 @@ forward.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gptq_ao.errors import ConfigError
+from gptq_ao.passes.records import Selection
 from gptq_ao.passes.rewrite import replace_parameter
+from gptq_ao.preflight import check_values
 
-__all__ = ["ModelWeights"]
+__all__ = ["ModelWeights", "Weights"]
+
+
+class Weights(Protocol):
+    """What the pipeline needs to know of a model's weights, wherever they are.
+
+    Attributes:
+        model: the modules; each parameter has its shape and dtype there, perhaps no values.
+        device: where the model computes.
+    """
+
+    model: nn.Module
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def check(self, selection: Selection) -> None:
+        """Find what is wrong with the weights to be quantized, before any is."""
+
+    def get(self, name: str, device: torch.device | None = None) -> Tensor:
+        """A parameter or buffer, perhaps quantized, on `device`, or where it is kept if that is None."""
+        ...
+
+    def replace(self, name: str, new: Tensor) -> None:
+        """Put a quantized tensor in place of a parameter, under all its names."""
 
 
 class ModelWeights:
-    """The weights of a model in memory, offloaded ones included.
-
-    Attributes:
-        model: the modules; each parameter has its shape and dtype there, on the meta device if it is offloaded.
-    """
+    """The weights of a model in memory, offloaded ones included."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -33,8 +55,12 @@ class ModelWeights:
         name, parameter = next(self.model.named_parameters())
         return self._home(name, parameter)
 
+    def check(self, selection: Selection) -> None:
+        """They have values, all of them finite."""
+        check_values((name, self.get(name)) for name in selection.settings)
+
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
-        """A parameter or buffer, perhaps quantized, on `device`, or where it is kept if that is None.
+        """See `Weights`.
 
         Raises:
             ConfigError: it is on the meta device, and no hook knows its values.
@@ -48,7 +74,7 @@ class ModelWeights:
         return value.detach().to(device or value.device)
 
     def replace(self, name: str, new: Tensor) -> None:
-        """Put a quantized tensor in place of a parameter, under all its names, on the device where that one computes.
+        """See `Weights`. The new tensor is put on the device where the old one computes.
 
         Accelerate cannot offload a tensor subclass. A quantized weight therefore stays, and with it what else the same
         hook brought in: usually the bias.

@@ -9,7 +9,7 @@ import errno
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,21 @@ from gptq_ao.shards import NAME_OF, ShardWriter
 from gptq_ao.stored import from_stored, stored_entry, stored_parts
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["CheckpointWriter", "stored_bytes"]
+__all__ = ["CheckpointWriter", "state_names", "stored_bytes"]
+
+
+def state_names(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter and persistent buffer, in the model's order.
+
+    Raises:
+        CheckpointError: the model has state that is no tensor.
+    """
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"state {name!r} is a {type(value).__name__}, not a tensor: it cannot be saved")
+        names.setdefault(id(value), []).append(name)
+    return list(names.values())
 
 
 def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
@@ -84,9 +98,12 @@ class CheckpointWriter:
         with self._disk_errors():
             self._shards.add(parts)
 
-    def tie(self, name: str, first: str) -> None:
-        """`name` is the parameter that is stored as `first`."""
-        self._tied[name] = first
+    def add_rest(self, model: nn.Module, get: Callable[[str], Tensor]) -> None:
+        """Store what `model` has and was not added: each tensor by its first name, and which other names it has."""
+        for first, *others in state_names(model):
+            if first not in self:
+                self.add(first, get(first))
+            self._tied |= dict.fromkeys(others, first)
 
     def get(self, name: str) -> GroupTensor:
         """A quantized weight that was added."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
     {"errors"},
     {"config"},
-    {"packing", "grid", "hessian", "activation_rows", "batches", "data", "report", "manifest", "shards"},
+    {"packing", "grid", "hessian", "activation_rows", "activations", "batches", "data", "report", "manifest", "shards"},
     {"solver", "kernels.reference", "kernels.cpu"},
     {"ops", "passes.size_conditions"},
     {
@@ -42,8 +42,10 @@ FLOORS: list[set[str]] = [
         "passes.rewrite",
     },
     {"weights", "stored"},
-    {"writer"},
+    {"writer", "source"},
+    {"run"},
     {"quantize", "checkpoint", "evaluate"},
+    {"stream"},
     {"integrations", "integrations.torchao", "integrations.transformers"},
     {"tiny_lm.corpus"},
     {"demo"},

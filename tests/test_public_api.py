@@ -17,6 +17,7 @@ PUBLIC = {
     "gptq_config",
     "load_quantized",
     "quantize_",
+    "quantize_checkpoint",
     "save_quantized",
     "whole_model",
 }
@@ -35,7 +36,8 @@ def test_the_public_surface() -> None:
 
 
 def test_every_public_function_documents_what_it_raises() -> None:
-    for function in (gptq_ao.gptq_config, gptq_ao.quantize_, gptq_ao.save_quantized, gptq_ao.load_quantized):
+    functions = (gptq_ao.gptq_config, gptq_ao.quantize_, gptq_ao.save_quantized, gptq_ao.load_quantized)
+    for function in (*functions, gptq_ao.quantize_checkpoint):
         assert "Raises:" in (function.__doc__ or "")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.activations import ActivationStore
 from gptq_ao.batches import as_batch
 from gptq_ao.config import gptq_config
 from gptq_ao.errors import NonFiniteError
@@ -32,6 +33,10 @@ def statics(model: nn.Module, program: Program, names: tuple[str, ...]) -> list[
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     where = {**program.parameters, **program.buffers}
     return [program.constants[n] if n in program.constants else state[where[n]].detach() for n in names]
+
+
+def stored(program: Program, *batches: Any) -> ActivationStore:
+    return ActivationStore([program.bind(as_batch(b), "batch") for b in batches], torch.device("cpu"))
 
 
 def run(model: nn.Module, program: Program, plan: Plan, batch: Any) -> tuple[Any, ...]:
@@ -121,7 +126,7 @@ def test_hessians_are_those_of_hooks_on_the_model() -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda m, a, name=name: inputs.setdefault(name, []).append(a[0].detach()))
-    store: list[dict[str, Any]] = [dict(program.bind(as_batch(b), "batch")) for b in token_batches()]
+    store = stored(program, *token_batches())
     for batch in token_batches():
         with torch.no_grad():
             model(**batch)
@@ -146,9 +151,7 @@ def test_padding_never_enters_a_hessian() -> None:
     for filler in (5, 60):
         ids = torch.arange(24).view(2, 12).clone()
         ids[mask == 0] = filler
-        store: list[dict[str, Any]] = [
-            dict(program.bind(as_batch({"input_ids": ids, "attention_mask": mask}), "batch"))
-        ]
+        store = stored(program, {"input_ids": ids, "attention_mask": mask})
         results.append(
             [
                 h
@@ -167,7 +170,7 @@ def test_a_bad_activation_is_named_by_weight_and_batch() -> None:
     program, bare = planned(model, batches[0])
     plan = observe(bare)
     batches[2][1] = 1e20  # finite, but its square is not
-    store: list[dict[str, Any]] = [dict(program.bind(as_batch(b), "batch")) for b in batches]
+    store = stored(program, *batches)
     static = lambda n: statics(model, program, (n,))[0]  # noqa: E731
     with pytest.raises(NonFiniteError, match=r"the input of 0.weight is NaN or infinite in calibration batch 2"):
         calibrate(plan.segments[0], plan.stages[0], store, static)
@@ -224,7 +227,7 @@ def test_a_block_applied_three_times_is_one_stage() -> None:
     with torch.no_grad():
         assert torch.equal(run(model, program, plan, x)[0], model(x))
     # Observed three times, on all the rows each use sees.
-    store: list[dict[str, Any]] = [dict(program.bind(as_batch(x), "batch"))]
+    store = stored(program, x)
     observed = observe(plan)
     rows = []
     for segment, stage in zip(observed.segments, observed.stages, strict=True):
@@ -287,7 +290,7 @@ def test_control_flow_that_stays_a_submodule_of_the_graph() -> None:
         x = sign * torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             assert torch.equal(run(model, program, plan, x)[0], model(x))
-        store: list[dict[str, Any]] = [dict(program.bind(as_batch(x), "batch"))]
+        store = stored(program, x)
         for segment, stage in zip(observed.segments, observed.stages, strict=True):
             hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
             assert [h.rows for (h,) in hessians] == [7]

@@ -1,0 +1,213 @@
+"""The parameters of a Hugging Face model, read one at a time from the directory that holds them.
+
+transformers renames, merges and splits tensors on loading (a checkpoint's experts become one 3-D parameter, a prefix
+comes or goes). Its own conversions decide here too: they run once on empty tensors, which gives every parameter its
+recipe and shape before anything is read, and again on the tensors of one recipe when its parameter is asked for.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_ao.architecture import empty_model
+from gptq_ao.errors import CheckpointError
+from gptq_ao.manifest import check_weight_map, shard_path
+from gptq_ao.shards import StoredTensor, read_header
+
+__all__ = ["Source", "open_source"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to read, and transformers' transform that makes parameters of it.
+
+    Attributes:
+        target: the parameter; the first one, if the transform makes several.
+        transform: a WeightConverter, or None if one tensor is the parameter.
+        inputs: (pattern of the transform, key in the checkpoint, tensor), in transformers' order.
+        dtype: into which the tensors are converted first.
+    """
+
+    target: str
+    transform: Any
+    inputs: tuple[tuple[str | None, str, StoredTensor], ...]
+    dtype: torch.dtype
+
+    def make(self, model: Any, *, empty: bool = False) -> dict[str, Tensor]:
+        """Name → tensor; on the meta device, and nothing read, if `empty`."""
+        read = [torch.empty(s.shape, device="meta") if empty else s.read() for _, _, s in self.inputs]
+        tensors = [t.to(self.dtype) for t in read]
+        if self.transform is None:
+            return {self.target: tensors[0]}
+        transform = copy.deepcopy(self.transform)
+        for (pattern, key, _), tensor in zip(self.inputs, tensors, strict=True):
+            transform.add_tensor(self.target, key, pattern, tensor)
+        del read, tensors  # the operations free their inputs as they go
+        made = transform.convert(self.target, model=model, config=model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on the meta device and where its values are. Non-persistent buffers are computed, and in the model.
+
+    Attributes:
+        recipes: parameter or buffer → the recipe that makes it, and its name there (another one, if it is tied).
+    """
+
+    model: nn.Module
+    recipes: Mapping[str, tuple[Recipe, str]]
+
+    def read(self, name: str) -> Tensor:
+        recipe, made = self.recipes[name]
+        return recipe.make(self.model)[made]
+
+
+def open_source(directory: Path, dtype: torch.dtype | None = None) -> Source:
+    """Find every parameter of the model in `directory`. Only headers are read (and tensors that are stored twice).
+
+    Args:
+        dtype: of the model; None: as `from_pretrained(…, dtype="auto")` decides.
+
+    Raises:
+        CheckpointError: the directory is unsafe or has no safetensors; a tensor is missing, unknown, or of another
+            shape than in the model.
+    """
+    stored = _stored(directory)
+    floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
+    model: Any = empty_model(directory, dtype, otherwise=next(floating, None))
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{directory} is quantized already, says its config.json: start from the original weights"
+        )
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(str(directory))
+    _keep_fp32(model)
+    recipes, unknown = _recipes(model, stored)
+    made: dict[str, tuple[Recipe, torch.Size]] = {}
+    for recipe in recipes:
+        try:
+            empty = recipe.make(model, empty=True)
+        except Exception as e:  # whatever transformers' operations raise on tensors that do not fit together
+            keys = ", ".join(key for _, key, _ in recipe.inputs[:3])
+            raise CheckpointError(f"{directory}: {recipe.target!r} cannot be made of {keys}, …: {e}") from e
+        made |= {name: (recipe, t.shape) for name, t in empty.items()}
+    _check(model, directory, {name: shape for name, (_, shape) in made.items()}, unknown)
+    source = Source(model, {name: (recipe, name) for name, (recipe, _) in made.items()})
+    return Source(model, {**source.recipes, **_ties(source)})
+
+
+def _stored(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of the checkpoint, by their names there; the index and the files have to agree."""
+    check_weight_map(directory)
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (directory / "model.safetensors").is_file():
+            raise CheckpointError(f"{directory} has neither model.safetensors nor {index.name}: no safetensors to read")
+        return read_header(shard_path(directory, "model.safetensors"))
+    placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(placed.values())):
+        header = read_header(shard_path(directory, file))
+        listed = {name for name, f in placed.items() if f == file}
+        if listed != set(header):
+            name = sorted(listed ^ set(header))[0]
+            where = "is not in" if name in listed else "is in"
+            raise CheckpointError(f"{index} is damaged: tensor {name!r} {where} {file}, the index says otherwise")
+        stored |= header
+    return stored
+
+
+def _keep_fp32(model: Any) -> None:
+    """Give the parameters that the model wants in fp32 that dtype, as `from_pretrained` does."""
+    plan = model._get_dtype_plan(model.config.dtype)
+    for name, parameter in model.named_parameters():
+        kept = next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), None)
+        if kept is not None:
+            _set_empty(model, name, parameter, kept)
+
+
+def _set_empty(model: nn.Module, name: str, like: nn.Parameter, dtype: torch.dtype) -> None:
+    prefix, _, leaf = name.rpartition(".")
+    model.get_submodule(prefix)._parameters[leaf] = nn.Parameter(torch.empty_like(like, dtype=dtype))
+
+
+def _recipes(model: Any, stored: Mapping[str, StoredTensor]) -> tuple[list[Recipe], dict[str, str]]:
+    """The recipes, and the tensors that belong to no parameter: their name in the model, if it had them → their key.
+    This is what `convert_and_load_state_dict_in_model` of transformers does before it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix, state = model.base_model_prefix, model.state_dict()
+    inputs: dict[str, list[tuple[str | None, str, StoredTensor]]] = {}
+    unknown: dict[str, str] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name in state:
+            inputs.setdefault(name, []).append((pattern, key, stored[key]))
+        else:
+            unknown[name] = key
+    recipes = [
+        Recipe(name, by_pattern[parts[0][0]] if parts[0][0] else None, tuple(parts), state[name].dtype)
+        for name, parts in inputs.items()
+    ]
+    twice = next((r for r in recipes if r.transform is None and len(r.inputs) > 1), None)
+    if twice is not None:
+        keys = " and ".join(key for _, key, _ in twice.inputs)
+        raise CheckpointError(f"tensors {keys} of the checkpoint are the same parameter {twice.target!r} of the model")
+    return recipes, unknown
+
+
+def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown: Mapping[str, str]) -> None:
+    """What the checkpoint makes is what the model has."""
+    state = model.state_dict(keep_vars=True)
+    for name, shape in made.items():
+        if name in state and state[name].shape != shape:
+            wanted = f"in the {type(model).__name__} {list(state[name].shape)}"
+            raise CheckpointError(f"{directory}: {name!r} has shape {list(shape)}, {wanted}")
+    valued = {
+        id(t) for name, t in state.items() if name in made
+    }  # tied parameters have values under any of their names
+    extra = {**unknown, **{name: name for name in made if name not in state}}
+    odd = SimpleNamespace(missing_keys={n for n, t in state.items() if id(t) not in valued}, unexpected_keys=set(extra))
+    model._adjust_missing_and_unexpected_keys(odd)  # those that the model's class declares to be fine
+    # A parameter has to have a value, whatever the class declares; a buffer was computed.
+    missing = sorted(n for n, t in state.items() if id(t) not in valued and (n in odd.missing_keys or t.is_meta))
+    unexpected = sorted(extra[name] for name in odd.unexpected_keys)
+    for what, names in (("lacks", missing), ("has", unexpected)):
+        if names:
+            rest = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            tail = "" if what == "lacks" else ", which the model does not"
+            raise CheckpointError(
+                f"{directory} does not fit the {type(model).__name__}: it {what} {names[0]!r}{rest}{tail}"
+            )
+
+
+def _ties(source: Source) -> dict[str, tuple[Recipe, str]]:
+    """Where tied parameters come from. Those that are stored several times, with different values, are tied no more."""
+    groups: dict[int, list[str]] = {}
+    parameters = dict(source.model.named_parameters(remove_duplicate=False))
+    for name, p in parameters.items():
+        groups.setdefault(id(p), []).append(name)
+    found = {}
+    for names in groups.values():
+        first, *others = [n for n in names if n in source.recipes]
+        for other in others:
+            if not torch.equal(source.read(first), source.read(other)):
+                _set_empty(source.model, other, parameters[other], parameters[other].dtype)
+        found[names[0]] = source.recipes[first]
+    return found

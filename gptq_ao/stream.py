@@ -1,0 +1,102 @@
+"""quantize_checkpoint: from a directory to a directory, for models that do not fit in memory.
+
+The pipeline is that of `quantize_`. Only its weights are elsewhere: read from the source when a segment of the graph
+needs them, written to the new checkpoint when they are solved, and read back from there by the segment that follows.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_ao.config import GPTQConfig
+from gptq_ao.errors import CheckpointError
+from gptq_ao.grid import group_columns
+from gptq_ao.manifest import QuantizedEntry
+from gptq_ao.passes.records import Selection
+from gptq_ao.preflight import check_values
+from gptq_ao.quantize import FilterFn, quantize_weights
+from gptq_ao.report import Report
+from gptq_ao.source import Source, open_source
+from gptq_ao.tensor import GroupTensor
+from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
+
+__all__ = ["quantize_checkpoint"]
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: GPTQConfig,
+    filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 2**30,
+) -> Report:
+    """Quantize the Hugging Face model in the directory `source` and write it to the directory `out`, as `quantize_` and
+    `save_quantized` would, tensor by tensor the same. At no time is the model in memory: only the weights that run or
+    are solved at the moment, the activations of the calibration data, and a shard of the result.
+
+    Args:
+        config, filter_fn: see `quantize_`.
+        device: where to compute; None: on the CPU.
+        dtype: of the model before quantization; None: as stored.
+        tokenizer: to be saved with the model.
+        max_shard_bytes: size of the files, and of the part of the result that is held in memory.
+
+    Raises:
+        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, SolverError: as `quantize_`.
+        CheckpointError: `source` is unsafe, incomplete or does not fit its config; `out` holds something; the disk is
+            full. Nothing is left at `out`, whatever is raised.
+    """
+    if not Path(source).is_dir():
+        raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
+    with CheckpointWriter(Path(out), max_shard_bytes) as writer:
+        weights = CheckpointWeights(open_source(Path(source), dtype), writer)
+        report = quantize_weights(weights, config, filter_fn, device)
+        writer.add_rest(weights.model, weights.get)
+        writer.finish(weights.model, tokenizer)
+    return report
+
+
+class CheckpointWeights:
+    """Weights on disk, see `weights.Weights`: quantized ones in the new checkpoint, others in the source."""
+
+    def __init__(self, source: Source, writer: CheckpointWriter) -> None:
+        self.model: nn.Module = source.model
+        self._source, self._writer = source, writer
+        self._selected: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def check(self, selection: Selection) -> None:
+        """There is room for the result. The values of weights are checked when they are read."""
+        self._selected = frozenset(selection.settings)
+        state = self.model.state_dict(keep_vars=True)
+        contents = {first: state[first] for first, *_ in state_names(self.model)}
+        entries = {}
+        for site in selection.sites:
+            c, k = selection.settings[site.weight], site.layout.in_features
+            groups = k // group_columns(k, c.group_size)
+            rows = contents[site.weight].numel() // k  # those of all matrices of a stack
+            entries[site.weight] = QuantizedEntry(c.bits, (rows, k), groups, "", False, c.act_order == "group")
+        self._writer.check_space(stored_bytes({**contents, **entries}))
+
+    def get(self, name: str, device: torch.device | None = None) -> Tensor:
+        if name in self._writer:
+            value: Tensor = self._writer.get(name)
+        elif name in self._source.recipes:
+            value = self._source.read(name)
+        else:
+            value = self.model.get_buffer(name)
+        if name in self._selected and not isinstance(value, GroupTensor):
+            check_values([(name, value)])
+        return value.to(device or value.device)
+
+    def replace(self, name: str, new: Tensor) -> None:
+        self._writer.add(name, new)
