@@ -98,7 +98,8 @@ def factor(hessian: Hessian, act_order: str = "static", damp_percent: float | No
     mean = live.mean().item() if live.numel() else 1.0
 
     dtype = torch.float64 if k <= LARGEST_FP64 else torch.float32
-    H = (hessian.matrix if order is None else hessian.matrix[order][:, order]).to(dtype, copy=True)
+    # Five matrices of this size can be alive at once, of which none is kept longer than it takes.
+    H = hessian.matrix.to(dtype, copy=True) if order is None else hessian.matrix[order][:, order].to(dtype)
     H.diagonal()[dead if order is None else dead[order]] = mean
     damp = min(max(k / max(hessian.rows, 1), 0.01), 1.0) if damp_percent is None else damp_percent
     added = 0.0
@@ -107,8 +108,11 @@ def factor(hessian: Hessian, act_order: str = "static", damp_percent: float | No
         added = damp
         lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
         if info.item() == 0:
-            eye = torch.eye(k, dtype=dtype, device=H.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            del H
+            lower = lower.flip(0, 1)
+            eye = torch.eye(k, dtype=dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=True)
+            del lower, eye
             return Factor(upper.float(), order, damp, int(dead.sum()))
         damp *= 3
     raise SolverError(

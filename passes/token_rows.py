@@ -5,6 +5,7 @@ Hessian. An activation's rows are positions of the mask if its leading axes are 
 flattened to one; a mixture of experts then gathers them, `tokens[numbers]`, and computes on what it gathered.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ class TokenRows:
             x, numbers = _gather(node)
             return (x, numbers.name) if numbers is not None and dim(x) == 2 else None
         rows = _size(node.meta["val"].shape[0])
-        same = (i for i in node.all_input_nodes if dim(i) == 2 and _size(i.meta["val"].shape[0]) == rows)
+        inputs = node.all_input_nodes
+        if node.target is operator.getitem:  # of chunk or split
+            inputs = inputs[0].all_input_nodes
+        same = (i for i in inputs if dim(i) == 2 and _size(i.meta["val"].shape[0]) == rows)
         return next(((i, None) for i in same), None)
 
     def _about(self, program: Program, mask: str) -> set[fx.Node]:
