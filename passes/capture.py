@@ -30,7 +30,7 @@ from gptq_ao.passes.explain import explain
 from gptq_ao.passes.functional import make_functional
 from gptq_ao.passes.known_values import known_values
 from gptq_ao.passes.records import Program, static_size
-from gptq_ao.passes.stand_in import running_device, stand_in
+from gptq_ao.passes.stand_in import first_names, running_device, stand_in
 
 __all__ = ["calibration_mode", "capture"]
 
@@ -39,7 +39,7 @@ def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = 
     """Trace `model(*batch.args, **batch.kwargs)`. No weight is read, moved or allocated: it may be on meta or on disk.
 
     If the model needs the values of tensors to know its sizes (the image grids of a vision model), it is traced again
-    with the values of this batch's integer inputs fixed, except those shaped like the largest one (the token ids).
+    with the values of this batch's integer inputs fixed, except those as long as the largest one (the token ids).
     `Program.bind` then asks for the same values in every batch.
 
     Args:
@@ -65,8 +65,7 @@ def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = 
 def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: frozenset[int]) -> Program:
     """`fixed`: positions among the flattened inputs whose values become part of the graph."""
     sample = batch if fixed else _two_rows(batch)
-    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    first_name = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    first_name = first_names(model)
     env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
     with (
@@ -129,7 +128,7 @@ def _two_rows(batch: Batch) -> Batch:
 
 
 def _geometry(batch: Batch) -> frozenset[int]:
-    """Positions of the integer inputs that are shaped unlike the largest one."""
+    """Positions of the integer inputs that are not as long as the largest one: no token ids, masks or positions."""
     flat = pytree.tree_leaves((batch.args, batch.kwargs))
     integers = {
         i: t
@@ -137,7 +136,7 @@ def _geometry(batch: Batch) -> frozenset[int]:
         if isinstance(t, torch.Tensor) and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
     }
     largest = max(integers.values(), key=torch.Tensor.numel, default=None)
-    return frozenset(i for i, t in integers.items() if largest is not None and t.shape != largest.shape)
+    return frozenset(i for i, t in integers.items() if largest is not None and t.shape[-1:] != largest.shape[-1:])
 
 
 def _elsewhere(inputs: Any, device: torch.device) -> Any:
