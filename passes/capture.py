@@ -10,6 +10,7 @@ in `calibration_mode`, on stand-ins for the weights, and its graph writes to not
 import contextlib
 import dataclasses
 import inspect
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,8 @@ from gptq_ao.passes.explain import explain
 from gptq_ao.passes.functional import make_functional
 from gptq_ao.passes.known_values import known_values
 from gptq_ao.passes.records import Program, static_size
-from gptq_ao.passes.stand_in import running_device, stand_in
+from gptq_ao.passes.stand_in import first_names, running_device, stand_in
+from gptq_ao.passes.transformers_help import check_no_assumption, transformers_help
 
 __all__ = ["calibration_mode", "capture"]
 
@@ -38,9 +40,9 @@ __all__ = ["calibration_mode", "capture"]
 def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = None) -> Program:
     """Trace `model(*batch.args, **batch.kwargs)`. No weight is read, moved or allocated: it may be on meta or on disk.
 
-    If the model needs the values of tensors to know its sizes (the image grids of a vision model), it is traced again
-    with the values of this batch's integer inputs fixed, except those shaped like the largest one (the token ids).
-    `Program.bind` then asks for the same values in every batch.
+    A model that needs the values of a tensor to know its sizes (the image grids of a vision model) is traced with the
+    values of this batch's integer inputs, except those as long as the largest one (the token ids, masks, positions).
+    `Program.bind` then asks for the same values in every batch. For the rest see `transformers_help`.
 
     Args:
         device: that will run the graph. None: that of the model's first parameter which is not on meta, else the CPU.
@@ -53,20 +55,28 @@ def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = 
     if clash:
         raise CaptureError(f"keyword input {clash[0]!r} has a name that is used for positional inputs: rename it")
     device = running_device(model) if device is None else torch.device(device)
+    fixed, is_transformers = _geometry(batch), hasattr(getattr(model, "config", None), "to_dict")
     try:
-        return _captured(model, batch, device, frozenset())
-    except CaptureError:
-        fixed = _geometry(batch)
-        if not fixed:
-            raise
-    return _captured(model, batch, device, fixed)
+        return _captured(model, batch, device)
+    except CaptureError as e:
+        error = e
+    if fixed:
+        try:
+            return _captured(model, batch, device, fixed)
+        except CaptureError as e:
+            error = e
+    if is_transformers:
+        with contextlib.suppress(CaptureError), transformers_help(model) as longest:
+            program = _captured(model, batch, device, fixed)
+            check_no_assumption(program.graph)
+            return _up_to(program, batch, longest)
+    raise error
 
 
-def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: frozenset[int]) -> Program:
+def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: frozenset[int] = frozenset()) -> Program:
     """`fixed`: positions among the flattened inputs whose values become part of the graph."""
     sample = batch if fixed else _two_rows(batch)
-    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    first_name = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    first_name = first_names(model)
     env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
     with (
@@ -82,7 +92,8 @@ def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: froze
         axes = pytree.tree_map(_dynamic, (args, kwargs))
         shapes = {**{f"arg{i}": a for i, a in enumerate(axes[0])}, **axes[1]}
         try:
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with contextlib.redirect_stderr(io.StringIO()):  # on failure, torch prints the graph up to there
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if not make_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
         except Exception as e:  # torch.export raises whatever the model's forward raises
@@ -129,15 +140,16 @@ def _two_rows(batch: Batch) -> Batch:
 
 
 def _geometry(batch: Batch) -> frozenset[int]:
-    """Positions of the integer inputs that are shaped unlike the largest one."""
-    flat = pytree.tree_leaves((batch.args, batch.kwargs))
-    integers = {
-        i: t
-        for i, t in enumerate(flat)
-        if isinstance(t, torch.Tensor) and not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-    }
+    """Positions of the integer inputs that are not as long as the largest one: no token ids, masks or positions."""
+    integers = {i: t for i, t in enumerate(pytree.tree_leaves((batch.args, batch.kwargs))) if _is_integer(t)}
     largest = max(integers.values(), key=torch.Tensor.numel, default=None)
-    return frozenset(i for i, t in integers.items() if largest is not None and t.shape != largest.shape)
+    return frozenset(i for i, t in integers.items() if largest is not None and t.shape[-1:] != largest.shape[-1:])
+
+
+def _is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not (
+        leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool
+    )
 
 
 def _elsewhere(inputs: Any, device: torch.device) -> Any:
@@ -196,6 +208,21 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
         ranges,
         _guards(env, [placeholders[name].meta["val"] for name in inputs if name is not None]),
     )
+
+
+def _up_to(program: Program, batch: Batch, longest: float) -> Program:
+    """Valid for sequences (the last axis of the largest integer input) no longer than that."""
+    if longest == float("inf"):
+        return program
+    integers = {n: t for n, t in program.bind(batch, "the batch").items() if _is_integer(t)}
+    name = max(integers, key=lambda n: integers[n].numel(), default=None)
+    if name is None or integers[name].shape[-1] > longest:
+        raise CaptureError(f"sequences longer than {longest:g} change the rotary table")
+    size = program.placeholders[name].meta["val"].shape[-1]
+    if static_size(size) is not None:
+        return program
+    low, high = program.ranges.get(size.node.expr, (0, float("inf")))
+    return dataclasses.replace(program, ranges={**program.ranges, size.node.expr: (low, min(high, longest))})
 
 
 def _guards(env: ShapeEnv, inputs: list[Any]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 Sizes of a fake input are numbers or expressions (SymPy) of symbols, one symbol for each size that is free.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -68,13 +69,13 @@ def check_sizes(
                 f"{where}: input {name!r} has {size} elements along axis {axis}, but the model needs "
                 f"{expression.xreplace(places)} = {wanted} there. Give the inputs of a batch sizes that fit each other"
             )
-    for guard in guards:
-        if not _holds(guard, symbols):
-            sizes = ", ".join(f"{places[s]} = {symbols[s]}" for s in sorted(guard.free_symbols, key=str))
-            raise CalibrationError(
-                f"{where}: with {sizes} the model takes another path than the captured one, which needs "
-                f"{guard.xreplace(places)}. Give batches of one length, that of the first"
-            )
+    guard = _broken(guards, tuple(symbols.items()))
+    if guard is not None:
+        sizes = ", ".join(f"{places[s]} = {symbols[s]}" for s in sorted(guard.free_symbols, key=str))
+        raise CalibrationError(
+            f"{where}: with {sizes} the model takes another path than the captured one, which needs "
+            f"{guard.xreplace(places)}. Give batches of one length, that of the first"
+        )
 
 
 def _sizes(fakes: Mapping[str, Tensor], given: Mapping[str, Any]) -> Iterator[tuple[str, int, Any, int]]:
@@ -83,6 +84,12 @@ def _sizes(fakes: Mapping[str, Tensor], given: Mapping[str, Any]) -> Iterator[tu
         for axis, size in enumerate(fake.shape):
             expression = sympy.Integer(size) if isinstance(size, int) else size.node.expr
             yield name, axis, expression, given[name].shape[axis]
+
+
+@functools.lru_cache(maxsize=64)  # most batches have the same sizes, and SymPy is slow
+def _broken(guards: tuple[Any, ...], sizes: tuple[tuple[Any, int], ...]) -> Any:
+    """The first condition that is not met, or None."""
+    return next((g for g in guards if not _holds(g, dict(sizes))), None)
 
 
 def _holds(guard: Any, sizes: Mapping[Any, int]) -> bool:

@@ -15,13 +15,31 @@ from torch.nn.parameter import is_lazy
 
 from gptq_ao.errors import CaptureError
 
-__all__ = ["running_device", "stand_in"]
+__all__ = ["first_names", "running_device", "stand_in"]
 
 
 def running_device(model: nn.Module) -> torch.device:
     """Where a model without an explicit device runs: with its first parameter that is somewhere, else on the CPU."""
     tensors = [*model.parameters(), *model.buffers()]
     return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter → the first name of the same parameter, in the model's order.
+
+    Hooks that offload weights put a meta tensor of its own under each name of a tied parameter. Then the model's
+    `all_tied_weights_keys` (transformers) tells.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
+    for prefix, m in model.named_modules():
+        for a, b in (getattr(m, "all_tied_weights_keys", None) or {}).items():
+            pair = [f"{prefix}.{n}".removeprefix(".") for n in (a, b)]
+            if all(n in parameters and parameters[n].device.type == "meta" for n in pair):
+                one, other = sorted((names[n] for n in pair), key=list(parameters).index)
+                names = {n: one if f == other else f for n, f in names.items()}
+    return names
 
 
 @contextlib.contextmanager
@@ -38,24 +56,27 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise CaptureError(f"parameter {lazy!r} is lazy and has no shape yet: run the model once on a batch")
-    fakes: dict[int, Tensor] = {}
+    fakes: dict[Any, Any] = {}
 
-    def fake(t: Tensor) -> Tensor:
-        if id(t) not in fakes:
+    def fake(key: Any, t: Tensor) -> Any:
+        if key not in fakes:
             with mode:  # the logical shape of a tensor subclass, whatever it is made of
                 new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-            fakes[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-        return fakes[id(t)]
+            fakes[key] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+        return fakes[key]
+
+    parameters = {name: fake(first, model.get_parameter(first)) for name, first in first_names(model).items()}
 
     with _restored(model):
         for m in model.modules():
-            tables: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
-            for table in tables:
-                table.update({name: fake(t) for name, t in table.items() if t is not None})
+            m._buffers.update({name: fake(id(t), t) for name, t in m._buffers.items() if t is not None})
             own = vars(m)
             own.update({k: v.to(device) for k, v in own.items() if isinstance(v, Tensor) and v.device.type != "meta"})
             if "_hf_hook" in own and "_old_forward" in own:
                 own["forward"] = own["_old_forward"]
+        for name, p in parameters.items():
+            module, _, attribute = name.rpartition(".")
+            model.get_submodule(module)._parameters[attribute] = p
         yield
 
 

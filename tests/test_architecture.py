@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
         "passes.known_values",
         "passes.functional",
         "passes.explain",
+        "passes.transformers_help",
         "group_tensor",
     },
     {"passes.products", "passes.weight_views"},
