@@ -16,7 +16,6 @@ import torch
 import transformers
 from torch import nn
 
-import gptq_ao
 from gptq_ao import gptq_config, quantize_
 
 
@@ -55,9 +54,7 @@ def main() -> None:
     parser.add_argument("--max-memory", help="of the device; without: activations stay there")
     parser.add_argument("--method", default="gptq")
     a = parser.parse_args()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, gptq_ao {gptq_ao.__version__}, {platform.platform()}"
-    )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {platform.platform()}")
     start = time.perf_counter()
     model = llama(a.layers, a.vocabulary)
     dense = sum(p.nbytes for p in model.parameters())

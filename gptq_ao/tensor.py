@@ -108,12 +108,33 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     weight, size = args
     one_matrix = weight.qdata.stride()[:-3] == (0,) * (weight.dim() - 2)  # expanded over leading dimensions, if any
-    if tuple(size) != tuple(weight.shape) and not (one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:])):
-        raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
     with torch.inference_mode(False):
-        same = weight.expanded(()) if one_matrix else weight
-        same = same.expanded(tuple(size[:-2])) if one_matrix and len(size) > 2 else same.replace()
-    return return_and_correct_aliasing(func, args, kwargs, same)
+        if tuple(size) == tuple(weight.shape):
+            return return_and_correct_aliasing(func, args, kwargs, weight.replace())
+        if one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:]):
+            matrix = weight.expanded(())
+            same = matrix.expanded(tuple(size[:-2])) if len(size) > 2 else matrix
+            return return_and_correct_aliasing(func, args, kwargs, same)
+        if weight.view_as is None and not weight.transposed and size[-1] == weight.in_features:
+            return _view(func, args, kwargs, _regrouped(weight, tuple(size)))
+    raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
+
+
+def _regrouped(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
+    """The same rows as another stack: a view where every matrix is made of whole tiles, else dense."""
+    rows = weight.shape[:-1].numel()
+    known = torch.Size(s for s in size[:-1] if s != -1).numel()
+    *lead, n = (rows // known if s == -1 else s for s in size[:-1])
+    if (*lead, n) == weight.shape[:-1]:
+        return weight.replace()
+    if n % TILE_ROWS or weight.out_features % TILE_ROWS:
+        return weight.dequantize().view(size)
+    inner = {
+        name: t.reshape(*lead, n // TILE_ROWS, *t.shape[-2:])
+        for name in ("qdata", "scale_zero", "high_plane")
+        if (t := getattr(weight, name)) is not None
+    }
+    return weight.replace(**inner, out_features=n)
 
 
 def _rows(weight: GroupTensor, start: int, stop: int) -> Tensor:

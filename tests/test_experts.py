@@ -158,7 +158,9 @@ def test_a_mixture_end_to_end(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(ids).logits, dense(ids).logits)
         save_quantized(model, tmp_path / "q")
-        assert torch.equal(load_quantized(tmp_path / "q").get_parameter(UP).qdata, stack.qdata)
+        again = load_quantized(tmp_path / "q").get_parameter(UP)
+        assert isinstance(again, Int4GroupTensor)
+        assert torch.equal(again.qdata, stack.qdata)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
