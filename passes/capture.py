@@ -82,7 +82,7 @@ def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: froze
     with (
         calibration_mode(model),
         stand_in(model, device, mode),
-        _plain_signature(model, sample, fixed) as (args, kwargs),
+        _plain_signature(model, sample, fixed, device) as (args, kwargs),
         warnings.catch_warnings(),
         tracing(TracingContext(mode)),  # torch.export takes its fake mode from there
     ):
@@ -102,12 +102,14 @@ def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: froze
 
 
 @contextlib.contextmanager
-def _plain_signature(model: nn.Module, batch: Batch, fixed: frozenset[int]) -> Iterator[tuple[Any, Any]]:
+def _plain_signature(
+    model: nn.Module, batch: Batch, fixed: frozenset[int], device: torch.device
+) -> Iterator[tuple[Any, Any]]:
     """Give `forward` exactly the inputs of the batch: torch.export bundles what goes through **kwargs, and then no
     dynamic shape matches. Yields the inputs, without the fixed ones. `stand_in` takes the attribute back."""
     forward = model.forward
     flat, spec = pytree.tree_flatten((batch.args, batch.kwargs))
-    values = {i: flat[i] for i in fixed}
+    values = {i: flat[i] if device.type == "meta" else flat[i].to(device) for i in fixed}
     positional = [f"arg{i}" for i in range(len(batch.args))]
 
     def flat_forward(*args: Any, **kwargs: Any) -> Any:
@@ -190,6 +192,7 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
     (output,) = exported.graph.find_nodes(op="output")
     kinds = [s.kind for s in exported.graph_signature.output_specs]
     output.args = (tuple(v for v, k in zip(output.args[0], kinds, strict=True) if k == OutputKind.USER_OUTPUT),)
+    exported.graph_module.recompile()
 
     flat, spec = pytree.tree_flatten((batch.args, batch.kwargs))
     ranges = {}

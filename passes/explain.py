@@ -1,5 +1,6 @@
 """Why torch.export failed, where in the model's code, and what to change there."""
 
+import linecache
 import re
 import traceback
 from collections.abc import Sequence
@@ -9,8 +10,18 @@ import torch
 
 __all__ = ["explain"]
 
-# (pattern, what happened, what to do): the first whose pattern is in the line of code or in torch's text.
+# (pattern, what happened, what to do): the first whose pattern is in the code or in torch's text.
 _REASONS: Sequence[tuple[str, str, str]] = (
+    (
+        r"get_rope_index",
+        "it computes the positions of image tokens by looping over the token ids",
+        "put position_ids into every batch, computed with the model's own get_rope_index",
+    ),
+    (
+        r"frequency_update",
+        "its rotary table changes with the length of a sequence",
+        "give batches whose sequences are no longer than those the model was first trained on",
+    ),
     (
         r"flash_attn|flash_attention",
         "flash attention is a kernel that cannot be captured",
@@ -38,16 +49,6 @@ _REASONS: Sequence[tuple[str, str, str]] = (
         "give it one with torch.library.register_fake",
     ),
     (
-        r"autograd\.Function|setup_context|save_for_backward|\.apply\(",
-        "a torch.autograd.Function cannot be captured",
-        "in eval mode call plain torch operations instead",
-    ),
-    (
-        r"[Cc]onstraints? violated|ConstraintViolation|specialized",
-        "an input axis can only have the captured size",
-        "give batches of one size",
-    ),
-    (
         r"(takes|missing|unexpected|got multiple|required)\b.*\b(argument|keyword)|have to specify|either input_ids",
         "the batch does not fit the model's signature",
         "give every batch the inputs that model.forward takes: a tuple for positional, a dict for keyword inputs",
@@ -66,8 +67,11 @@ def explain(error: BaseException) -> str:
     frame = _model_frame(error)
     where, code = "", ""
     if frame is not None:
-        code = (frame.line or "").strip()
-        where = f"\n  at {frame.filename}:{frame.lineno}, in {frame.name}\n    {code}"
+        where = f"\n  at {frame.filename}:{frame.lineno}, in {frame.name}\n    {(frame.line or '').strip()}"
+        line, end = (frame.line or "").strip(), frame.lineno or 0
+        # What a loop runs over is often made in the lines before it.
+        start = max(1, end - 4) if line.startswith("for ") else end
+        code = frame.name + "".join(linecache.getline(frame.filename, n) for n in range(start, end + 1))
     text = f"{code}\n{type(error).__name__}: {error}"
     for pattern, reason, advice in _REASONS:
         if re.search(pattern, text):
