@@ -89,7 +89,7 @@ def test_state_is_restored_when_the_capture_fails() -> None:
 
     model = Fails()
     before = snapshot(model)
-    message = r"(?s)could not capture the model.*test_capture.py:\d+, in forward\n +raise KeyError.*first check.*no"
+    message = r"(?s)could not capture the model.*test_capture.py:\d+, in forward\n +raise KeyError.*First check.*no"
     with pytest.raises(CaptureError, match=message):
         capture(model, as_batch(torch.ones(2, 4)))
     assert snapshot(model) == before
