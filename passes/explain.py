@@ -77,7 +77,7 @@ def explain(error: BaseException) -> str:
         if re.search(pattern, text):
             return f"torch.export could not capture the model: {reason}.{where}\nWhat to do: {advice}.\nIt said: {said}"
     return (
-        f"torch.export could not capture the model.{where}\nWhat to do: first check that model(*args, **kwargs) runs "
+        f"torch.export could not capture the model.{where}\nFirst check that model(*args, **kwargs) runs "
         f"on a calibration batch.\nIt said: {said}"
     )
 

@@ -55,10 +55,10 @@ def check_sizes(
         if expression.is_number:
             low = high = int(expression)
         if not low <= size <= high:
-            limits = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            limits = f"{low:g}" if low == high else f"at least {low:g}" if size < low else f"at most {high:g}"
             raise CalibrationError(
                 f"{where}: input {name!r} has {size} elements along axis {axis}; the model fixed that size at capture, "
-                f"to {limits} (it loops or branches over it). Give every batch that size"
+                f"to {limits} (it loops or branches over it). Give every batch such a size"
             )
         if expression.is_Symbol and expression not in symbols:
             symbols[expression], places[expression] = size, type(expression)(f"{name}.shape[{axis}]")

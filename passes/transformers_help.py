@@ -6,6 +6,7 @@ Rotary tables that change with the length of a sequence are kept as they are, wh
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,9 @@ def transformers_help(model: nn.Module) -> Iterator[float]:
     longest = min((_longest(m) for m in tables), default=float("inf"))
     with contextlib.ExitStack() as stack:
         if "transformers" in sys.modules:
-            with contextlib.suppress(ImportError):  # a version without them
+            # A version without them; modules that are imported for them and warn.
+            with contextlib.suppress(ImportError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 from transformers.exporters import exporter_dynamo  # noqa: F401 - registers them
                 from transformers.exporters.utils import apply_patches
 
@@ -45,13 +48,9 @@ def _changes_with_length(m: Any) -> bool:
     kind = getattr(m, "rope_type", None)
     if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
         return False
+    # One that a long sequence has extended would shrink again for a short one.
     now, original = m.inv_freq, m.original_inv_freq
-    if now.is_meta or original.is_meta or torch.equal(now, original.to(now.device)):
-        return True
-    raise CaptureError(
-        f"the rotary table of the model ({kind!r}) has been extended for a long sequence, and torch.export cannot tell "
-        "when it shrinks again: load the model anew before quantizing"
-    )
+    return now.is_meta or original.is_meta or torch.equal(now, original.to(now.device))
 
 
 def _longest(m: Any) -> float:

@@ -89,7 +89,7 @@ def test_state_is_restored_when_the_capture_fails() -> None:
 
     model = Fails()
     before = snapshot(model)
-    message = r"(?s)could not capture the model.*test_capture.py:\d+, in forward\n +raise KeyError.*first check.*no"
+    message = r"(?s)could not capture the model.*test_capture.py:\d+, in forward\n +raise KeyError.*First check.*no"
     with pytest.raises(CaptureError, match=message):
         capture(model, as_batch(torch.ones(2, 4)))
     assert snapshot(model) == before
@@ -314,7 +314,7 @@ def test_sizes_for_which_the_model_takes_another_branch() -> None:
         CalibrationError, match=r"batch 1: with x.shape\[1\] = 10 the model takes another path .* Eq\(Mod"
     ):
         program.bind(sized(2, 10), "batch 1")
-    with pytest.raises(CalibrationError, match=r"batch 1: input 'x' has 4 elements along axis 1; .* to 6 to inf"):
+    with pytest.raises(CalibrationError, match=r"batch 1: input 'x' has 4 elements along axis 1; .* to at least 6 "):
         program.bind(sized(2, 4), "batch 1")
     with pytest.raises(
         CalibrationError, match=r"batch 1: input 'mask' has 8 .* axis 1, but .* x.shape\[1\] = 12 there"
@@ -466,7 +466,7 @@ def test_a_rotary_table_that_grows_with_the_sequence() -> None:
     program = capture(model, as_batch(token_batches()[0]))
     assert model.model.rotary_emb.rope_type == "dynamic"
     program.bind(as_batch(token_batches(length=128)[0]), "batch 2")
-    with pytest.raises(CalibrationError, match=r"batch 2: .* has 129 elements along axis 1; .* to 0 to 128"):
+    with pytest.raises(CalibrationError, match=r"batch 2: .* has 129 elements along axis 1; .* to at most 128 "):
         program.bind(as_batch(token_batches(length=129)[0]), "batch 2")
     with pytest.raises(CaptureError, match=r"(?s)its rotary table changes with the length.*no longer than"):
         capture(model, as_batch(token_batches(length=129)[0]))
