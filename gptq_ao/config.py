@@ -43,6 +43,8 @@ class GPTQConfig(AOBaseConfig):
     method: str = "gptq"
     rules: dict[str, Override] = field(default_factory=dict)
     strict: bool = False
+    expert_min_rows: int = 128
+    calibrate_all_experts: bool = False
     # torchao serializes no field that starts with an underscore: data never ends up in a checkpoint.
     _calibration: Calibration = field(default=None, repr=False, compare=False)
 
@@ -55,7 +57,11 @@ class GPTQConfig(AOBaseConfig):
                 f"group_size is {self.group_size!r}: give a number of input features that share a scale, "
                 "such as 32, 64 or 128, or -1 for one scale per output row"
             )
-        for flag in ("sym", "strict"):
+        if type(self.expert_min_rows) is not int or self.expert_min_rows < 0:
+            raise ConfigError(
+                f"expert_min_rows is {self.expert_min_rows!r}: give a number of activation rows, 0 or more"
+            )
+        for flag in ("sym", "strict", "calibrate_all_experts"):
             _one_of(flag, getattr(self, flag), (True, False))
         damp = self.damp_percent
         if damp is not None and (type(damp) not in (int, float) or not 0 < damp <= 10):
@@ -102,6 +108,8 @@ def gptq_config(
     calibration: Calibration = None,
     rules: Mapping[str, Mapping[str, Any] | None] | None = None,
     strict: bool = False,
+    expert_min_rows: int = 128,
+    calibrate_all_experts: bool = False,
     preset: str | None = None,
     desc_act: bool | None = None,
 ) -> GPTQConfig:
@@ -127,6 +135,10 @@ def gptq_config(
             matches nothing is an error. A rule also includes what is left out by default (an output head, a router).
         strict: fail where a weight would otherwise be rounded to nearest or left out for a reason other than a rule
             or a default, instead of listing it in the report.
+        expert_min_rows: an expert (of a stacked weight) that fewer activation rows reach is solved with the Hessian of
+            all experts' rows, and listed as a fallback.
+        calibrate_all_experts: let every token reach every expert, for the Hessians only; what the model computes stays
+            as it is. It costs as many passes through the experts as the number of experts over those per token.
         preset: `"4bit-128"`, `"4bit-32-act"` or `"3bit-128-act"`, in place of `bits`, `group_size` and `act_order`.
         desc_act: Hugging Face's spelling: True is `act_order="group"`, False is `act_order="none"`.
 
@@ -157,6 +169,8 @@ def gptq_config(
         method=method,
         rules={p: dict(o) if isinstance(o, Mapping) else o for p, o in (rules or {}).items()},
         strict=strict,
+        expert_min_rows=expert_min_rows,
+        calibrate_all_experts=calibrate_all_experts,
         _calibration=calibration,
     )
 

@@ -23,12 +23,23 @@ class GroupTensor(TorchAOBaseTensor):
         group_size: neighbouring columns that share a scale.
         out_features, in_features: the logical size, without padding.
         transposed: whether the shape is [..., in_features, out_features].
+        view_as: the shape, if it is neither that of a matrix nor of a stack: a convolution's [out, in, height, width].
+            The (transposed) matrix has the same elements in the same order.
     """
 
     bits: ClassVar[int]
     tensor_data_names: ClassVar[list[str]] = ["qdata", "scale_zero"]
-    tensor_attribute_names: ClassVar[list[str]] = ["group_size", "out_features", "in_features", "transposed", "dtype"]
+    tensor_attribute_names: ClassVar[list[str]] = [
+        "group_size",
+        "out_features",
+        "in_features",
+        "transposed",
+        "dtype",
+        "view_as",
+    ]
     optional_tensor_data_names: ClassVar[list[str]] = ["high_plane", "perm"]
+    # Operators of other libraries, which may be registered after this class: name → implementation.
+    on_dense_by_name: ClassVar[dict[str, Any]] = {}
 
     qdata: Tensor
     scale_zero: Tensor
@@ -38,6 +49,7 @@ class GroupTensor(TorchAOBaseTensor):
     out_features: int
     in_features: int
     transposed: bool
+    view_as: tuple[int, ...] | None
 
     def __new__(
         cls,
@@ -48,17 +60,16 @@ class GroupTensor(TorchAOBaseTensor):
         in_features: int,
         transposed: bool,
         dtype: torch.dtype,
+        view_as: tuple[int, ...] | None = None,
         high_plane: Tensor | None = None,
         perm: Tensor | None = None,
     ) -> "GroupTensor":
-        lead = qdata.shape[:-3]
-        shape = torch.Size((*lead, out_features, in_features))
-        strides = [in_features, 1]
-        for size in reversed((*lead, out_features)):
+        shape = torch.Size(view_as or (*qdata.shape[:-3], out_features, in_features))
+        strides = [1]
+        for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
-        strides = strides[1:]
-        if transposed:
-            shape = torch.Size((*lead, in_features, out_features))
+        if transposed and view_as is None:
+            shape = torch.Size((*shape[:-2], in_features, out_features))
             strides[-1], strides[-2] = strides[-2], strides[-1]
         return torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=dtype, device=qdata.device, requires_grad=False
@@ -73,13 +84,14 @@ class GroupTensor(TorchAOBaseTensor):
         in_features: int,
         transposed: bool,
         dtype: torch.dtype,
+        view_as: tuple[int, ...] | None = None,
         high_plane: Tensor | None = None,
         perm: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.qdata, self.scale_zero, self.high_plane, self.perm = qdata, scale_zero, high_plane, perm
         self.group_size, self.out_features, self.in_features = group_size, out_features, in_features
-        self.transposed = transposed
+        self.transposed, self.view_as = transposed, view_as
 
     @classmethod
     def from_codes(
@@ -91,6 +103,7 @@ class GroupTensor(TorchAOBaseTensor):
         dtype: torch.dtype,
         perm: Tensor | None = None,
         transposed: bool = False,
+        view_as: tuple[int, ...] | None = None,
     ) -> "GroupTensor":
         """Pack a quantized weight.
 
@@ -101,17 +114,22 @@ class GroupTensor(TorchAOBaseTensor):
             dtype: what the weight pretends to be: the dtype of `dequantize()`.
             perm: [K] integers, a permutation: column i of `codes` belongs to input feature `perm[i]`.
             transposed: give the tensor the shape [..., K, N].
+            view_as: give the tensor this shape, of as many elements as the matrix, [N, K] or transposed [K, N].
 
         Raises:
             ConfigError: shapes, dtypes or ranges are not those above.
             NonFiniteError: a scale is NaN or infinite.
         """
         _check_parts(cls, codes, scale, zero_point, perm)
+        if view_as is not None and (codes.dim() != 2 or torch.Size(view_as).numel() != codes.numel()):
+            raise ConfigError(f"{cls.__name__}: codes {tuple(codes.shape)} cannot be viewed as {tuple(view_as)}")
         qdata, high_plane = pack_codes(codes, cls.bits)
         n, k = codes.shape[-2:]
         perm = None if perm is None else perm.to(torch.int32)
         group_size = k // scale.shape[-1]
-        return cls(qdata, pack_scale_zero(scale, zero_point), group_size, n, k, transposed, dtype, high_plane, perm)
+        scale_zero = pack_scale_zero(scale, zero_point)
+        view_as = None if view_as is None else tuple(view_as)
+        return cls(qdata, scale_zero, group_size, n, k, transposed, dtype, view_as, high_plane, perm)
 
     def codes(self) -> Tensor:
         """[..., out_features, in_features] uint8, columns as stored (see `perm`)."""
@@ -130,7 +148,8 @@ class GroupTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in the shape of this tensor."""
         weight = ops.dequantize(*self.packed(), output_dtype or self.dtype)
-        return weight.mT if self.transposed else weight
+        weight = weight.mT if self.transposed else weight
+        return weight if self.view_as is None else weight.reshape(self.view_as)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,6 +157,9 @@ class GroupTensor(TorchAOBaseTensor):
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if func not in cls._ATEN_OP_TABLE[cls] and func.has_kernel_for_dispatch_key(composite):
             return func.decompose(*args, **(kwargs or {}))
+        by_name = cls.on_dense_by_name.get(func._schema.name)
+        if by_name is not None:
+            return by_name(func, types, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def packed(self) -> tuple[Any, ...]:
@@ -156,6 +178,11 @@ class GroupTensor(TorchAOBaseTensor):
         first = (0,) * (self.dim() - 2)
         inner = {n: t.expand(*lead, *t.shape) if lead else t[first] for n, t in inner.items() if t is not None}
         return self.replace(**inner)
+
+    def experts(self, index: tuple[Any, ...]) -> "GroupTensor":
+        """Some matrices of a stack: `index` is for the leading dimensions."""
+        inner = {n: getattr(self, n) for n in ("qdata", "scale_zero", "high_plane")}
+        return self.replace(**{n: t[index] for n, t in inner.items() if t is not None})
 
     def __repr__(self) -> str:
         return (

@@ -8,6 +8,7 @@ Numerics: sums are kept in fp32. Products of bf16 or fp16 numbers are exact in f
 precision (no TF32). The division by the number of rows happens once, at the end.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Hessian", "HessianObserver", "ieee_fp32"]
+__all__ = ["Hessian", "HessianObserver", "gathered_mask", "ieee_fp32", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -34,61 +35,113 @@ class Hessian:
 
 
 class HessianObserver(nn.Module):
-    """Sums XᵀX of all it is called with. Nothing here waits for the device: host values are read in `finish`."""
+    """Sums XᵀX of all it is called with; for experts, one sum for each. Where rows are sorted by expert the numbers of
+    rows are read on the host; otherwise nothing here waits for the device before `finish`."""
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, experts: int = 1) -> None:
         super().__init__()
-        self.in_features = in_features
+        self.in_features, self.experts = in_features, experts
         self._reset()
 
     def _reset(self) -> None:
         self._sum: Tensor | None = None
-        self._rows: list[int | Tensor] = []
+        self._rows: list[Tensor] = []  # [experts] each
         self._finite: list[Tensor] = []
         self._unseen_batches = 0  # before the first call
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add the rows of `x` [..., K], on its device; those where `mask` [...] is zero (padding) are left out.
+    def forward(self, x: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None) -> None:
+        """Add the rows of `x`, on its device.
 
-        A mask of other leading sizes than x's is not used: x is then the same for all of a batch, and no row of it is
-        padding.
+        Args:
+            x: [..., K]; for experts [E, ..., K], or [T, K] sorted by expert.
+            mask: zero where a row is padding and does not count: [...], or its first axes, or, for x [T, K], anything
+                of T elements. One of other sizes is not used: x is then the same for all of a batch, and no row of it
+                is padding.
+            offsets: [E], the cumulative number of sorted rows. Rows after the last offset belong to no expert.
         """
-        rows = x.detach().reshape(-1, self.in_features)
-        if mask is None or mask.shape != x.shape[:-1]:
-            self._rows.append(rows.shape[0])
-        else:
-            keep = mask.reshape(-1, 1) != 0
+        x = x.detach()
+        keep = _kept(x, mask) if mask is not None else None
+        if keep is not None:
             # A product with zero would keep a NaN that sits in the padding.
-            rows = torch.where(keep, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-            self._rows.append(keep.sum())
+            x = torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
         if self._sum is None:
-            self._sum = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=x.device)
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-            self._sum += torch.mm(rows.T, rows, out_dtype=torch.float32)  # tensor cores
+            sides = (self.experts, self.in_features, self.in_features)
+            self._sum = torch.zeros(sides, dtype=torch.float32, device=x.device)
+        if offsets is not None:
+            bounds = [0, *offsets.tolist()]
+            parts = [x[start:stop] for start, stop in itertools.pairwise(bounds)]
+            counts = (
+                [keep[start:stop].sum() for start, stop in itertools.pairwise(bounds)] if keep is not None else None
+            )
+        elif self.experts > 1:
+            parts = list(x.reshape(self.experts, -1, self.in_features))
+            # Rows that a router sent elsewhere are zeros here.
+            counts = [(p != 0).any(-1).sum() for p in parts]
         else:
-            rows = rows.float()
-            with ieee_fp32():
-                self._sum.addmm_(rows.T, rows)
+            parts = [x.reshape(-1, self.in_features)]
+            counts = [keep.sum()] if keep is not None else None
+        for total, rows in zip(self._sum, parts, strict=True):
+            _add(total, rows)
+        known = torch.tensor([p.shape[0] for p in parts])
+        self._rows.append(known if counts is None else torch.stack(counts))
 
     def end_batch(self) -> None:
         """Note whether the sums are still finite, so that `finish` can name the batch that spoiled them."""
         if self._sum is None:
             self._unseen_batches += 1
         else:
-            self._finite.append(torch.isfinite(self._sum.diagonal()).all())
+            self._finite.append(torch.isfinite(self._sum.diagonal(dim1=-2, dim2=-1)).all())
 
-    def finish(self) -> Hessian:
-        """The Hessian of all calls so far. The observer starts anew and gives its memory back.
+    def finish(self) -> tuple[Hessian, ...]:
+        """The Hessian of all calls so far, or those of the experts. The observer starts anew and gives its memory back.
 
         Raises:
             RuntimeError: it was never called.
         """
         if self._sum is None:
             raise RuntimeError("a HessianObserver was never called")
-        total, rows = self._sum, sum(int(r) for r in self._rows)
+        totals, rows = self._sum, torch.stack([r.cpu() for r in self._rows]).sum(0).tolist()
         finite = [True] * self._unseen_batches + (torch.stack(self._finite).tolist() if self._finite else [])
         self._reset()
-        return Hessian(total.div_(max(rows, 1)), rows, finite.index(False) if False in finite else None)
+        bad = finite.index(False) if False in finite else None
+        return tuple(Hessian(t.div_(max(n, 1)), n, bad) for t, n in zip(totals, rows, strict=True))
+
+
+def gathered_mask(mask: Tensor, *gathers: Tensor) -> Tensor:
+    """The mask [batch, position] of rows that were gathered from its flattened positions, once or several times."""
+    mask = mask.reshape(-1)
+    for numbers in gathers:
+        mask = mask[numbers]
+    return mask
+
+
+def pooled(hessians: tuple[Hessian, ...]) -> Hessian:
+    """One Hessian of the rows of all."""
+    rows = sum(h.rows for h in hessians)
+    matrix = torch.zeros_like(hessians[0].matrix)
+    for h in hessians:
+        matrix.add_(h.matrix, alpha=h.rows / max(rows, 1))
+    return Hessian(matrix, rows)
+
+
+def _kept(x: Tensor, mask: Tensor) -> Tensor | None:
+    """[..., 1]: which rows count, if the mask speaks of the rows of x."""
+    if x.dim() == 2 and mask.numel() == x.shape[0]:
+        return mask.reshape(-1, 1) != 0
+    if mask.dim() < x.dim() and x.shape[: mask.dim()] == mask.shape:
+        keep = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())) != 0
+        return keep.expand(*x.shape[:-1], 1)
+    return None
+
+
+def _add(total: Tensor, rows: Tensor) -> None:
+    """total += rowsᵀ·rows."""
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        total += torch.mm(rows.T, rows, out_dtype=torch.float32)  # tensor cores
+    else:
+        rows = rows.float()
+        with ieee_fp32():
+            total.addmm_(rows.T, rows)
 
 
 @contextmanager

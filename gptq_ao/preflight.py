@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from gptq_ao.errors import ConfigError, NoLinearError, NonFiniteError
-from gptq_ao.passes.records import Excluded, LinearSite
+from gptq_ao.passes.records import Excluded, Layout, LinearSite, Rows
 
 __all__ = ["check_unquantized", "check_values", "linear_modules", "name_filter", "output_heads"]
 
@@ -59,8 +59,9 @@ def linear_modules(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[Excl
             name = names[id(module.weight)]
             embedded = "also the embedding table" if id(module.weight) in tables else None
             head = "output head" if name in heads or name.endswith("lm_head.weight") else None
-            shape = (module.out_features, module.in_features)
-            sites[name] = LinearSite(name, name, name, None, shape, False, embedded or head)
+            n, k = module.out_features, module.in_features
+            layout = Layout((n, k), 1, n, k, transposed=False)
+            sites[name] = LinearSite(name, name, layout, (0, n), (Rows(name),), left_out=embedded or head)
     excluded = [
         Excluded(name, "not the weight of an nn.Linear: give a calibration batch to find its products", expected=True)
         for name, p in model.named_parameters()

@@ -7,28 +7,28 @@ batches → capture → canonicalize → find_linears → choose_weights → sch
 import resource
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchao.core.config import AOBaseConfig
-from tqdm import tqdm
 
-from gptq_ao.batches import Batch, read_batches
+from gptq_ao.activations import ActivationStore
+from gptq_ao.batches import read_batches
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError
-from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
-from gptq_ao.passes.records import Plan, Program, Selection
+from gptq_ao.passes.reach_all_experts import reach_all_experts
+from gptq_ao.passes.records import Layout, Plan, Selection
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.preflight import check_unquantized, linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock, Report, WeightReport
-from gptq_ao.solve_group import SolvedWeight, round_weight, solve_group
-from gptq_ao.tensor import GroupTensor, tensor_class
+from gptq_ao.run import rewrite, round_all, run_plan
+from gptq_ao.solve_group import round_matrix
+from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights, Weights
 
 __all__ = ["quantize_", "quantize_parameter_", "quantize_weights", "whole_model"]
@@ -80,21 +80,26 @@ def quantize_weights(
         with clock("plan"):
             selection = choose_weights(*linear_modules(model), config, wanted)
             weights.check(selection)
-        return _report(_round_all(weights, selection, clock), selection, None, clock)
+        return _report(round_all(weights, selection, clock), selection, None, clock)
 
     batches = read_batches(config.calibration)
     run_on = torch.device(device) if device is not None else weights.device
     with clock("capture"):
         program = canonicalize(capture(model, batches[0], weights.device), run_on)
     with clock("plan"):
-        selection = choose_weights(*find_linears(program, output_heads(model)), config, wanted)
+        sites, excluded = find_linears(program, output_heads(model))
+        if config.calibrate_all_experts:
+            program, sites = reach_all_experts(program, sites)
+        selection = choose_weights(sites, excluded, config, wanted)
         weights.check(selection)
         _check_support(config, selection)
         plan = observe(schedule(program, selection))
-        store = [_bind(program, batch, i, run_on) for i, batch in enumerate(batches)]
+        bound = [program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches)]
     if all(c.method == "rtn" for c in selection.settings.values()):
-        return _report(_round_all(weights, selection, clock), selection, None, clock)
-    return _report(_run(weights, program, plan, store, run_on, config.strict, clock), selection, plan, clock)
+        return _report(round_all(weights, selection, clock), selection, None, clock)
+    with ActivationStore(bound, run_on) as store:
+        done = run_plan(weights, program, plan, store, run_on, config, clock)
+    return _report(done, selection, plan, clock)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
@@ -111,91 +116,10 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
         return
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
-    check_group_sizes({name: ((parameter.shape[-2], parameter.shape[-1]), config)})
-    _rewrite(ModelWeights(module), round_weight(name, parameter, config), transposed=False, stage=0)
-
-
-def _run(
-    weights: Weights,
-    program: Program,
-    plan: Plan,
-    store: list[dict[str, Any]],
-    device: torch.device,
-    strict: bool,
-    clock: Clock,
-) -> list[WeightReport]:
-    """All stages in order: observe, solve, rewrite."""
-    transposed = {s.weight: s.transposed for s in plan.selection.sites}
-    done: list[WeightReport] = []
-    stages = list(zip(plan.stages, plan.segments, strict=True))
-    bar = tqdm(stages, unit="stage", disable=None, file=sys.stderr)  # None: only on a terminal
-    try:
-        for number, (stage, segment) in enumerate(bar, 1):
-            bar.set_description(stage.groups[0].weights[0].removesuffix(".weight"))
-            with clock("calibrate"):
-                hessians = calibrate(segment, stage, store, lambda name: _static(weights, program, name, device))
-            with clock("solve"), torch.no_grad():
-                for group, hessian in zip(stage.groups, hessians, strict=True):
-                    dense = {n: _matrix(weights.get(n, device), transposed[n]) for n in group.weights}
-                    for solved in solve_group(dense, plan.selection.settings, hessian, strict):
-                        done.append(_rewrite(weights, solved, transposed[solved.name], number))
-    except BaseException as e:
-        if done and isinstance(weights, ModelWeights):
-            e.add_note(f"{len(done)} of {len(plan.selection.settings)} weights are quantized already: reload the model")
-        raise
-    return done
-
-
-def _round_all(weights: Weights, selection: Selection, clock: Clock) -> list[WeightReport]:
-    transposed = {s.weight: s.transposed for s in selection.sites}
-    with clock("solve"), torch.no_grad():
-        return [
-            _rewrite(weights, round_weight(name, _matrix(weights.get(name), transposed[name]), c), transposed[name], 0)
-            for name, c in selection.settings.items()
-        ]
-
-
-def _rewrite(weights: Weights, solved: SolvedWeight, transposed: bool, stage: int) -> WeightReport:
-    """Put a solution in place of its parameter."""
-    parameter, s = weights.model.get_parameter(solved.name), solved.solution
-    packed = tensor_class(solved.config.bits).from_codes(
-        s.codes, s.scale, s.zero_point, dtype=parameter.dtype, perm=s.perm, transposed=transposed
-    )
-    weights.replace(solved.name, packed)
-    return WeightReport(
-        name=solved.name,
-        shape=tuple(parameter.shape),
-        bits=packed.bits,
-        group_size=packed.group_size,
-        method=solved.method,
-        stage=stage,
-        rows=solved.rows,
-        damp=solved.damp,
-        dead=solved.dead,
-        error=solved.error,
-        bytes=sum(getattr(packed, n).nbytes for n in packed.__tensor_flatten__()[0]),
-        original_bytes=parameter.nbytes,
-        fallback=solved.fallback,
-    )
-
-
-def _static(weights: Weights, program: Program, name: str, device: torch.device) -> Any:
-    """A parameter, buffer or constant of the graph, on the device that runs it."""
-    if name in program.constants:
-        value = program.constants[name]
-        return value.to(device) if isinstance(value, Tensor) else value
-    value = weights.get(program.buffers.get(name) or program.parameters[name], device)
-    # Dequantized once per segment, not once per batch: it is what the weight's own product does for many rows.
-    return value.dequantize() if isinstance(value, GroupTensor) else value
-
-
-def _matrix(parameter: Tensor, transposed: bool) -> Tensor:
-    """[out_features, in_features], however the parameter is stored."""
-    return parameter.mT if transposed else parameter
-
-
-def _bind(program: Program, batch: Batch, index: int, device: torch.device) -> dict[str, Any]:
-    return {name: t.to(device) for name, t in program.bind(batch, f"calibration batch {index}").items()}
+    check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})
+    stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
+    layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
+    rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
 
 
 def _check_support(config: GPTQConfig, selection: Selection) -> None:

@@ -1,6 +1,7 @@
-"""Solve the weights that share a Hessian: stacked where their settings agree, rounded to nearest where they must be."""
+"""Solve the parts of weights that share a Hessian: stacked where their settings agree, rounded to nearest where they
+must be."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,63 +9,149 @@ from torch import Tensor
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import SolverError
-from gptq_ao.hessian import Hessian
-from gptq_ao.solver import Solution, factor, relative_error, round_to_nearest, solve
+from gptq_ao.hessian import Hessian, pooled
+from gptq_ao.passes.records import Part
+from gptq_ao.solver import Solution, factor, output_energy, round_to_nearest, solve
 
-__all__ = ["SolvedWeight", "round_weight", "solve_group"]
+__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_group"]
 
 
 @dataclass(frozen=True)
-class SolvedWeight:
-    """One weight's solution and what the report says of it (see `report.WeightReport`)."""
+class SolvedPart:
+    """Some rows of a weight, solved.
 
-    name: str
-    config: GPTQConfig
+    Attributes:
+        solution: of the rows [n, K].
+        changed, energy: tr(E·H·Eᵀ) and tr(W·H·Wᵀ), summed over all calibration rows; None without a Hessian.
+        See `report.WeightReport` for the others.
+    """
+
+    part: Part
     solution: Solution
     method: str
     rows: int = 0
     damp: float | None = None
     dead: int = 0
-    error: float | None = None
+    changed: float | None = None
+    energy: float | None = None
     fallback: str | None = None
 
+    @property
+    def error(self) -> float | None:
+        """The share of the output's energy that the rounding changed."""
+        if self.changed is None or self.energy is None:
+            return None
+        return self.changed / self.energy if self.energy > 0 else 0.0
 
-def round_weight(name: str, weight: Tensor, config: GPTQConfig) -> SolvedWeight:
-    """Round `weight` [..., N, K] to nearest."""
-    solution = round_to_nearest(weight.detach(), bits=config.bits, group_size=config.group_size, sym=config.sym)
-    return SolvedWeight(name, config, solution, "rtn")
+
+def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig) -> SolvedPart:
+    """Round `matrix` [N, K] to nearest."""
+    return SolvedPart(Part(weight, 0, matrix.shape[0]), _nearest(matrix, config), "rtn")
 
 
 def solve_group(
-    weights: Mapping[str, Tensor], settings: Mapping[str, GPTQConfig], hessian: Hessian, strict: bool
-) -> Iterator[SolvedWeight]:
-    """Solve weights [N, K] on the Hessian's device, in order of their settings.
+    matrices: Mapping[Part, Tensor],
+    settings: Mapping[str, GPTQConfig],
+    hessian: Hessian,
+    strict: bool,
+    fallback: str | None = None,
+) -> Iterator[SolvedPart]:
+    """Solve the rows [n, K] of `matrices` on the Hessian's device, in order of their settings.
+
+    Args:
+        fallback: why `hessian` is not that of the parts' own rows, if it is not.
 
     Raises:
         SolverError: the Hessian cannot be factored, or `strict` forbids to round what no data reached.
     """
-    alike: dict[tuple[object, ...], list[str]] = {}
-    for name in weights:
-        c = settings[name]
-        alike.setdefault((c.method, c.act_order, c.damp_percent, c.bits, c.group_size, c.sym), []).append(name)
+    alike: dict[tuple[object, ...], list[Part]] = {}
+    for part in matrices:
+        c = settings[part.weight]
+        alike.setdefault((c.method, c.act_order, c.damp_percent, c.bits, c.group_size, c.sym), []).append(part)
     blind = hessian.matrix.diagonal().count_nonzero().item() == 0
-    for names in alike.values():
-        c = settings[names[0]]
-        fallback = "no calibration row reached it" if blind and c.method == "gptq" else None
-        if fallback and strict:
-            raise SolverError(f"{names[0]}: {fallback}, and strict=True forbids rounding to nearest instead")
-        dense = [weights[name] for name in names]
+    for parts in alike.values():
+        c = settings[parts[0].weight]
+        why = fallback if c.method == "gptq" else None
+        if blind and c.method == "gptq":
+            why = "no calibration row reached it"
+        if why and strict:
+            raise SolverError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
+        dense = [matrices[part] for part in parts]
         method, damp, dead = "rtn", None, 0
-        if c.method == "rtn" or fallback:
-            solutions = [round_weight(name, w, c).solution for name, w in zip(names, dense, strict=True)]
+        if c.method == "rtn" or blind:
+            solutions = [_nearest(m, c) for m in dense]
         else:
             try:
                 f = factor(hessian, c.act_order, c.damp_percent)
             except SolverError as e:
-                raise SolverError(f"{', '.join(names)}: {e}") from e
+                raise SolverError(f"{_names(parts)}: {e}") from e
             stacked = solve(torch.cat(dense), f, bits=c.bits, group_size=c.group_size, sym=c.sym, act_order=c.act_order)
-            solutions = stacked.split([w.shape[0] for w in dense])
+            solutions = stacked.split([m.shape[0] for m in dense])
             method, damp, dead = "gptq", f.damp, f.dead
-        for name, weight, solution in zip(names, dense, solutions, strict=True):
-            error = relative_error(weight, solution.dequantize(), hessian)
-            yield SolvedWeight(name, c, solution, method, hessian.rows, damp, dead, error, fallback)
+        for part, matrix, solution in zip(parts, dense, solutions, strict=True):
+            changed = output_energy(matrix.float() - solution.dequantize(), hessian) * hessian.rows
+            energy = output_energy(matrix.float(), hessian) * hessian.rows
+            yield SolvedPart(part, solution, method, hessian.rows, damp, dead, changed, energy, why)
+
+
+def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:
+    """Each expert's Hessian, or that of all experts' rows for one that saw fewer than `min_rows` of its own, with the
+    reason. A single Hessian is returned as it is."""
+    if len(hessians) == 1 or all(h.rows >= min_rows for h in hessians):
+        return [(h, None) for h in hessians]
+    together = pooled(hessians)
+    why = "the expert saw {} rows, fewer than " + f"{min_rows}: solved with the Hessian of all experts' rows"
+    return [(h, None) if h.rows >= min_rows else (together, why.format(h.rows)) for h in hessians]
+
+
+def join_parts(parts: Iterable[SolvedPart], matrix: Tensor, config: GPTQConfig) -> SolvedPart:
+    """The whole weight from its parts. Rows of `matrix` [N, K] that are in none of them were multiplied by no
+    activation and are rounded to nearest."""
+    parts = sorted(parts, key=lambda p: p.part.start)
+    pieces, end = [], 0
+    for p in parts:
+        if end < p.part.start:
+            pieces.append(_unused(p.part.weight, matrix, end, p.part.start, config))
+        pieces.append(p)
+        end = p.part.stop
+    if end < matrix.shape[0]:
+        pieces.append(_unused(parts[0].part.weight, matrix, end, matrix.shape[0], config))
+    if len(pieces) == 1:
+        return pieces[0]
+    solution = Solution(
+        *(torch.cat([getattr(p.solution, name) for p in pieces]) for name in ("codes", "scale", "zero_point"))
+    )
+    damps = [p.damp for p in pieces if p.damp is not None]
+    return SolvedPart(
+        part=Part(parts[0].part.weight, 0, matrix.shape[0]),
+        solution=solution,
+        method="gptq" if any(p.method == "gptq" for p in pieces) else "rtn",
+        rows=sum(p.rows for p in pieces),
+        damp=max(damps, default=None),
+        dead=sum(p.dead for p in pieces),
+        changed=sum(p.changed or 0.0 for p in pieces),
+        energy=sum(p.energy or 0.0 for p in pieces),
+        fallback=_summary(pieces),
+    )
+
+
+def _unused(weight: str, matrix: Tensor, start: int, stop: int, config: GPTQConfig) -> SolvedPart:
+    part, why = Part(weight, start, stop), "no product of the captured forward uses it"
+    return SolvedPart(part, _nearest(matrix[start:stop], config), "rtn", fallback=why)
+
+
+def _nearest(matrix: Tensor, config: GPTQConfig) -> Solution:
+    return round_to_nearest(matrix.detach(), bits=config.bits, group_size=config.group_size, sym=config.sym)
+
+
+def _summary(parts: list[SolvedPart]) -> str | None:
+    """Reason → the rows it concerns."""
+    by_reason: dict[str, list[str]] = {}
+    for p in parts:
+        if p.fallback is not None:
+            by_reason.setdefault(p.fallback, []).append(f"{p.part.start}:{p.part.stop}")
+    return "; ".join(f"rows {', '.join(rows)}: {why}" for why, rows in by_reason.items()) or None
+
+
+def _names(parts: list[Part]) -> str:
+    return ", ".join(dict.fromkeys(p.weight for p in parts))

@@ -24,7 +24,7 @@ from gptq_ao.errors import NonFiniteError, SolverError
 from gptq_ao.grid import choose_grid, dequantize, group_columns, round_to_grid
 from gptq_ao.hessian import Hessian, ieee_fp32
 
-__all__ = ["Factor", "Solution", "factor", "relative_error", "round_to_nearest", "solve"]
+__all__ = ["Factor", "Solution", "factor", "output_energy", "relative_error", "round_to_nearest", "solve"]
 
 BLOCK = 128  # columns between two updates of all that follows, which are matrix products
 DAMPING_TRIES = 12
@@ -98,7 +98,8 @@ def factor(hessian: Hessian, act_order: str = "static", damp_percent: float | No
     mean = live.mean().item() if live.numel() else 1.0
 
     dtype = torch.float64 if k <= LARGEST_FP64 else torch.float32
-    H = (hessian.matrix if order is None else hessian.matrix[order][:, order]).to(dtype, copy=True)
+    # Five matrices of this size can be alive at once, of which none is kept longer than it takes.
+    H = hessian.matrix.to(dtype, copy=True) if order is None else hessian.matrix[order][:, order].to(dtype)
     H.diagonal()[dead if order is None else dead[order]] = mean
     damp = min(max(k / max(hessian.rows, 1), 0.01), 1.0) if damp_percent is None else damp_percent
     added = 0.0
@@ -107,8 +108,11 @@ def factor(hessian: Hessian, act_order: str = "static", damp_percent: float | No
         added = damp
         lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
         if info.item() == 0:
-            eye = torch.eye(k, dtype=dtype, device=H.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            del H
+            lower = lower.flip(0, 1)
+            eye = torch.eye(k, dtype=dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=True)
+            del lower, eye
             return Factor(upper.float(), order, damp, int(dead.sum()))
         damp *= 3
     raise SolverError(
@@ -198,12 +202,17 @@ def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, sym: bool) -
     return Solution(round_to_grid(weight.float(), s, z, bits).to(torch.uint8), scale, zero_point)
 
 
+def output_energy(matrix: Tensor, hessian: Hessian) -> float:
+    """tr(M·H·Mᵀ): the mean square of the outputs of M [N, K] over the rows of H, summed over the N outputs."""
+    matrix = matrix.float()
+    with ieee_fp32(), torch.autocast(matrix.device.type, enabled=False):
+        return torch.sum((matrix @ hessian.matrix) * matrix, dtype=torch.float64).item()
+
+
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Hessian) -> float:
     """tr(E·H·Eᵀ) / tr(W·H·Wᵀ) with E = W − Ŵ: the share of the output's energy that the rounding changed."""
-    W, E = weight.float(), weight.float() - quantized
-    with ieee_fp32(), torch.autocast(W.device.type, enabled=False):
-        changed, energy = (torch.sum((m @ hessian.matrix) * m, dtype=torch.float64).item() for m in (E, W))
-    return changed / energy if energy > 0 else 0.0
+    energy = output_energy(weight, hessian)
+    return output_energy(weight.float() - quantized, hessian) / energy if energy > 0 else 0.0
 
 
 def _blocks(in_features: int, group: int) -> Iterator[tuple[int, int]]:

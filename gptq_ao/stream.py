@@ -81,7 +81,7 @@ class CheckpointWeights:
         contents = {first: state[first] for first, *_ in state_names(self.model)}
         entries = {}
         for site in selection.sites:
-            c, k = selection.settings[site.weight], site.shape[-1]
+            c, k = selection.settings[site.weight], site.layout.in_features
             groups = k // group_columns(k, c.group_size)
             rows = contents[site.weight].numel() // k  # those of all matrices of a stack
             entries[site.weight] = QuantizedEntry(c.bits, (rows, k), groups, "", False, c.act_order == "group")

@@ -6,6 +6,7 @@ tensors in the layout that `packing.py` draws. A weight that a model stores as [
 of one.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from gptq_ao import ops
 from gptq_ao.group_tensor import GroupTensor
+from gptq_ao.packing import TILE_ROWS
 
 __all__ = ["GroupTensor", "Int2GroupTensor", "Int3GroupTensor", "Int4GroupTensor", "Int8GroupTensor", "tensor_class"]
 
@@ -106,12 +108,135 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     weight, size = args
     one_matrix = weight.qdata.stride()[:-3] == (0,) * (weight.dim() - 2)  # expanded over leading dimensions, if any
-    if tuple(size) != tuple(weight.shape) and not (one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:])):
-        raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
     with torch.inference_mode(False):
-        same = weight.expanded(()) if one_matrix else weight
-        same = same.expanded(tuple(size[:-2])) if one_matrix and len(size) > 2 else same.replace()
-    return return_and_correct_aliasing(func, args, kwargs, same)
+        if tuple(size) == tuple(weight.shape):
+            return return_and_correct_aliasing(func, args, kwargs, weight.replace())
+        if one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:]):
+            matrix = weight.expanded(())
+            same = matrix.expanded(tuple(size[:-2])) if len(size) > 2 else matrix
+            return return_and_correct_aliasing(func, args, kwargs, same)
+        if weight.view_as is None and not weight.transposed and size[-1] == weight.in_features:
+            return _view(func, args, kwargs, _regrouped(weight, tuple(size)))
+    raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
+
+
+def _regrouped(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
+    """The same rows as another stack: a view where every matrix is made of whole tiles, else dense."""
+    rows = weight.shape[:-1].numel()
+    known = torch.Size(s for s in size[:-1] if s != -1).numel()
+    *lead, n = (rows // known if s == -1 else s for s in size[:-1])
+    if (*lead, n) == weight.shape[:-1]:
+        return weight.replace()
+    if n % TILE_ROWS or weight.out_features % TILE_ROWS:
+        return weight.dequantize().view(size)
+    inner = {
+        name: t.reshape(*lead, n // TILE_ROWS, *t.shape[-2:])
+        for name in ("qdata", "scale_zero", "high_plane")
+        if (t := getattr(weight, name)) is not None
+    }
+    return weight.replace(**inner, out_features=n)
+
+
+def _rows(weight: GroupTensor, start: int, stop: int) -> Tensor:
+    """Rows of every matrix: a view where whole tiles are meant, else dense, with the same values."""
+    if start % TILE_ROWS or (stop % TILE_ROWS and stop != weight.out_features):
+        dense = weight.replace(transposed=False).dequantize()[..., start:stop, :]
+        return dense.mT if weight.transposed else dense
+    tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
+    inner = {
+        n: t[..., tiles, :, :] for n in ("qdata", "scale_zero", "high_plane") if (t := getattr(weight, n)) is not None
+    }
+    return weight.replace(**inner, out_features=stop - start)
+
+
+def _narrowed(weight: GroupTensor, dim: int, start: int, stop: int) -> Tensor:
+    """`weight[start:stop]` along `dim`."""
+    size, dim = weight.shape[dim], dim % weight.dim()
+    start, stop = (min(max(i + size if i < 0 else i, 0), size) for i in (start, stop))
+    if weight.view_as is None and start < stop:
+        if dim == weight.dim() - (1 if weight.transposed else 2):
+            return _rows(weight, start, stop)
+        if dim < weight.dim() - 2:
+            return weight.experts((slice(None),) * dim + (slice(start, stop),))
+    return weight.dequantize().narrow(dim, start, max(stop - start, 0))
+
+
+def _view(func: Any, args: Any, kwargs: Any, part: Tensor) -> Tensor:
+    return return_and_correct_aliasing(func, args, kwargs, part) if isinstance(part, GroupTensor) else part
+
+
+@implements([aten.slice.Tensor])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    def part(w: GroupTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+        if step != 1:
+            return w.dequantize()[(slice(None),) * (dim % w.dim()) + (slice(start, end, step),)]
+        return _narrowed(w, dim, 0 if start is None else start, w.shape[dim] if end is None else end)
+
+    with torch.inference_mode(False):
+        return _view(func, args, kwargs, part(*args, **kwargs))
+
+
+@implements([aten.split.Tensor, aten.split_with_sizes.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    def parts(w: GroupTensor, sizes: int | list[int], dim: int = 0) -> list[Tensor]:
+        total = w.shape[dim]
+        each = [min(sizes, total - i) for i in range(0, total, sizes)] if isinstance(sizes, int) else sizes
+        ends = itertools.accumulate(each)
+        return [_narrowed(w, dim, end - size, end) for size, end in zip(each, ends, strict=True)]
+
+    with torch.inference_mode(False):
+        return parts(*args, **kwargs)
+
+
+@implements([aten.select.int])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, dim, index = args
+    dim %= weight.dim()
+    with torch.inference_mode(False):
+        stacked = dim < weight.dim() - 2 and weight.view_as is None
+        part = weight.experts((slice(None),) * dim + (index,)) if stacked else weight.dequantize().select(dim, index)
+    return _view(func, args, kwargs, part)
+
+
+@implements([aten.unbind.int])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    weight, dim = args[0], args[1] if len(args) > 1 else 0
+    return [weight.select(dim, i) for i in range(weight.shape[dim])]
+
+
+@implements([aten.index.Tensor])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, numbers = args
+    lead = weight.dim() - 2
+    if weight.view_as is None and len(numbers) <= lead and all(n is None or n.dtype != torch.bool for n in numbers):
+        return weight.experts(tuple(slice(None) if n is None else n for n in numbers))
+    return weight.dequantize()[tuple(slice(None) if n is None else n for n in numbers)]
+
+
+def _on_dense(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Operators that have no kernel for packed codes: the same operator on the weight they stand for."""
+    dense = torch.utils._pytree.tree_map_only(GroupTensor, lambda w: w.dequantize(), (args, kwargs or {}))
+    return func(*dense[0], **dense[1])
+
+
+# As functions too, so that autograd meets the dense weight, not the subclass.
+implements_torch_function(
+    [
+        torch.einsum,
+        torch.nn.functional.grouped_mm,
+        torch.conv1d,
+        torch.conv2d,
+        torch.conv3d,
+        torch.conv_transpose1d,
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+    ]
+)(_on_dense)
+implements([aten.convolution.default, aten._grouped_mm.default, aten.baddbmm.default, aten.mv.default])(_on_dense)
+GroupTensor.on_dense_by_name = {
+    "transformers::grouped_mm_fallback": _on_dense,
+    "transformers::grouped_mm_fallback_backward": _on_dense,
+}
 
 
 @implements([aten._to_copy.default, aten.to.dtype_layout])

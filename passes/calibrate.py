@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from gptq_ao.errors import NonFiniteError, PassError
+from gptq_ao.activations import ActivationStore
+from gptq_ao.errors import NonFiniteError
 from gptq_ao.hessian import Hessian, HessianObserver
 from gptq_ao.passes.records import Segment, Stage
 
@@ -23,7 +24,9 @@ def run_segment(segment: Segment, values: Values, statics: list[Any]) -> tuple[A
         return segment.module(*(values[name] for name in segment.reads), *statics)
 
 
-def calibrate(segment: Segment, stage: Stage, store: list[Values], static: Callable[[str], Any]) -> tuple[Hessian, ...]:
+def calibrate(
+    segment: Segment, stage: Stage, store: ActivationStore, static: Callable[[str], Any]
+) -> tuple[tuple[Hessian, ...], ...]:
     """Run every batch, in order.
 
     Args:
@@ -31,26 +34,24 @@ def calibrate(segment: Segment, stage: Stage, store: list[Values], static: Calla
         static: a parameter, buffer or constant by placeholder name; asked once per segment.
 
     Returns:
-        The Hessians of `stage.groups`, in order.
+        The Hessians of each of `stage.groups`, in order: one, or one per expert.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the weights that read it and the batch.
     """
     statics = [static(name) for name in segment.statics]
     observers = [cast(HessianObserver, segment.module.get_submodule(group.name)) for group in stage.groups]
-    for index, values in enumerate(store):
+    for index, values in enumerate(store.read(segment.reads)):
         written = dict(zip(segment.writes, run_segment(segment, values, statics), strict=True))
-        store[index] = {name: written[name] if name in written else values[name] for name in segment.keeps}
+        store.replace(index, written, segment.keeps)
         for observer in observers:
             observer.end_batch()
     hessians = tuple(observer.finish() for observer in observers)
-    for group, hessian in zip(stage.groups, hessians, strict=True):
-        if hessian.first_bad_batch is not None:
+    for group, (first, *_) in zip(stage.groups, hessians, strict=True):
+        if first.first_bad_batch is not None:
             raise NonFiniteError(
                 f"the input of {', '.join(group.weights)} is NaN or infinite in calibration batch "
-                f"{hessian.first_bad_batch} (or its squares exceed fp32). Check that batch, or run the model in bf16 "
+                f"{first.first_bad_batch} (or its squares exceed fp32). Check that batch, or run the model in bf16 "
                 "or fp32"
             )
-    if any(set(values) != set(segment.keeps) for values in store):
-        raise PassError("calibrate kept other values than the segment says")
     return hessians

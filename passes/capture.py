@@ -3,162 +3,134 @@
 Invariant: every parameter, buffer and constant is a placeholder that maps to one name in the model (the first, if
 tied). The model, its config and all global state are as before when this returns, whatever happens.
 
-Every axis of every input is dynamic (`Dim.AUTO`): only what the model itself fixes gets a fixed size. The capture is
-functional (no node writes to its inputs) and runs in eval mode, without key-value cache and without the fused inference
-path of nn.MultiheadAttention, which hides its weights.
+Every axis of every input is dynamic (`Dim.AUTO`): only what the model itself fixes gets a fixed size. The capture runs
+in `calibration_mode`, on stand-ins for the weights, and its graph writes to nothing.
 """
 
 import contextlib
 import dataclasses
 import inspect
+import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
-from torch._subclasses import FakeTensorMode
+from torch import nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from gptq_ao.batches import Batch
 from gptq_ao.errors import CaptureError
-from gptq_ao.passes.records import Program
+from gptq_ao.passes.calibration_mode import calibration_mode
+from gptq_ao.passes.explain import explain
+from gptq_ao.passes.functional import make_functional
+from gptq_ao.passes.known_values import known_values
+from gptq_ao.passes.records import Program, static_size
+from gptq_ao.passes.stand_in import first_names, running_device, stand_in
+from gptq_ao.passes.transformers_help import check_no_assumption, transformers_help
 
 __all__ = ["calibration_mode", "capture"]
 
 
-def capture(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Program:
-    """Trace `model(*batch.args, **batch.kwargs)`. Parameters are replaced by fakes: nothing is computed or allocated.
+def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = None) -> Program:
+    """Trace `model(*batch.args, **batch.kwargs)`. No weight is read, moved or allocated: it may be on meta or on disk.
+
+    A model that needs the values of a tensor to know its sizes (the image grids of a vision model) is traced with the
+    values of this batch's integer inputs, except those as long as the largest one (the token ids, masks, positions).
+    `Program.bind` then asks for the same values in every batch. For the rest see `transformers_help`.
 
     Args:
-        device: where the traced model is said to be; None: where its first parameter is. Parameters may really be
-            elsewhere, or on the meta device.
+        device: that will run the graph. None: that of the model's first parameter which is not on meta, else the CPU.
 
     Raises:
-        CaptureError: torch.export cannot express the model as one graph; the message says why and what to change.
+        CaptureError: torch.export cannot express the model as one graph; the message says why, where in the model's
+            code, and what to change.
     """
-    names = [f"arg{i}" for i in range(len(batch.args))]
-    clash = sorted(set(names) & set(batch.kwargs))
+    clash = sorted({f"arg{i}" for i in range(len(batch.args))} & set(batch.kwargs))
     if clash:
         raise CaptureError(f"keyword input {clash[0]!r} has a name that is used for positional inputs: rename it")
-    device = device or next(model.parameters()).device
-    sample = _two_rows(_moved(batch, device))
-    axes = pytree.tree_map(_dynamic, (sample.args, sample.kwargs))
-    shapes = {**dict(zip(names, axes[0], strict=True)), **axes[1]}
-    with (
-        _attributes_restored(model),
-        _all_on(model, device),
-        calibration_mode(model),
-        _plain_signature(model, names, list(batch.kwargs)),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings(
-            "ignore", "The tensor attribute", UserWarning
-        )  # … assigned in forward: restored on exit
+    device = running_device(model) if device is None else torch.device(device)
+    fixed, is_transformers = _geometry(batch), hasattr(getattr(model, "config", None), "to_dict")
+    try:
+        return _captured(model, batch, device)
+    except CaptureError as e:
+        error = e
+    if fixed:
         try:
-            exported = torch.export.export(model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False)
-            if any(_needs_functionalization(n) for n in exported.graph.nodes):
+            return _captured(model, batch, device, fixed)
+        except CaptureError as e:
+            error = e
+    if is_transformers:
+        with contextlib.suppress(CaptureError), transformers_help(model) as longest:
+            program = _captured(model, batch, device, fixed)
+            check_no_assumption(program.graph)
+            return _up_to(program, batch, longest)
+    raise error
+
+
+def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: frozenset[int] = frozenset()) -> Program:
+    """`fixed`: positions among the flattened inputs whose values become part of the graph."""
+    sample = batch if fixed else _two_rows(batch)
+    first_name = first_names(model)
+    env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
+    with (
+        calibration_mode(model),
+        stand_in(model, device, mode),
+        _plain_signature(model, sample, fixed, device) as (args, kwargs),
+        warnings.catch_warnings(),
+        tracing(TracingContext(mode)),  # torch.export takes its fake mode from there
+    ):
+        # "… assigned in forward": taken back by stand_in.
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+        args, kwargs = _elsewhere((args, kwargs), device)
+        axes = pytree.tree_map(_dynamic, (args, kwargs))
+        shapes = {**{f"arg{i}": a for i, a in enumerate(axes[0])}, **axes[1]}
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # on failure, torch prints the graph up to there
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if not make_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
         except Exception as e:  # torch.export raises whatever the model's forward raises
-            raise CaptureError(_explain(e)) from e
-    return _program(exported, sample, model)
+            raise CaptureError(explain(e)) from e
+    return _program(exported, batch, first_name, env)
 
 
 @contextlib.contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no key-value cache, no fused attention module. All of it is restored on exit."""
-    training = [m for m in model.modules() if m.training]
-    caching = [c for c in _configs(model) if getattr(c, "use_cache", None)]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        for c in caching:
-            c.use_cache = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for c in caching:
-            c.use_cache = True
-        for m in training:
-            m.training = True
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The Hugging Face configs of a model's modules and their sub-configs, each once."""
-    found: dict[int, Any] = {}
-    todo: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
-    while todo:
-        config = todo.pop()
-        if id(config) not in found and hasattr(config, "to_dict"):
-            found[id(config)] = config
-            todo += [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """A forward may store tensors on its modules (rotary tables, masks). Under capture they are fakes, which would
-    break the next eager forward."""
-    tables = ("_parameters", "_buffers", "_modules")
-    saved = [(m, dict(m.__dict__), {t: dict(m.__dict__[t]) for t in tables}) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for m, attributes, contents in saved:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-            for table, content in contents.items():
-                m.__dict__[table].clear()
-                m.__dict__[table].update(content)
-
-
-@contextlib.contextmanager
-def _all_on(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model as if all of it were on `device`: fakes for what is not, and without accelerate's hooks, which would
-    load real values. Undone by `_attributes_restored`."""
-    fakes: dict[int, Any] = {}  # tied ones stay tied
-    with FakeTensorMode():
-        for module in model.modules():
-            if hasattr(module, "_hf_hook"):
-                module.forward = module._old_forward  # type: ignore[assignment]
-            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for table in tables:
-                for name, t in table.items():
-                    if t is None or t.device == device:
-                        continue
-                    if id(t) not in fakes:
-                        fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-                        fakes[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
-                    table[name] = fakes[id(t)]
-    yield
-
-
-@contextlib.contextmanager
-def _plain_signature(model: nn.Module, positional: list[str], keywords: list[str]) -> Iterator[None]:
+def _plain_signature(
+    model: nn.Module, batch: Batch, fixed: frozenset[int], device: torch.device
+) -> Iterator[tuple[Any, Any]]:
     """Give `forward` exactly the inputs of the batch: torch.export bundles what goes through **kwargs, and then no
-    dynamic shape matches. The attribute set here goes away with `_attributes_restored`."""
+    dynamic shape matches. Yields the inputs, without the fixed ones. `stand_in` takes the attribute back."""
     forward = model.forward
+    flat, spec = pytree.tree_flatten((batch.args, batch.kwargs))
+    values = {i: flat[i] if device.type == "meta" else flat[i].to(device) for i in fixed}
+    positional = [f"arg{i}" for i in range(len(batch.args))]
 
     def flat_forward(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(positional, args, strict=False)), **kwargs}
-        return _plain_outputs(forward(*[given.pop(p) for p in positional], **given))
+        given = {**dict(zip([*positional, *batch.kwargs], args, strict=False)), **kwargs}
+        leaves = pytree.tree_leaves((tuple(given.pop(p) for p in positional), {k: given[k] for k in batch.kwargs}))
+        args, kwargs = spec.unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)])
+        with known_values() if values else contextlib.nullcontext():
+            return _plain_outputs(forward(*args, **kwargs))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, kind) for n in (*positional, *keywords)]
+    parameters = [inspect.Parameter(n, kind) for n in (*positional, *batch.kwargs)]
     flat_forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     model.forward = flat_forward
-    yield
+    yield pytree.tree_unflatten([None if i in fixed else leaf for i, leaf in enumerate(flat)], spec)
 
 
 def _plain_outputs(value: Any) -> Any:
-    """An output dataclass that pytree does not know becomes a dict: only the tensors matter here."""
+    """Outputs of kinds that pytree does not know become those it does: only the tensors matter here."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
         return {f.name: _plain_outputs(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return value
+    return list(value) if inspect.isgenerator(value) else value
 
 
 def _two_rows(batch: Batch) -> Batch:
@@ -169,38 +141,60 @@ def _two_rows(batch: Batch) -> Batch:
     return Batch(args, kwargs)
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (batch.args, batch.kwargs))
-    return Batch(args, kwargs)
+def _geometry(batch: Batch) -> frozenset[int]:
+    """Positions of the integer inputs that are not as long as the largest one: no token ids, masks or positions."""
+    integers = {i: t for i, t in enumerate(pytree.tree_leaves((batch.args, batch.kwargs))) if _is_integer(t)}
+    largest = max(integers.values(), key=torch.Tensor.numel, default=None)
+    return frozenset(i for i, t in integers.items() if largest is not None and t.shape[-1:] != largest.shape[-1:])
+
+
+def _is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not (
+        leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool
+    )
+
+
+def _elsewhere(inputs: Any, device: torch.device) -> Any:
+    """The tensors as fakes on `device`, in a mode of their own: nothing is copied there."""
+    mode = FakeTensorMode()
+
+    def fake(t: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+    return pytree.tree_map_only(torch.Tensor, fake, inputs)
 
 
 def _dynamic(leaf: Any) -> dict[int, Any] | None:
     return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
 
 
-def _needs_functionalization(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    mutates = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    return mutates or isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
-def _program(exported: ExportedProgram, sample: Batch, model: nn.Module) -> Program:
-    parameters, buffers, constants, inputs = {}, {}, {}, []
-    first_name = {id(p): name for name, p in model.named_parameters()}  # of tied parameters, the model's own first one
+def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str], env: ShapeEnv) -> Program:
+    parameters, buffers, constants = {}, {}, {}
+    inputs: list[str | None] = []
+    placeholders = {n.name: n for n in exported.graph.find_nodes(op="placeholder")}
     for s in exported.graph_signature.input_specs:
         name = s.arg.name
         if s.kind == InputKind.PARAMETER:
-            parameters[name] = first_name[id(model.get_parameter(str(s.target)))]
+            parameters[name] = first_name[str(s.target)]
         elif s.kind == InputKind.BUFFER:
             buffers[name] = str(s.target)
         elif s.kind in (InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ):
             constants[name] = exported.constants[str(s.target)]
+        elif s.kind == InputKind.USER_INPUT and isinstance(s.arg, ConstantArgument):
+            inputs.append(None)
+            exported.graph.erase_node(placeholders[name])  # the value is in the graph
         elif s.kind == InputKind.USER_INPUT:
-            inputs.append(None if isinstance(s.arg, ConstantArgument) else name)
+            inputs.append(name)
         else:
             raise CaptureError(f"the graph has an input of an unexpected kind: {s.kind}")
-    flat, spec = pytree.tree_flatten((sample.args, sample.kwargs))
+    # What the model would leave in its buffers or inputs comes first among the outputs: it is not wanted.
+    (output,) = exported.graph.find_nodes(op="output")
+    kinds = [s.kind for s in exported.graph_signature.output_specs]
+    output.args = (tuple(v for v, k in zip(output.args[0], kinds, strict=True) if k == OutputKind.USER_OUTPUT),)
+    exported.graph_module.recompile()
+
+    flat, spec = pytree.tree_flatten((batch.args, batch.kwargs))
     ranges = {}
     for symbol, r in exported.range_constraints.items():
         low, high = (float(b) if b.is_finite else float("inf") for b in (r.lower, r.upper))
@@ -213,25 +207,29 @@ def _program(exported: ExportedProgram, sample: Batch, model: nn.Module) -> Prog
         tuple(inputs),
         {i: value for i, (name, value) in enumerate(zip(inputs, flat, strict=True)) if name is None},
         spec,
-        tuple(sample.kwargs),
+        tuple(batch.kwargs),
         ranges,
+        _guards(env, [placeholders[name].meta["val"] for name in inputs if name is not None]),
     )
 
 
-_REASONS: Sequence[tuple[str, str]] = (
-    ("GuardOnDataDependent", "its forward branches on, or sizes a tensor by, the values of a tensor"),
-    ("data-dependent", "its forward branches on, or sizes a tensor by, the values of a tensor"),
-    ("nonzero", "its forward loops over a set that depends on the data"),
-    ("Constraints violated", "it needs a fixed size along an input axis"),
-    ("flash_attn", "flash attention cannot be captured: load the model with attn_implementation='sdpa'"),
-)
+def _up_to(program: Program, batch: Batch, longest: float) -> Program:
+    """Valid for sequences (the last axis of the largest integer input) no longer than that."""
+    if longest == float("inf"):
+        return program
+    integers = {n: t for n, t in program.bind(batch, "the batch").items() if _is_integer(t)}
+    name = max(integers, key=lambda n: integers[n].numel(), default=None)
+    if name is None or integers[name].shape[-1] > longest:
+        raise CaptureError(f"sequences longer than {longest:g} change the rotary table")
+    size = program.placeholders[name].meta["val"].shape[-1]
+    if static_size(size) is not None:
+        return program
+    low, high = program.ranges.get(size.node.expr, (0, float("inf")))
+    return dataclasses.replace(program, ranges={**program.ranges, size.node.expr: (low, min(high, longest))})
 
 
-def _explain(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}"
-    reason = next((why for key, why in _REASONS if key in text), None)
-    advice = f" ({reason})" if reason else ""
-    return (
-        f"torch.export could not capture the model{advice}. First check that model(*args, **kwargs) runs on a "
-        f"calibration batch. It said: {text.strip().splitlines()[0][:300]}"
-    )
+def _guards(env: ShapeEnv, inputs: list[Any]) -> tuple[Any, ...]:
+    """The conditions for the branches that the model took, over the symbols in the shapes of its inputs."""
+    known = {symbol for t in inputs for s in t.shape if static_size(s) is None for symbol in s.node.expr.free_symbols}
+    conditions = dict.fromkeys(env.replace(guard.expr) for guard in env.guards)
+    return tuple(c for c in conditions if c.free_symbols and c.free_symbols <= known)

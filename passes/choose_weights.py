@@ -63,16 +63,18 @@ def choose_weights(
             "\n".join(f"  {e.weight}: {e.reason}" for e in left) or "  (it multiplies no activation by a parameter)"
         )
         raise NoLinearError(f"the model has no weight to quantize:\n{listing}")
-    check_group_sizes({s.weight: (s.shape, settings[s.weight]) for s in sites if s.weight in settings})
+    check_group_sizes(
+        {s.weight: (s.layout.shape, s.layout.in_features, settings[s.weight]) for s in sites if s.weight in settings}
+    )
     return Selection(tuple(s for s in sites if s.weight in settings), settings, tuple(left))
 
 
-def check_group_sizes(weights: dict[str, tuple[tuple[int, int], GPTQConfig]]) -> None:
+def check_group_sizes(weights: dict[str, tuple[tuple[int, ...], int, GPTQConfig]]) -> None:
     """Every weight's in_features must be a multiple of its group size."""
     wrong = [
-        f"  {name} [{shape[0]}, {shape[1]}]: {shape[1]} input features, group_size {c.group_size}"
-        for name, (shape, c) in weights.items()
-        if shape[1] % group_columns(shape[1], c.group_size)
+        f"  {name} {list(shape)}: {width} input features, group_size {c.group_size}"
+        for name, (shape, width, c) in weights.items()
+        if width % group_columns(width, c.group_size)
     ]
     if wrong:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Plan → Plan whose segments observe: for every activation that weights of a stage read, a node that adds its rows to
 that stage's Hessian.
 
-Invariant: each Hessian of a stage has one observer module in that stage's segment, called once per activation; the
-values a segment computes are those it computed before.
+Invariant: each Hessian of a stage has one observer module in that stage's segment, called once for each of the
+activations it is made of; the values a segment computes are those it computed before.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import dataclasses
 from torch import fx
 
 from gptq_ao.errors import PassError
-from gptq_ao.hessian import HessianObserver
-from gptq_ao.passes.records import HessianGroup, Plan, Segment
+from gptq_ao.hessian import HessianObserver, gathered_mask
+from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment
 
 __all__ = ["observe"]
 
@@ -33,20 +33,36 @@ def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...]) -> Segme
     module = fx.GraphModule(segment.module, graph)  # with the attributes that the graph refers to
     by_name = {n.name: copies[n] for n in segment.module.graph.nodes if n in copies}
     for group in groups:
-        module.add_submodule(group.name, HessianObserver(group.in_features))
-        for activation, mask in group.activations:
-            # After every placeholder, and after the value itself.
-            value, last_input = by_name[activation], list(graph.find_nodes(op="placeholder"))[-1]
-            with graph.inserting_after(last_input if value.op == "placeholder" else value):
-                graph.call_module(group.name, (value, by_name[mask]) if mask is not None else (value,))
+        module.add_submodule(group.name, HessianObserver(group.in_features, group.experts))
+        for rows in group.rows:
+            _insert(graph, group.name, rows, by_name)
     graph.lint()
     module.recompile()
     return dataclasses.replace(segment, module=module)
 
 
+def _insert(graph: fx.Graph, observer: str, rows: Rows, by_name: dict[str, fx.Node]) -> None:
+    """Bring the rows into form and hand them to the observer, as soon as all they are made of is there."""
+    inputs = [by_name[v] for v in rows.values]
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    last_input = list(graph.find_nodes(op="placeholder"))[-1]
+    with graph.inserting_after(max((*inputs, last_input), key=place.__getitem__)):
+        call = graph.call_module(observer, (by_name[rows.value],))
+    with graph.inserting_before(call):
+        value, mask = by_name[rows.value], None
+        if rows.mask is not None:
+            gathers = [by_name[g] for g in rows.gathers]
+            mask = graph.call_function(gathered_mask, (by_name[rows.mask], *gathers)) if gathers else by_name[rows.mask]
+        if rows.arrange is not None:
+            function, arguments = rows.arrange
+            value = graph.call_function(function, (value, *arguments))
+        offsets = by_name[rows.offsets] if rows.offsets is not None else None
+        call.args = (value, mask, offsets)
+
+
 def _check(plan: Plan) -> None:
     for number, (segment, stage) in enumerate(zip(plan.segments, plan.stages, strict=True), 1):
         calls = [n.target for n in segment.module.graph.nodes if n.op == "call_module"]
-        wanted = [g.name for g in stage.groups for _ in g.activations]
+        wanted = [g.name for g in stage.groups for _ in g.rows]
         if sorted(calls) != sorted(wanted):
             raise PassError(f"segment {number} calls the observers {sorted(calls)}, its stage needs {sorted(wanted)}")

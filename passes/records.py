@@ -5,7 +5,7 @@
 Records are frozen: a pass returns a new one. A value's name (`str`) is the name of its node in `Program.module.graph`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,23 @@ from torch import fx
 from gptq_ao.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CalibrationError
+from gptq_ao.passes.size_conditions import check_sizes, static_size
 
-__all__ = ["Excluded", "HessianGroup", "LinearSite", "Plan", "Program", "Segment", "Selection", "Stage", "static_size"]
+__all__ = [
+    "Excluded",
+    "HessianGroup",
+    "Layout",
+    "LinearSite",
+    "Part",
+    "Plan",
+    "Program",
+    "Rows",
+    "Segment",
+    "Selection",
+    "Stage",
+    "dim",
+    "static_size",
+]
 
 
 @dataclass(frozen=True)
@@ -29,10 +44,11 @@ class Program:
         parameters, buffers: placeholder name to the name in the model.
         constants: placeholder name to value.
         inputs: placeholder names of the flattened inputs, in order; None where an input is not a tensor.
-        literals: position among the flattened inputs to the value, for those that are not tensors.
+        literals: position among the flattened inputs to the value, for those that are not inputs of the graph.
         spec: the structure of (args, kwargs).
         keywords: the order of kwargs in `spec`.
         ranges: symbol of a size to the smallest and the largest value the graph is valid for.
+        guards: conditions (SymPy) over the same symbols that the graph relies on: the branches that the model took.
     """
 
     module: fx.GraphModule
@@ -44,6 +60,7 @@ class Program:
     spec: pytree.TreeSpec
     keywords: tuple[str, ...]
     ranges: Mapping[Any, tuple[float, float]]
+    guards: tuple[Any, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -65,67 +82,128 @@ class Program:
             raise CalibrationError(f"{where} has the structure {spec}, the model was captured with {self.spec}")
         bound = {}
         for position, (name, value) in enumerate(zip(self.inputs, flat, strict=True)):
-            if name is None:
-                if value != self.literals[position]:
-                    raise CalibrationError(
-                        f"{where}: input {position} is {value!r}, the model was captured with "
-                        f"{self.literals[position]!r}, which is fixed in the graph"
-                    )
-            else:
-                self._check_sizes(name, value, where)
+            if name is not None:
                 bound[name] = value
-        return bound
-
-    def _check_sizes(self, name: str, value: Any, where: str) -> None:
-        fake = self.placeholders[name].meta["val"]
-        if not isinstance(value, torch.Tensor) or value.dim() != fake.dim() or value.dtype != fake.dtype:
-            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-            raise CalibrationError(
-                f"{where}: input {name!r} is {got}, the model was captured with {fake.dtype} of {fake.dim()} dimensions"
-            )
-        for axis, size in enumerate(fake.shape):
-            fixed = static_size(size)
-            low, high = (fixed, fixed) if fixed is not None else self.ranges.get(size.node.expr, (0, float("inf")))
-            if not low <= value.shape[axis] <= high:
-                wanted = f"{low}" if low == high else f"{low} to {high}"
+            elif not _same(value, self.literals[position]):
                 raise CalibrationError(
-                    f"{where}: input {name!r} has {value.shape[axis]} elements along axis {axis}; the model fixed that "
-                    f"size at capture, to {wanted} (it loops or branches over it). Give every batch that size"
+                    f"{where}: input {position} is {value!r}, the model was captured with "
+                    f"{self.literals[position]!r}, which is fixed in the graph. Give every batch that value"
                 )
+        placeholders = self.placeholders
+        fakes = {name: placeholders[name].meta["val"] for name in bound}
+        check_sizes(fakes, bound, self.ranges, self.guards, where)
+        return bound
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:
         return {n.name: n for n in self.graph.find_nodes(op="placeholder")}
 
 
-def static_size(size: int | torch.SymInt) -> int | None:
-    """The one value a size can have, or None."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr) if size.node.expr.is_number else None
+def dim(node: Any) -> int:
+    """Number of dimensions of the tensor a node stands for; 0 for anything else."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def _same(value: Any, literal: Any) -> bool:
+    if isinstance(value, torch.Tensor) and isinstance(literal, torch.Tensor):
+        return torch.equal(value, literal.to(value.device))
+    return bool(value == literal)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter is read as one matrix [rows, in_features].
+
+    A stack of matrices (experts) is read as one tall matrix: GPTQ rounds the rows independently of each other, so
+    experts differ in nothing but the Hessian of their rows.
+
+    Attributes:
+        shape: of the parameter.
+        stack: how many matrices it holds.
+        out_features, in_features: of one matrix.
+        transposed: whether a matrix is stored as [in_features, out_features].
+    """
+
+    shape: tuple[int, ...]
+    stack: int
+    out_features: int
+    in_features: int
+    transposed: bool
+
+    @property
+    def rows(self) -> int:
+        return self.stack * self.out_features
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter has the shape of a stack, rather than of a single matrix."""
+        return self.shape in ((self.stack, *self._matrix), (self.stack, *self._matrix[::-1]))
+
+    @property
+    def view_as(self) -> tuple[int, ...] | None:
+        """The parameter's shape, if it is neither that of a matrix nor of a stack (a convolution's)."""
+        return None if self.stacked or self.shape == self._matrix else self.shape
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        sizes = (self.out_features, self.in_features)
+        return sizes[::-1] if self.transposed else sizes
+
+    def matrix(self, parameter: torch.Tensor) -> torch.Tensor:
+        """[rows, in_features]; a view where the storage allows it."""
+        stack = parameter.reshape(self.stack, *self._matrix)
+        return (stack.mT if self.transposed else stack).reshape(self.rows, self.in_features)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The activation rows that a product multiplies: what a Hessian is made of. Equal ones are shared.
+
+    Attributes:
+        value: the node that holds them.
+        arrange: a function of `activation_rows.py` and its arguments after the value, which brings the rows into the
+            form [..., in_features] or, for experts, [experts, ..., in_features]; None where they have it.
+        offsets: node with the cumulative number of rows per expert, if the rows are sorted by expert.
+        mask: input [batch, position] that is zero where there is padding, or None.
+        gathers: nodes of row numbers: row i of the value belongs to position `gathers[-1][i]` of what `gathers[-2]`
+            took from …, of the flattened positions of the mask.
+    """
+
+    value: str
+    arrange: tuple[Callable[..., torch.Tensor], tuple[Any, ...]] | None = None
+    offsets: str | None = None
+    mask: str | None = None
+    gathers: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All nodes that have to be computed."""
+        return tuple(v for v in (self.value, self.offsets, self.mask, *self.gathers) if v is not None)
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One place in the graph where an activation is multiplied by a parameter.
+    """One place in the graph where an activation is multiplied by a parameter, or by some of its rows.
 
     Attributes:
         weight: the parameter's name in the model.
         node: the name of the multiplication.
-        activation: the value whose rows it multiplies, without reshapes. Sites that name the same one share a Hessian.
-        mask: input that is zero where those rows are padding, or None.
-        shape: (out_features, in_features).
-        transposed: whether the parameter is stored as [in_features, out_features].
+        layout: how the product reads the parameter.
+        part: (start, stop), the rows of the layout's matrix that it multiplies.
+        rows: the activation rows that its Hessian is made of: those that it multiplies, as a rule. Sites that name the
+            same ones share a Hessian.
+        experts: into how many equal ranges `part` falls, each with rows of its own; 1 for an ordinary product.
         left_out: why it is not quantized unless a rule asks for it, or None.
     """
 
     weight: str
     node: str
-    activation: str
-    mask: str | None
-    shape: tuple[int, int]
-    transposed: bool
-    left_out: str | None
+    layout: Layout
+    part: tuple[int, int]
+    rows: tuple[Rows, ...]
+    experts: int = 1
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,22 +223,49 @@ class Selection:
     settings: Mapping[str, GPTQConfig]
     excluded: tuple[Excluded, ...]
 
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return {s.weight: s.layout for s in self.sites}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to `stop` of a weight's matrix (see `Layout`)."""
+
+    weight: str
+    start: int
+    stop: int
+
 
 @dataclass(frozen=True)
 class HessianGroup:
-    """Weights that multiply exactly the same rows, hence share a Hessian.
+    """Parts of weights that multiply exactly the same rows, hence share a Hessian; or, with `experts` > 1, as many
+    Hessians, one for each of the equal ranges that every part falls into.
 
     Attributes:
         name: of the observer, unique in the plan.
-        activations: (value, mask or None); several if the weights are applied several times.
-        weights: parameter names.
-        in_features: the Hessian is [in_features, in_features].
+        rows: several if the weights are applied several times.
+        parts: of weights, whole ones as a rule.
+        in_features: a Hessian is [in_features, in_features].
     """
 
     name: str
-    activations: tuple[tuple[str, str | None], ...]
-    weights: tuple[str, ...]
+    rows: tuple[Rows, ...]
+    parts: tuple[Part, ...]
     in_features: int
+    experts: int = 1
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(p.weight for p in self.parts))
+
+    def expert(self, index: int) -> tuple[Part, ...]:
+        """The parts of one expert."""
+        sizes = [(p.stop - p.start) // self.experts for p in self.parts]
+        return tuple(
+            Part(p.weight, p.start + index * n, p.start + (index + 1) * n)
+            for p, n in zip(self.parts, sizes, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -208,9 +313,10 @@ class Plan:
         lines = [f"{len(self.stages)} stages, {weights} weights, {len(groups)} Hessians"]
         for number, stage in enumerate(self.stages, 1):
             for group in stage.groups:
-                sides = f"[{group.in_features}, {group.in_features}]"
+                count = f"{group.experts} of " if group.experts > 1 else ""
+                sides = f"{count}[{group.in_features}, {group.in_features}]"
                 note = " (entangled: a weight is applied more than once)" if stage.entangled else ""
-                values = ", ".join(a for a, _ in group.activations)
+                values = ", ".join(r.value for r in group.rows)
                 lines.append(f"  stage {number}: H {sides} of {values}{note}")
                 for weight in group.weights:
                     c = self.selection.settings[weight]

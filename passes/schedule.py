@@ -18,13 +18,14 @@ Invariants: a segment reads only inputs and what earlier segments wrote; every o
 it is stale; each stage's activations are computed in its segment, or live.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import networkx as nx
 from torch import fx
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.records import HessianGroup, LinearSite, Plan, Program, Segment, Selection, Stage
+from gptq_ao.passes.records import HessianGroup, LinearSite, Part, Plan, Program, Rows, Segment, Selection, Stage
 
 __all__ = ["schedule"]
 
@@ -38,7 +39,7 @@ def schedule(program: Program, selection: Selection) -> Plan:
     stages = tuple(_stage(sites, level, nodes, k) for k, sites in enumerate(sites_of, 1))
 
     outputs = next(n for n in program.graph.nodes if n.op == "output").all_input_nodes
-    targets = [[nodes[v] for s in sites for v in (s.activation, s.mask) if v is not None] for sites in sites_of]
+    targets = [[nodes[v] for s in sites for r in s.rows for v in r.values] for sites in sites_of]
     targets.append(list(outputs))
     inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.inputs]
     static = set(program.graph.find_nodes(op="placeholder")) - set(inputs) | set(
@@ -88,21 +89,35 @@ def _levels(program: Program, sites: Iterable[LinearSite], nodes: dict[str, fx.N
 
 
 def _stage(sites: list[LinearSite], level: dict[fx.Node, int], nodes: dict[str, fx.Node], number: int) -> Stage:
-    activations: dict[str, dict[tuple[str, str | None], None]] = {}
-    width = {s.weight: s.shape[1] for s in sites}
+    by_weight: dict[str, list[LinearSite]] = {}
     for s in sites:
-        activations.setdefault(s.weight, {})[s.activation, s.mask] = None
-    groups: dict[tuple[tuple[str, str | None], ...], list[str]] = {}
-    for weight, values in activations.items():
-        groups.setdefault(tuple(values), []).append(weight)
-    entangled = any(level[nodes[s.activation]] >= number for s in sites)
+        by_weight.setdefault(s.weight, []).append(s)
+    groups: dict[tuple[tuple[Rows, ...], int], list[Part]] = {}
+    width = {r: s.layout.in_features for s in sites for r in s.rows}
+    for uses in by_weight.values():
+        for part, rows, experts in _parts(uses):
+            groups.setdefault((rows, experts), []).append(part)
+    entangled = any(level[nodes[v]] >= number for s in sites for r in s.rows for v in r.values)
     return Stage(
         tuple(
-            HessianGroup(f"hessian_{number}_{i}", values, tuple(weights), width[weights[0]])
-            for i, (values, weights) in enumerate(groups.items())
+            HessianGroup(f"hessian_{number}_{i}", rows, tuple(parts), width[rows[0]], experts)
+            for i, ((rows, experts), parts) in enumerate(groups.items())
         ),
         entangled,
     )
+
+
+def _parts(uses: list[LinearSite]) -> list[tuple[Part, tuple[Rows, ...], int]]:
+    """A weight cut where the parts that its uses multiply begin and end: each piece with all rows that reach it."""
+    cuts = sorted({c for s in uses for c in s.part})
+    pieces = []
+    for start, stop in itertools.pairwise(cuts):
+        over = [s for s in uses if s.part[0] <= start and stop <= s.part[1]]
+        if any(s.rows for s in over):
+            rows = tuple(dict.fromkeys(r for s in over for r in s.rows))
+            experts = next(s.experts for s in over if s.rows)
+            pieces.append((Part(over[0].weight, start, stop), rows, experts))
+    return pieces
 
 
 def _cheap(program: Program, static: set[fx.Node], inputs: set[fx.Node]) -> set[fx.Node]:
@@ -166,7 +181,7 @@ def _check(
                 raise PassError(f"node {name} runs in segments {ran[name]} and {k}")
             ran[name] = k
         if k <= len(plan.stages):
-            wanted = {a for g in plan.stages[k - 1].groups for a, _ in g.activations}
+            wanted = {v for g in plan.stages[k - 1].groups for r in g.rows for v in r.values}
             if not wanted <= inside:
                 raise PassError(f"segment {k} does not reach {sorted(wanted - inside)}")
         stored = set(segment.keeps)

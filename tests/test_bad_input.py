@@ -147,17 +147,17 @@ def test_a_whole_model_config_on_single_linears() -> None:
 
 
 def test_strict_fails_before_work_when_a_matrix_is_not_supported() -> None:
-    class Chunks(nn.Module):
+    class Columns(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.merged = nn.Linear(64, 64), nn.Parameter(torch.ones(128, 64))
+            self.linear, self.merged = nn.Linear(64, 64), nn.Parameter(torch.ones(64, 128))
 
         def forward(self, x: Tensor) -> Tensor:
-            a, b = self.merged.chunk(2)
+            a, b = self.merged.chunk(2, dim=1)
             return self.linear(x) @ a.t() + x @ b.t()
 
-    model = seeded(Chunks())
-    with pytest.raises(ConfigError, match=r"(?s)strict=True.*merged: reaches a product .* aten::chunk.*by a rule"):
+    model = seeded(Columns())
+    with pytest.raises(ConfigError, match=r"(?s)strict=True.*merged: aten::matmul reads it across.*by a rule"):
         quantize_(model, gptq_config(4, 32, calibration=[rows()], strict=True))
     assert unquantized(model)
     report = quantize_(model, gptq_config(4, 32, calibration=[rows()], strict=True, rules={"merged": None}))

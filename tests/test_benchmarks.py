@@ -35,3 +35,13 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 4
     assert "32 x 64" in lines[2]
+
+
+def test_capture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "capture.py"))
+    script["MODELS"]["8B"]["num_hidden_layers"] = 1
+    monkeypatch.setattr(sys, "argv", ["x", "--models", "8B"])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[2].split()[0] == "8B"

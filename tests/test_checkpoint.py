@@ -57,18 +57,26 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     ],
     ids=["4", "3-asym-tied", "2-group", "8-per-row", "mixed"],
 )
-def test_logits_after_a_reload_are_the_same_bits(settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_reload_gives_the_same_weights_and_logits(
+    settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
     model = quantized_llama(**settings, dtype=dtype)
     save_quantized(model, tmp_path / "out", max_shard_bytes=40_000)
     again: Any = load_quantized(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     for batch in (*token_batches(1), *token_batches(1, rows=1, length=1)):
         with torch.no_grad():
-            assert torch.equal(again(**batch).logits, model(**batch).logits)
+            before, after = model(**batch).logits.float(), again(**batch).logits.float()
+        # The weights are the same bits (below), but a tensor in a file is aligned otherwise, and a BLAS may then sum
+        # in another order: per product at most 128 roundings of 2^-24 of the largest terms, some 20 products deep.
+        rounding = 2**-24 if dtype == torch.float32 else 2**-8 / 128
+        assert (before - after).abs().max() <= 20 * 128 * rounding * before.abs().max()
     assert not again.training
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert type(a) is type(b), name
         assert a.dtype == b.dtype
+        parts = a.__tensor_flatten__()[0] if isinstance(a, GroupTensor) else []
+        assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in parts) if parts else torch.equal(a, b)
         assert b.requires_grad == (a.requires_grad and not isinstance(b, GroupTensor))
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == settings.get("tied", False)
 

@@ -52,7 +52,7 @@ def test_hessian_on_cuda(dtype: torch.dtype) -> None:
     observer(x[:300].view(3, 100, 96))
     observer(x[300:])
     observer.end_batch()
-    hessian = observer.finish()
+    hessian = observer.finish()[0]
     exact = x.double().T @ x.double() / 700
     # fp32 sums of 700 products that are exact in fp32 for 16-bit inputs, and rounded once for fp32.
     bound = (x.double().abs().T @ x.double().abs()) / 700 * 700 * 2**-24
@@ -67,7 +67,7 @@ def test_hessian_ignores_tf32_and_restores_the_flag() -> None:
     try:
         observer = HessianObserver(64)
         observer(x)
-        result = observer.finish().matrix
+        result = observer.finish()[0].matrix
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -81,7 +81,7 @@ def test_solver_on_cuda_agrees_with_cpu(act_order: str) -> None:
     weight = randn(96, 256, seed=2)
     observer = HessianObserver(256)
     observer(x)
-    hessian = observer.finish()
+    hessian = observer.finish()[0]
     codes = []
     for device in ("cpu", "cuda"):
         h = type(hessian)(hessian.matrix.to(device), hessian.rows)

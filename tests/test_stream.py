@@ -105,11 +105,11 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt("stop")
         return solve_group(*args)
 
-    from gptq_ao import quantize, writer
+    from gptq_ao import run, writer
 
-    solve_group = quantize.solve_group
+    solve_group = run.solve_group
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "solve_group", interrupt)
+        patch.setattr(run, "solve_group", interrupt)
         fails(KeyboardInterrupt, "stop")
     assert len(solved) == 7
     with monkeypatch.context() as patch:

@@ -36,7 +36,7 @@ def exact(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_is_the_mean_of_the_rows_outer_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = random(*shape, dtype=dtype)
     before = x.clone()
-    hessian = observe(x).finish()
+    hessian = observe(x).finish()[0]
     expected, bound = exact(x)
     assert hessian.matrix.dtype == torch.float32
     assert hessian.rows == x.numel() // shape[-1]
@@ -50,7 +50,7 @@ def test_split_into_batches_changes_nothing_but_rounding(dtype: torch.dtype) -> 
     x = random(211, 40, dtype=dtype)
     expected, bound = exact(x)
     for sizes in ([211], [1, 210], [100, 100, 11], [1] * 211):
-        hessian = observe(*x.split(sizes)).finish()
+        hessian = observe(*x.split(sizes)).finish()[0]
         assert hessian.rows == 211
         assert ((hessian.matrix.double() - expected).abs() <= bound).all()
 
@@ -58,7 +58,7 @@ def test_split_into_batches_changes_nothing_but_rounding(dtype: torch.dtype) -> 
 def test_non_contiguous_input() -> None:
     x = random(33, 60)
     expected, bound = exact(x)
-    assert ((observe(x.T.contiguous().T).finish().matrix.double() - expected).abs() <= bound).all()
+    assert ((observe(x.T.contiguous().T).finish()[0].matrix.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32], ids=["bool", "int64", "fp32"])
@@ -68,7 +68,7 @@ def test_masked_rows_are_left_out_exactly(kind: torch.dtype, padding: float) -> 
     mask = torch.ones(4, 9, dtype=kind)
     mask[0, 5:] = mask[2, :3] = mask[3] = 0
     x[mask == 0] = padding
-    hessian = observe(x, mask=mask).finish()
+    hessian = observe(x, mask=mask).finish()[0]
     expected, bound = exact(x[mask != 0])
     assert hessian.rows == 5 + 9 + 6
     assert hessian.first_bad_batch is None
@@ -80,7 +80,7 @@ def test_mask_counts_per_batch() -> None:
     observer = HessianObserver(8)
     observer(x, mask)
     observer(x)
-    hessian = observer.finish()
+    hessian = observer.finish()[0]
     assert hessian.rows == 6 + 10
     expected, bound = exact(torch.cat([x[mask != 0], x.flatten(0, 1)]))
     assert ((hessian.matrix.double() - expected).abs() <= bound).all()
@@ -89,13 +89,13 @@ def test_mask_counts_per_batch() -> None:
 @pytest.mark.parametrize("shape", [(4, 1), (9,), (9, 4), (1, 4, 9)], ids=lambda s: f"{s}")
 def test_mask_of_other_leading_size_is_not_used(shape: tuple[int, ...]) -> None:
     x = random(4, 9, 33)
-    hessian = observe(x, mask=torch.zeros(shape, dtype=torch.bool)).finish()
+    hessian = observe(x, mask=torch.zeros(shape, dtype=torch.bool)).finish()[0]
     assert hessian.rows == 36
-    assert torch.equal(hessian.matrix, observe(x).finish().matrix)
+    assert torch.equal(hessian.matrix, observe(x).finish()[0].matrix)
 
 
 def test_all_rows_masked() -> None:
-    hessian = observe(random(2, 3, 8), mask=torch.zeros(2, 3)).finish()
+    hessian = observe(random(2, 3, 8), mask=torch.zeros(2, 3)).finish()[0]
     assert hessian.rows == 0
     assert torch.equal(hessian.matrix, torch.zeros(8, 8))
 
@@ -106,11 +106,11 @@ def test_first_bad_batch(bad: int, value: float) -> None:
     batches = [random(3, 8, seed=i) for i in range(5)]
     for batch in batches[bad:]:  # later ones too: the first is named
         batch[1, 5] = value
-    assert observe(*batches).finish().first_bad_batch == bad
+    assert observe(*batches).finish()[0].first_bad_batch == bad
 
 
 def test_large_finite_activations_are_no_bad_batch() -> None:
-    assert observe(torch.full((3, 8), 1e18)).finish().first_bad_batch is None
+    assert observe(torch.full((3, 8), 1e18)).finish()[0].first_bad_batch is None
 
 
 def test_batches_are_counted_not_calls() -> None:
@@ -122,38 +122,38 @@ def test_batches_are_counted_not_calls() -> None:
                 x[0, 0] = float("nan")
             observer(x)
         observer.end_batch()
-    assert observer.finish().first_bad_batch == 1
+    assert observer.finish()[0].first_bad_batch == 1
 
 
 def test_finish_starts_anew() -> None:
     observer = observe(torch.full((3, 8), float("nan")))
-    assert observer.finish().first_bad_batch == 0
+    assert observer.finish()[0].first_bad_batch == 0
     x = random(5, 8)
     observer(x)
     observer.end_batch()
-    hessian = observer.finish()
+    hessian = observer.finish()[0]
     assert hessian.rows == 5
     assert hessian.first_bad_batch is None
-    assert torch.equal(hessian.matrix, observe(x).finish().matrix)
+    assert torch.equal(hessian.matrix, observe(x).finish()[0].matrix)
 
 
 def test_finish_before_any_call() -> None:
     observer = HessianObserver(8)
     observer.end_batch()
     with pytest.raises(RuntimeError, match="a HessianObserver was never called"):
-        observer.finish()
+        observer.finish()[0]
     observer(random(2, 8))
-    observer.finish()
+    observer.finish()[0]
     with pytest.raises(RuntimeError, match="a HessianObserver was never called"):
-        observer.finish()
+        observer.finish()[0]
 
 
 def test_results_are_not_shared_between_finishes() -> None:
     observer = observe(random(5, 8))
-    first = observer.finish().matrix
+    first = observer.finish()[0].matrix
     before = first.clone()
     observer(random(5, 8, seed=1))
-    observer.finish()
+    observer.finish()[0]
     assert torch.equal(first, before)
 
 
@@ -169,7 +169,7 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_default_dtype_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 8, generator=generator, dtype=torch.float32)
-    matrix = observe(x).finish().matrix
+    matrix = observe(x).finish()[0].matrix
     assert matrix.dtype == torch.float32
     expected, bound = exact(x)
     assert ((matrix.double() - expected).abs() <= bound).all()
@@ -178,8 +178,8 @@ def test_default_dtype_does_not_matter() -> None:
 def test_autocast_does_not_matter() -> None:
     x = random(50, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        matrix = observe(x).finish().matrix
-    assert torch.equal(matrix, observe(x).finish().matrix)
+        matrix = observe(x).finish()[0].matrix
+    assert torch.equal(matrix, observe(x).finish()[0].matrix)
 
 
 def test_keeps_no_autograd_graph_and_no_state() -> None:
@@ -187,7 +187,7 @@ def test_keeps_no_autograd_graph_and_no_state() -> None:
     observer = observe(x * 2)
     assert not observer.state_dict()
     assert not list(observer.parameters())
-    assert not observer.finish().matrix.requires_grad
+    assert not observer.finish()[0].matrix.requires_grad
 
 
 @pytest.fixture(params=["tf32", "ieee"])
@@ -236,4 +236,4 @@ def test_batches_before_the_first_call_count() -> None:
     observer.end_batch()
     observer(torch.full((2, 4), float("nan")))
     observer.end_batch()
-    assert observer.finish().first_bad_batch == 1
+    assert observer.finish()[0].first_bad_batch == 1

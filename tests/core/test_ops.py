@@ -130,7 +130,12 @@ def test_strides_of_x_do_not_matter(bits: int) -> None:
     packed = pack(19, 64, bits=bits, group=32)
     for dtype in (BF16, FP32):
         x = random(5, 64, 6, dtype=dtype).transpose(1, 2)[:, ::2]
-        assert torch.equal(ops.linear(x, *packed.arguments), ops.linear(x.contiguous(), *packed.arguments))
+        # A BLAS may sum in another order for another alignment: twice the bound on the rounding of 64 products,
+        # and of the result.
+        weight = ops.dequantize(*packed.arguments, torch.float64)
+        bound = (x.double().abs() @ weight.T.abs()) * 2 * (64 * 2**-24 + torch.finfo(dtype).eps)
+        strided, plain = (ops.linear(t, *packed.arguments).double() for t in (x, x.contiguous()))
+        assert ((strided - plain).abs() <= bound).all()
         torch.library.opcheck(ops.linear, (x, *packed.arguments), test_utils="test_faketensor")
 
 

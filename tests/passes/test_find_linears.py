@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.find_linears import find_linears
-from gptq_ao.passes.records import Excluded, LinearSite
+from gptq_ao.passes.records import Excluded, Layout, LinearSite, Rows
 
 from ..models import seeded, tiny_llama, token_batches
 
@@ -28,11 +30,9 @@ def test_every_matrix_of_a_llama_is_a_site_or_listed() -> None:
     assert excluded["model.embed_tokens.weight"].reason == "embedding table"
     assert sites["lm_head.weight"].left_out == "output head"
     block = "model.layers.0.self_attn."
-    assert len({sites[f"{block}{n}_proj.weight"].activation for n in "qkv"}) == 1
-    assert (
-        sites["model.layers.0.mlp.gate_proj.weight"].activation == sites["model.layers.0.mlp.up_proj.weight"].activation
-    )
-    assert sites[f"{block}k_proj.weight"].shape == (32, 64)
+    assert len({sites[f"{block}{n}_proj.weight"].rows for n in "qkv"}) == 1
+    assert sites["model.layers.0.mlp.gate_proj.weight"].rows == sites["model.layers.0.mlp.up_proj.weight"].rows
+    assert sites[f"{block}k_proj.weight"].layout == Layout((32, 64), 1, 32, 64, False)
 
 
 def test_a_head_tied_to_the_embedding() -> None:
@@ -67,8 +67,8 @@ class Products(nn.Module):
 def test_all_spellings_of_a_product_share_one_activation() -> None:
     model = seeded(Products())
     sites, excluded = found(model, torch.ones(2, 3, 8))
-    assert {s.activation for s in sites.values()} == {"x"} or len({s.activation for s in sites.values()}) == 1
-    assert {n: s.transposed for n, s in sites.items()} == {
+    assert len({s.rows for s in sites.values()}) == 1
+    assert {n: s.layout.transposed for n, s in sites.items()} == {
         "linear.weight": False,
         "conv1d": True,
         "matmul": True,
@@ -76,40 +76,117 @@ def test_all_spellings_of_a_product_share_one_activation() -> None:
         "numpy_t": False,
         "twice": True,
     }
-    assert all(s.shape == (4, 8) for s in sites.values())
+    assert all((s.layout.out_features, s.layout.in_features) == (4, 8) for s in sites.values())
+    assert all(s.part == (0, 4) for s in sites.values())
     assert not excluded["shaped"].expected
-    assert "aten::view" in excluded["shaped"].reason
+    assert excluded["shaped"].reason == "aten::matmul reads it across its rows and input features"
 
 
 class Odd(nn.Module):
-    """Matrices that cannot be quantized yet, or that are no product's."""
+    """Matrices that cannot be quantized, or that are no product's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.conv = nn.Conv1d(4, 4, 1)
-        self.merged = nn.Parameter(torch.zeros(16, 8))
-        self.experts = nn.Parameter(torch.zeros(2, 8, 8))
+        self.columns = nn.Parameter(torch.zeros(8, 16))
+        self.scaled = nn.Parameter(torch.zeros(8, 8))
+        self.chosen = nn.Parameter(torch.zeros(4, 8, 8))
+        self.bilinear = nn.Bilinear(8, 8, 8)
         self.table = nn.Parameter(torch.zeros(4, 8))
-        self.left = nn.Parameter(torch.zeros(4, 4))
+        self.a, self.b = nn.Parameter(torch.zeros(8, 2)), nn.Parameter(torch.zeros(2, 8))
+        self.grouped = nn.ConvTranspose1d(4, 4, 1, groups=2)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, 4, 8]
-        a, b = self.merged.chunk(2)
-        x = self.linear(x + self.table) + x @ a.t() + x @ b.t()
-        x = torch.bmm(x.transpose(0, 1)[:2], self.experts).transpose(0, 1).repeat(1, 2, 1) + self.left @ x
-        return self.conv(x)
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:  # [B, 4, 8], [B]
+        x = self.linear(x + self.table) + x @ self.columns[:, 8:].t() + x @ (self.scaled * 2) + x @ (self.a @ self.b)
+        x = torch.bmm(x, self.chosen[which]) + self.bilinear(x, x) + self.lstm(x)[0]
+        return self.grouped(x)
 
 
 def test_what_is_not_supported_is_listed_with_the_operator() -> None:
-    sites, excluded = found(seeded(Odd()), torch.ones(2, 4, 8))
+    sites, excluded = found(seeded(Odd()), torch.ones(2, 4, 8), torch.zeros(2, dtype=torch.long))
     assert set(sites) == {"linear.weight"}
-    assert "aten::chunk" in excluded["merged"].reason
-    assert "aten::bmm" in excluded["experts"].reason
-    assert "aten::conv1d" in excluded["conv.weight"].reason
-    assert "aten::matmul" in excluded["left"].reason
-    assert excluded["table"].reason == "not a matrix of a product, used by aten::add"
-    assert excluded["unused.weight"].reason == "not used by the captured forward"
-    assert {n for n, e in excluded.items() if not e.expected} == {"merged", "experts", "conv.weight", "left"}
+    unsupported = {n: e.reason for n, e in excluded.items() if not e.expected}
+    form = "in a form that is not supported"
+    assert unsupported == {
+        "columns": "aten::matmul reads it across its rows and input features",
+        "scaled": f"aten::matmul multiplies by what aten::mul makes of it, {form}",
+        "chosen": f"aten::bmm multiplies by what aten::index makes of it, {form}",
+        "bilinear.weight": f"aten::bilinear multiplies by it, {form}",
+        "a": "aten::matmul multiplies it by other parameters, not by an activation",
+        "b": "aten::matmul multiplies it by other parameters, not by an activation",
+        "grouped.weight": f"aten::conv_transpose1d multiplies by it, {form}",
+        "lstm.weight_ih_l0": f"aten::lstm multiplies by it, {form}",
+        "lstm.weight_hh_l0": f"aten::lstm multiplies by it, {form}",
+    }
+    assert {n: e.reason for n, e in excluded.items() if e.expected} == {
+        "table": "not a matrix of a product, used by aten::add",
+        "unused.weight": "not used by the captured forward",
+    }
+
+
+class Shapes(nn.Module):
+    """Weights that are no plain matrix, or only part of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged = nn.Parameter(torch.zeros(48, 8))  # chunked, its last third left alone
+        self.in_out = nn.Parameter(torch.zeros(8, 48))  # sliced along its outputs
+        self.loop = nn.Parameter(torch.zeros(3, 16, 8))
+        self.batch = nn.Parameter(torch.zeros(4, 8, 16))
+        self.every = nn.Parameter(torch.zeros(3, 8, 16))
+        self.left = nn.Parameter(torch.zeros(16, 4))
+        self.conv = nn.Conv2d(8, 16, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv1d(8, 8, 3, groups=8)
+        self.up = nn.ConvTranspose1d(8, 16, 2)
+        self.heads = nn.Parameter(torch.zeros(4, 8, 2))  # one matrix per head, one activation
+        self.joint = nn.Parameter(torch.zeros(4, 2, 8))  # two contracted axes
+        self.each = nn.Parameter(torch.zeros(4, 2, 8))  # a batched einsum
+
+    def forward(self, x: Tensor) -> Any:  # [B, 4, 8]
+        q, k, _ = self.merged.chunk(3)
+        y = [x @ q.t(), nn.functional.linear(x, k), x @ self.in_out[:, 16:32]]
+        y += [x @ self.loop[e].t() for e in range(3)]
+        y += [torch.bmm(x.transpose(0, 1), self.batch), x.unsqueeze(1) @ self.every, self.left @ x]
+        image = x.transpose(1, 2).unsqueeze(-1)
+        y += [self.conv(image), self.depthwise(image.squeeze(-1)), self.up(image.squeeze(-1))]
+        h = torch.einsum("btd,hdk->bhtk", x, self.heads)
+        y += [torch.einsum("bhtk,hko->bto", h, self.joint), torch.einsum("bhtk,hko->bhto", h, self.each)]
+        return y
+
+
+def test_weights_of_every_shape() -> None:
+    program = canonicalize(capture(seeded(Shapes()), as_batch(torch.ones(2, 4, 8))))
+    sites, excluded = find_linears(program)
+    assert not excluded
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for s in sites:
+        parts.setdefault(s.weight, []).append(s.part)
+    assert parts["merged"] == [(0, 16), (16, 32)]
+    assert parts["in_out"] == [(16, 32)]
+    assert parts["loop"] == [(0, 16), (16, 32), (32, 48)]
+    one = {s.weight: s for s in sites}
+    assert {n: s.experts for n, s in one.items() if s.experts > 1} == {
+        "batch": 4,
+        "conv.weight": 2,
+        "each": 4,
+        "depthwise.weight": 8,
+    }
+    assert {n: s.layout for n, s in one.items()} == {
+        "merged": Layout((48, 8), 1, 48, 8, False),
+        "in_out": Layout((8, 48), 1, 48, 8, True),
+        "loop": Layout((3, 16, 8), 3, 16, 8, False),
+        "batch": Layout((4, 8, 16), 4, 16, 8, True),
+        "every": Layout((3, 8, 16), 3, 16, 8, True),
+        "left": Layout((16, 4), 1, 16, 4, False),
+        "conv.weight": Layout((16, 4, 3, 3), 1, 16, 36, False),
+        "depthwise.weight": Layout((8, 1, 3), 8, 1, 3, False),
+        "up.weight": Layout((8, 16, 2), 1, 32, 8, True),
+        "heads": Layout((4, 8, 2), 4, 2, 8, True),
+        "joint": Layout((4, 2, 8), 1, 8, 8, True),
+        "each": Layout((4, 2, 8), 4, 8, 2, True),
+    }
+    assert one["depthwise.weight"].left_out == "depthwise convolution: a filter sees one channel only"
 
 
 def test_a_router_is_left_out() -> None:
@@ -130,11 +207,12 @@ def test_a_router_is_left_out() -> None:
 def test_padding_masks_speak_of_positions_only() -> None:
     batch = {**token_batches()[0], "attention_mask": torch.ones(2, 40, dtype=torch.long)}
     sites, _ = found(tiny_llama(layers=1), **batch)
-    assert {s.mask for s in sites.values()} == {"attention_mask"}
+    assert {s.rows[0].mask for s in sites.values()} == {"attention_mask"}
 
 
 def site(name: str, left_out: str | None = None, shape: tuple[int, int] = (8, 96)) -> LinearSite:
-    return LinearSite(f"{name}.weight", name, "x", None, shape, False, left_out)
+    layout = Layout(shape, 1, *shape, transposed=False)
+    return LinearSite(f"{name}.weight", name, layout, (0, shape[0]), (Rows("x"),), left_out=left_out)
 
 
 SITES = (site("a.q"), site("a.k"), site("lm_head", "output head"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.activations import ActivationStore
 from gptq_ao.batches import as_batch
 from gptq_ao.config import gptq_config
 from gptq_ao.errors import NonFiniteError
@@ -32,6 +33,10 @@ def statics(model: nn.Module, program: Program, names: tuple[str, ...]) -> list[
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     where = {**program.parameters, **program.buffers}
     return [program.constants[n] if n in program.constants else state[where[n]].detach() for n in names]
+
+
+def stored(program: Program, *batches: Any) -> ActivationStore:
+    return ActivationStore([program.bind(as_batch(b), "batch") for b in batches], torch.device("cpu"))
 
 
 def run(model: nn.Module, program: Program, plan: Plan, batch: Any) -> tuple[Any, ...]:
@@ -107,7 +112,7 @@ def test_observers_are_nodes_one_per_hessian() -> None:
         calls = [n for n in segment.module.graph.nodes if n.op == "call_module"]
         assert [n.target for n in calls] == [g.name for g in stage.groups]
         assert not any(n.op == "call_module" for n in before.module.graph.nodes)
-        assert [n.args[0].name for n in calls] == [g.activations[0][0] for g in stage.groups]
+        assert [n.args[0].name for n in calls] == [g.rows[0].value for g in stage.groups]
     assert "8 stages, 14 weights, 8 Hessians" in plan.describe()
     assert "lm_head.weight: output head" in plan.describe()
     assert program.inputs == ("input_ids",)
@@ -121,13 +126,13 @@ def test_hessians_are_those_of_hooks_on_the_model() -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda m, a, name=name: inputs.setdefault(name, []).append(a[0].detach()))
-    store: list[dict[str, Any]] = [dict(program.bind(as_batch(b), "batch")) for b in token_batches()]
+    store = stored(program, *token_batches())
     for batch in token_batches():
         with torch.no_grad():
             model(**batch)
     for segment, stage in zip(plan.segments, plan.stages, strict=True):
         hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
-        for group, hessian in zip(stage.groups, hessians, strict=True):
+        for group, (hessian,) in zip(stage.groups, hessians, strict=True):
             for weight in group.weights:
                 rows = torch.cat([x.flatten(0, 1) for x in inputs[weight.removesuffix(".weight")]]).double()
                 assert hessian.rows == len(rows) == 4 * 2 * 40
@@ -146,14 +151,12 @@ def test_padding_never_enters_a_hessian() -> None:
     for filler in (5, 60):
         ids = torch.arange(24).view(2, 12).clone()
         ids[mask == 0] = filler
-        store: list[dict[str, Any]] = [
-            dict(program.bind(as_batch({"input_ids": ids, "attention_mask": mask}), "batch"))
-        ]
+        store = stored(program, {"input_ids": ids, "attention_mask": mask})
         results.append(
             [
                 h
                 for s, st in zip(plan.segments, plan.stages, strict=True)
-                for h in calibrate(s, st, store, lambda n: statics(model, program, (n,))[0])
+                for (h,) in calibrate(s, st, store, lambda n: statics(model, program, (n,))[0])
             ]
         )
     assert [h.rows for h in results[0]] == [19] * 4
@@ -167,7 +170,7 @@ def test_a_bad_activation_is_named_by_weight_and_batch() -> None:
     program, bare = planned(model, batches[0])
     plan = observe(bare)
     batches[2][1] = 1e20  # finite, but its square is not
-    store: list[dict[str, Any]] = [dict(program.bind(as_batch(b), "batch")) for b in batches]
+    store = stored(program, *batches)
     static = lambda n: statics(model, program, (n,))[0]  # noqa: E731
     with pytest.raises(NonFiniteError, match=r"the input of 0.weight is NaN or infinite in calibration batch 2"):
         calibrate(plan.segments[0], plan.stages[0], store, static)
@@ -218,18 +221,18 @@ def test_a_block_applied_three_times_is_one_stage() -> None:
     program, plan = planned(model, torch.ones(4, 16))
     assert stages(plan) == [[{"first"}], [{"up"}, {"down"}], [{"last"}]]
     assert [s.entangled for s in plan.stages] == [False, True, False]
-    assert [len(g.activations) for g in plan.stages[1].groups] == [3, 3]
+    assert [len(g.rows) for g in plan.stages[1].groups] == [3, 3]
     assert "entangled" in plan.describe()
     x = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(run(model, program, plan, x)[0], model(x))
     # Observed three times, on all the rows each use sees.
-    store: list[dict[str, Any]] = [dict(program.bind(as_batch(x), "batch"))]
+    store = stored(program, x)
     observed = observe(plan)
     rows = []
     for segment, stage in zip(observed.segments, observed.stages, strict=True):
         hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
-        rows.append([h.rows for h in hessians])
+        rows.append([h.rows for (h,) in hessians])
     assert rows == [[7], [21, 21], [7]]
 
 
@@ -263,7 +266,7 @@ def test_one_weight_on_two_independent_inputs() -> None:
     _, plan = planned(model, (torch.ones(2, 16), torch.ones(2, 16)))
     assert stages(plan) == [[{"tower"}], [{"head"}]]
     assert not plan.stages[0].entangled
-    assert len(plan.stages[0].groups[0].activations) == 2
+    assert len(plan.stages[0].groups[0].rows) == 2
 
 
 def test_control_flow_that_stays_a_submodule_of_the_graph() -> None:
@@ -287,7 +290,7 @@ def test_control_flow_that_stays_a_submodule_of_the_graph() -> None:
         x = sign * torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             assert torch.equal(run(model, program, plan, x)[0], model(x))
-        store: list[dict[str, Any]] = [dict(program.bind(as_batch(x), "batch"))]
+        store = stored(program, x)
         for segment, stage in zip(observed.segments, observed.stages, strict=True):
             hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
-            assert [h.rows for h in hessians] == [7]
+            assert [h.rows for (h,) in hessians] == [7]

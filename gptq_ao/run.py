@@ -1,0 +1,134 @@
+"""The stages of a plan, one after the other: observe what reaches the weights, solve them, put the results in place."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gptq_ao.activations import ActivationStore
+from gptq_ao.config import GPTQConfig
+from gptq_ao.hessian import Hessian
+from gptq_ao.passes.calibrate import calibrate
+from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage
+from gptq_ao.report import Clock, WeightReport
+from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
+from gptq_ao.tensor import GroupTensor, tensor_class
+from gptq_ao.weights import ModelWeights, Weights
+
+__all__ = ["rewrite", "round_all", "run_plan"]
+
+
+def run_plan(
+    weights: Weights,
+    program: Program,
+    plan: Plan,
+    store: ActivationStore,
+    device: torch.device,
+    config: GPTQConfig,
+    clock: Clock,
+) -> list[WeightReport]:
+    """Quantize with the plan's stages in order; one segment's weights at a time are on `device`."""
+    settings = plan.selection.settings
+    done: list[WeightReport] = []
+    stages = list(zip(plan.stages, plan.segments, strict=True))
+    bar = tqdm(stages, unit="stage", disable=None, file=sys.stderr)  # None: only on a terminal
+    try:
+        for number, (stage, segment) in enumerate(bar, 1):
+            bar.set_description(stage.groups[0].weights[0].removesuffix(".weight"))
+            with clock("calibrate"):
+                hessians = calibrate(segment, stage, store, lambda name: _static(weights, program, name, device))
+            with clock("solve"), torch.no_grad():
+                for layout, matrix, parts in _solve(weights, plan, stage, hessians, device, config):
+                    whole = join_parts(parts, matrix, settings[parts[0].part.weight])
+                    done.append(rewrite(weights, layout, whole, settings, number))
+    except BaseException as e:
+        if done and isinstance(weights, ModelWeights):
+            e.add_note(f"{len(done)} of {len(settings)} weights are quantized already: reload the model")
+        raise
+    return done
+
+
+def round_all(weights: Weights, selection: Selection, clock: Clock) -> list[WeightReport]:
+    """Round every chosen weight to nearest."""
+    done = []
+    with clock("solve"), torch.no_grad():
+        for name, c in selection.settings.items():
+            layout = selection.layouts[name]
+            solved = round_matrix(name, layout.matrix(weights.get(name)), c)
+            done.append(rewrite(weights, layout, solved, selection.settings, stage=0))
+    return done
+
+
+def rewrite(
+    weights: Weights, layout: Layout, solved: SolvedPart, settings: Mapping[str, GPTQConfig], stage: int
+) -> WeightReport:
+    """Put a solution in place of its parameter."""
+    name, s = solved.part.weight, solved.solution
+    parameter = weights.model.get_parameter(name)
+    parts = (s.codes, s.scale, s.zero_point)
+    if layout.view_as is None and parameter.dim() > 2:
+        parts = tuple(t.unflatten(0, (*layout.shape[:-2], -1)) for t in parts)
+    packed = tensor_class(settings[name].bits).from_codes(
+        *parts,
+        dtype=parameter.dtype,
+        perm=s.perm,
+        transposed=layout.transposed,
+        view_as=layout.view_as,
+    )
+    weights.replace(name, packed)
+    return WeightReport(
+        name=name,
+        shape=tuple(parameter.shape),
+        bits=packed.bits,
+        group_size=packed.group_size,
+        method=solved.method,
+        stage=stage,
+        rows=solved.rows,
+        damp=solved.damp,
+        dead=solved.dead,
+        error=solved.error,
+        bytes=sum(getattr(packed, n).nbytes for n in packed.__tensor_flatten__()[0]),
+        original_bytes=parameter.nbytes,
+        fallback=solved.fallback,
+    )
+
+
+def _solve(
+    weights: Weights,
+    plan: Plan,
+    stage: Stage,
+    hessians: tuple[tuple[Hessian, ...], ...],
+    device: torch.device,
+    config: GPTQConfig,
+) -> Iterator[tuple[Layout, Tensor, list[SolvedPart]]]:
+    """Each weight of a stage with all its parts, as soon as the last of them is solved."""
+    layouts, settings = plan.selection.layouts, plan.selection.settings
+    missing = Counter(p.weight for g in stage.groups for p in g.parts for _ in range(g.experts))
+    matrices: dict[str, Tensor] = {}
+    solved: dict[str, list[SolvedPart]] = {}
+    for group, of_group in zip(stage.groups, hessians, strict=True):
+        for name in group.weights:
+            if name not in matrices:
+                matrices[name] = layouts[name].matrix(weights.get(name, device))
+        for expert, (hessian, fallback) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
+            rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
+            for part in solve_group(rows, settings, hessian, config.strict, fallback):
+                name = part.part.weight
+                solved.setdefault(name, []).append(part)
+                missing[name] -= 1
+                if not missing[name]:
+                    yield layouts[name], matrices.pop(name), solved.pop(name)
+
+
+def _static(weights: Weights, program: Program, name: str, device: torch.device) -> Any:
+    """A parameter, buffer or constant of the graph, on the device that runs it."""
+    if name in program.constants:
+        value = program.constants[name]
+        return value.to(device) if isinstance(value, Tensor) else value
+    value = weights.get(program.buffers.get(name) or program.parameters[name], device)
+    # Dequantized once per segment, not once per batch: it is what the weight's own product does for many rows.
+    return value.dequantize() if isinstance(value, GroupTensor) else value

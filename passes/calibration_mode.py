@@ -1,0 +1,71 @@
+"""The state in which a model is captured, and run beside the capture: so the graph computes what eager does."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["calibration_mode"]
+
+_NOT_CAPTURABLE = ("flash_attention", "flex_attention", "paged", "kernels-community/")
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no key-value cache, no fused attention module (it hides its weights). In Hugging Face
+    configs, attention that cannot be captured becomes "sdpa", and experts "grouped_mm": one product for all experts
+    instead of a loop over those that the data selects. All of it is restored on exit."""
+    training = [m for m in model.modules() if m.training]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    changed: list[tuple[Any, str, Any]] = []
+    try:
+        model.eval()
+        for config in _configs(model):
+            for name, value in _settings(config).items():
+                changed.append((config, name, vars(config).get(name, _MISSING)))
+                # Not setattr: transformers' setters of these pass the value on to sub-configs and models, unasked.
+                vars(config)[name] = value
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for config, name, value in reversed(changed):
+            if value is _MISSING:
+                vars(config).pop(name, None)
+            else:
+                vars(config)[name] = value
+        for m in training:
+            m.training = True
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What has to change in one config, as its instance attributes."""
+    settings: dict[str, Any] = {}
+    if getattr(config, "use_cache", None):
+        settings["use_cache"] = False
+    if str(getattr(config, "_attn_implementation", None)).startswith(_NOT_CAPTURABLE):
+        settings[_stored(config, "_attn_implementation")] = "sdpa"
+    if getattr(config, "_experts_implementation", None) not in (None, "grouped_mm"):
+        settings[_stored(config, "_experts_implementation")] = "grouped_mm"
+    return settings
+
+
+def _stored(config: Any, name: str) -> str:
+    """The instance attribute behind a setting that transformers makes a property."""
+    return f"{name}_internal" if f"{name}_internal" in vars(config) else name
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The Hugging Face configs of a model's modules and their sub-configs, each once."""
+    found: dict[int, Any] = {}
+    todo: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+    while todo:
+        config = todo.pop()
+        if id(config) not in found and hasattr(config, "to_dict"):
+            found[id(config)] = config
+            todo += [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
+    return list(found.values())

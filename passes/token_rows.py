@@ -1,0 +1,102 @@
+"""Which rows of an activation are padding.
+
+A model's `attention_mask` [batch, position] is zero where there is no token. Rows at such positions must not count in a
+Hessian. An activation's rows are positions of the mask if its leading axes are those of the mask, as they are or
+flattened to one; a mixture of experts then gathers them, `tokens[numbers]`, and computes on what it gathered.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from gptq_ao.passes.products import op_name
+from gptq_ao.passes.records import Program, dim
+
+__all__ = ["TokenRows"]
+
+_MASKS = ("decoder_attention_mask", "attention_mask")
+_GATHERS = {"aten::index", "aten::index_select"}
+
+
+class TokenRows:
+    """`of(node)`: the mask that speaks of a node's rows, and how they were gathered from its positions."""
+
+    def __init__(self, program: Program) -> None:
+        placeholders = program.placeholders
+        inputs = [placeholders[name] for name in program.inputs if name is not None and dim(placeholders[name])]
+        # Every input has a symbol of its own for the size of the batch.
+        self._batches = {_size(i.meta["val"].shape[0]) for i in inputs}
+        self._masks = [
+            (i.name, _size(i.meta["val"].shape[1]), self._about(program, i.name))
+            for mask in _MASKS
+            for i in inputs
+            if i.name == mask and dim(i) == 2
+        ]
+        self._known: dict[fx.Node, tuple[str | None, tuple[str, ...]]] = {}
+
+    def of(self, node: fx.Node) -> tuple[str | None, tuple[str, ...]]:
+        """(mask, gathers) as in `records.Rows`; (None, ()) if no mask speaks of these rows."""
+        if not self._masks:
+            return None, ()
+        chain = []  # back along the first operand of the same number of rows, without recursion
+        while node not in self._known:
+            direct = self._positions(node)
+            before = None if direct else self._before(node)
+            if before is None:
+                self._known[node] = (direct, ())
+                break
+            chain.append((node, *before))
+            node = before[0]
+        result = self._known[node]
+        for later, _, gather in reversed(chain):
+            mask, gathers = result
+            result = (mask, (*gathers, gather) if gather else gathers) if mask else (None, ())
+            self._known[later] = result
+        return result
+
+    def _positions(self, node: fx.Node) -> str | None:
+        shape = [_size(s) for s in node.meta["val"].shape]
+        for name, position, about in self._masks:
+            apart = len(shape) > 2 and shape[0] in self._batches and shape[1] == position
+            flat = len(shape) == 2 and any(shape[0] == batch * position for batch in self._batches)
+            if (apart or flat) and node in about:
+                return name
+        return None
+
+    def _before(self, node: fx.Node) -> tuple[fx.Node, str | None] | None:
+        """The value whose rows `node` has, and by which numbers it gathered them, if it did."""
+        if node.op != "call_function" or dim(node) != 2:
+            return None
+        if op_name(node) in _GATHERS:
+            x, numbers = _gather(node)
+            return (x, numbers.name) if numbers is not None and dim(x) == 2 else None
+        rows = _size(node.meta["val"].shape[0])
+        inputs = node.all_input_nodes
+        if node.target is operator.getitem:  # of chunk or split
+            inputs = inputs[0].all_input_nodes
+        same = (i for i in inputs if dim(i) == 2 and _size(i.meta["val"].shape[0]) == rows)
+        return next(((i, None) for i in same), None)
+
+    def _about(self, program: Program, mask: str) -> set[fx.Node]:
+        """A decoder's own mask speaks of what its ids lead to, an encoder's of the rest."""
+        ids = program.placeholders.get("decoder_input_ids")
+        reached = {ids} if ids is not None else set()
+        for node in program.graph.nodes:
+            if any(i in reached for i in node.all_input_nodes):
+                reached.add(node)
+        return reached if mask == "decoder_attention_mask" else set(program.graph.nodes) - reached
+
+
+def _gather(node: fx.Node) -> tuple[Any, fx.Node | None]:
+    """x and the row numbers of x[numbers] or index_select(x, 0, numbers)."""
+    if op_name(node) == "aten::index_select":
+        return node.args[0], node.args[2] if node.args[1] == 0 else None  # type: ignore[return-value]
+    numbers: Any = node.args[1]
+    one = len(numbers) == 1 and isinstance(numbers[0], fx.Node) and dim(numbers[0]) == 1
+    return node.args[0], numbers[0] if one and numbers[0].meta["val"].dtype != torch.bool else None
+
+
+def _size(size: int | torch.SymInt) -> Any:
+    return size if isinstance(size, int) else size.node.expr

@@ -1,0 +1,71 @@
+"""What helps with a Hugging Face model that torch.export cannot take as it is.
+
+transformers replaces functions that cannot be traced while it exports models itself; these replacements are borrowed.
+Rotary tables that change with the length of a sequence are kept as they are, which is exact up to a length.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gptq_ao.errors import CaptureError
+
+__all__ = ["check_no_assumption", "transformers_help"]
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def transformers_help(model: nn.Module) -> Iterator[float]:
+    """Yields the length of the longest sequence for which the model, so changed, computes the same."""
+    tables: list[Any] = [m for m in model.modules() if _changes_with_length(m)]
+    saved = [(m, m.rope_type) for m in tables]
+    longest = min((_longest(m) for m in tables), default=float("inf"))
+    with contextlib.ExitStack() as stack:
+        if "transformers" in sys.modules:
+            # A version without them; modules that are imported for them and warn.
+            with contextlib.suppress(ImportError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from transformers.exporters import exporter_dynamo  # noqa: F401 - registers them
+                from transformers.exporters.utils import apply_patches
+
+                stack.enter_context(apply_patches("dynamo"))
+        try:
+            for m in tables:
+                m.rope_type = "default"
+            yield longest
+        finally:
+            for m, kind in saved:
+                m.rope_type = kind
+
+
+def _changes_with_length(m: Any) -> bool:
+    kind = getattr(m, "rope_type", None)
+    if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+        return False
+    # One that a long sequence has extended would shrink again for a short one.
+    now, original = m.inv_freq, m.original_inv_freq
+    return now.is_meta or original.is_meta or torch.equal(now, original.to(now.device))
+
+
+def _longest(m: Any) -> float:
+    if m.rope_type == "longrope":
+        return float(m.config.rope_parameters["original_max_position_embeddings"])
+    return float(m.original_max_seq_len)
+
+
+def check_no_assumption(graph: fx.Graph) -> None:
+    """The replacements check at run time what they assume of the data. A Program has no such checks.
+
+    Raises:
+        CaptureError: the graph has one.
+    """
+    asserts = (aten._assert_async.msg, aten._assert_async.default, aten._assert_scalar.default)
+    found = next((n for n in graph.nodes if n.target in asserts), None)
+    if found is not None:
+        raise CaptureError(f"transformers can export this model only for data of which {found.args[-1]!r} holds")

@@ -1,0 +1,112 @@
+"""An operand of a product → which rows of which parameter's matrix it is.
+
+Between a parameter and the product that reads it lie views: transposes, slices, selected experts, reshapes. Their
+effect is found by applying them to an empty tensor of the parameter's shape on the meta device: the strides and the
+offset of the result say which elements the product reads, whatever views led there.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gptq_ao.passes.records import Layout, Program
+
+__all__ = ["ParameterView", "read_matrix", "same_storage", "trace_parameter"]
+
+aten = torch.ops.aten
+
+# Ops that may copy but leave each element where it was: they do not matter to what is read.
+_COPIES = {
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+}
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """A parameter as an operand sees it: the storage of `view`, on meta, has the parameter's elements in order."""
+
+    weight: str
+    shape: tuple[int, ...]
+    view: Tensor
+
+
+def trace_parameter(node: Any, program: Program) -> ParameterView | None:
+    """The parameter of two or more dimensions that `node` is a view of, or None."""
+    chain: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if not (node.target in _COPIES or node.target is operator.getitem or _is_view(node)):
+            return None
+        chain.append(node)
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.name not in program.parameters:
+        return None
+    shape = tuple(int(s) for s in node.meta["val"].shape)
+    if len(shape) < 2:
+        return None
+    parameter = torch.empty(shape, device="meta")
+    view: Any = parameter
+    for step in reversed(chain):
+        if step.target in _COPIES:
+            continue
+        if any(isinstance(i, fx.Node) for i in step.all_input_nodes[1:]):
+            return None  # which elements are read depends on data
+        view = step.target(view, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+    if not isinstance(view, Tensor) or not same_storage(view, parameter):
+        return None
+    return ParameterView(program.parameters[node.name], shape, view)
+
+
+def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int, int], int] | None:
+    """How a parameter of `shape` is read by a product with `view`, [out, in] or [experts, out, in].
+
+    Returns:
+        The layout, the rows of its matrix that are read, and how many experts they are; None if `view` has gaps, reads
+        only some input features, or is otherwise no run of rows.
+    """
+    if view.dim() == 3 and (view.shape[0] == 1 or view.stride(0) == 0):
+        view = view[0]  # one matrix, or one that is expanded over a batch
+    if view.dim() == 3:
+        first = read_matrix(shape, view[0])
+        if first is None:
+            return None
+        layout, part, _ = first
+        experts, n, k = view.shape
+        in_a_row = part[0] == 0 and experts * n == layout.rows and view.stride(0) == n * k
+        aligned = layout.stack == experts if layout.transposed else True
+        return (layout, (0, layout.rows), experts) if in_a_row and aligned else None
+    if view.dim() != 2:
+        return None
+    (n, k), (down, right) = view.shape, view.stride()
+    total, offset = torch.Size(shape).numel(), int(view.storage_offset())
+    if (right == 1 or k == 1) and (down == k or n == 1) and offset % k == 0 and total % k == 0:
+        stack = shape[0] if len(shape) == 3 and shape[2] == k else 1
+        start = offset // k
+        return Layout(shape, stack, total // k // stack, k, False), (start, start + n), 1
+    if down == 1 or n == 1:  # stored as [in, out]
+        expert, column = divmod(offset, k * right)
+        if total % (k * right) or column + n > right:
+            return None
+        start = expert * right + column
+        return Layout(shape, total // (k * right), right, k, True), (start, start + n), 1
+    return None
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable or not schema.arguments:
+        return False
+    return schema.arguments[0].alias_info is not None
