@@ -4,6 +4,7 @@ batches → capture → canonicalize → find_linears → choose_weights → sch
         → per stage: calibrate → solve → rewrite
 """
 
+import dataclasses
 import resource
 import sys
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.activations import ActivationStore
-from gptq_ao.batches import read_batches
+from gptq_ao.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import ConfigError
+from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
@@ -25,6 +26,7 @@ from gptq_ao.passes.reach_all_experts import reach_all_experts
 from gptq_ao.passes.records import Layout, Plan, Selection
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.preflight import check_unquantized, linear_modules, name_filter, output_heads
+from gptq_ao.replay import find_products, run_in_step
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
 from gptq_ao.solve_group import round_matrix
@@ -84,8 +86,13 @@ def quantize_weights(
 
     batches = read_batches(config.calibration)
     run_on = torch.device(device) if device is not None else weights.device
-    with clock("capture"):
-        program = canonicalize(capture(model, batches[0], weights.device), run_on)
+    try:
+        with clock("capture"):
+            program = canonicalize(capture(model, batches[0], weights.device), run_on)
+    except CaptureError as e:
+        if config.strict_capture or not isinstance(weights, ModelWeights):
+            raise
+        return _in_step(weights, batches, config, wanted, run_on, str(e), clock)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
         if config.calibrate_all_experts:
@@ -100,6 +107,31 @@ def quantize_weights(
     with ActivationStore(bound, run_on) as store:
         done = run_plan(weights, program, plan, store, run_on, config, clock)
     return _report(done, selection, plan, clock)
+
+
+def _in_step(
+    weights: ModelWeights,
+    batches: list[Batch],
+    config: GPTQConfig,
+    wanted: Callable[[str], bool],
+    device: torch.device,
+    reason: str,
+    clock: Clock,
+) -> Report:
+    """Without a graph."""
+    if device != weights.device:
+        raise ConfigError(
+            f"the model cannot be captured as one graph, so it has to run as a whole, on {device}: move it there "
+            f"first, model.to({str(device)!r}). {reason}"
+        )
+    with clock("plan"):
+        sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
+        selection = choose_weights(sites, excluded, config, wanted)
+        weights.check(selection)
+    with clock("solve"):
+        done, notes = run_in_step(weights, batches, selection, config)
+    report = _report(done, selection, None, clock)
+    return dataclasses.replace(report, stages=len(done), capture="replay", capture_reason=reason, notes=notes)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
