@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "head": ("llama", {"bits": 4, "sym": False, "rules": {"lm_head": {"bits": 8}}}),
     "gpt2": ("gpt2", {"bits": 2, "act_order": "none"}),
+    "experts": ("qwen3_moe", {"bits": 4, "group_size": 16}),
     "rtn": ("llama", {"bits": 4, "method": "rtn"}),
     "rtn-experts": ("qwen3_moe", {"bits": 4, "group_size": 16, "method": "rtn"}),
 }
