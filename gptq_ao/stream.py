@@ -16,7 +16,8 @@ from gptq_ao.grid import group_columns
 from gptq_ao.manifest import QuantizedEntry
 from gptq_ao.passes.records import Selection
 from gptq_ao.preflight import check_values
-from gptq_ao.quantize import FilterFn, quantize_weights
+from gptq_ao.prepare import FilterFn
+from gptq_ao.quantize import quantize_weights
 from gptq_ao.report import Report
 from gptq_ao.source import Source, open_source
 from gptq_ao.tensor import GroupTensor
@@ -73,6 +74,9 @@ class CheckpointWeights:
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+    def home(self, name: str, *, quantized: bool = False) -> torch.device | None:
+        return torch.device("cpu") if not quantized and name not in self._source.recipes else None
 
     def check(self, selection: Selection) -> None:
         """There is room for the result. The values of weights are checked when they are read."""

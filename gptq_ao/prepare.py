@@ -1,0 +1,96 @@
+"""Model + config → what will be done: the passes in order, up to the first computation.
+
+batches → capture → canonicalize → find_linears → choose_weights → schedule → observe
+
+`quantize_` carries it out, `plan` describes it. No weight is read here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gptq_ao.batches import read_batches
+from gptq_ao.config import GPTQConfig
+from gptq_ao.errors import ConfigError
+from gptq_ao.passes.canonicalize import canonicalize
+from gptq_ao.passes.capture import capture
+from gptq_ao.passes.choose_weights import choose_weights
+from gptq_ao.passes.find_linears import find_linears
+from gptq_ao.passes.observe import observe
+from gptq_ao.passes.reach_all_experts import reach_all_experts
+from gptq_ao.passes.records import Plan, Program, Selection
+from gptq_ao.passes.schedule import schedule
+from gptq_ao.preflight import linear_modules, name_filter, output_heads
+from gptq_ao.report import Clock
+from gptq_ao.weights import Weights
+
+__all__ = ["Calibrated", "FilterFn", "Prepared", "prepare", "whole_model"]
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What runs: the graph, cut into stages, and the calibration batches by placeholder name."""
+
+    program: Program
+    plan: Plan
+    batches: tuple[dict[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What will be done, and nothing done yet.
+
+    Attributes:
+        device: where it computes.
+        calibrated: None if every weight is rounded to nearest, for which nothing runs.
+    """
+
+    selection: Selection
+    device: torch.device
+    calibrated: Calibrated | None
+
+
+def prepare(
+    weights: Weights, config: GPTQConfig, filter_fn: FilterFn | None, device: torch.device | str | None, clock: Clock
+) -> Prepared:
+    """Everything that can be wrong with the settings, the data or the model's form is raised here; see `quantize_`."""
+    model = weights.model
+    run_on = torch.device(device) if device is not None else weights.device
+    wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
+    if config.method == "rtn" and config.calibration is None:
+        with clock("plan"):
+            return Prepared(choose_weights(*linear_modules(model), config, wanted), run_on, None)
+
+    batches = read_batches(config.calibration)
+    with clock("capture"):
+        program = canonicalize(capture(model, batches[0], weights.device), run_on)
+    with clock("plan"):
+        sites, excluded = find_linears(program, output_heads(model))
+        if config.calibrate_all_experts:
+            program, sites = reach_all_experts(program, sites)
+        selection = choose_weights(sites, excluded, config, wanted)
+        _check_support(config, selection)
+        bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
+        if all(c.method == "rtn" for c in selection.settings.values()):
+            return Prepared(selection, run_on, None)
+        return Prepared(selection, run_on, Calibrated(program, observe(schedule(program, selection)), bound))
+
+
+def whole_model(module: nn.Module, name: str) -> bool:
+    """For `torchao.quantization.quantize_(model, gptq_config(...), filter_fn=gptq_ao.whole_model)`: hand over the model
+    as a whole, since GPTQ has to see how its layers are connected."""
+    return name == ""
+
+
+def _check_support(config: GPTQConfig, selection: Selection) -> None:
+    missed = [e for e in selection.excluded if not e.expected]
+    if config.strict and missed:
+        listing = "\n".join(f"  {e.weight}: {e.reason}" for e in missed)
+        raise ConfigError(
+            f"strict=True, and these weights would be left as they are:\n{listing}\nExclude them by a rule "
+            "(name: None) to say that this is meant"
+        )
