@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live, peak: bytes by type of device, now and at most since `restart`.
         flops: of products, by dtype.
-        moved: bytes that operators read and wrote, by type of device; views move nothing.
+        moved: bytes that other operators read and wrote, by type of device; views move nothing.
     """
 
     def __init__(self) -> None:
@@ -60,12 +60,12 @@ class LiveBytes(TorchDispatchMode):
         made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         new = self.add(*made)
-        if new or func._schema.is_mutable:
-            read = sum(t.nbytes for t in given if not is_traceable_wrapper_subclass(t))
-            self.moved[(given or made)[0].device.type if given or made else "cpu"] += new + read
         count = flop_registry.get(_counted_as(func))
         if count is not None and given:
             self.flops[given[0].dtype] += count(*args, **kwargs, out_val=out)
+        elif new or func._schema.is_mutable:
+            read = sum(t.nbytes for t in given if not is_traceable_wrapper_subclass(t))
+            self.moved[next(t.device.type for t in (*made, *given))] += new + read
         return out
 
     def _freed(self, key: int, kind: str, size: int) -> None:

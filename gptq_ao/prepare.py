@@ -5,6 +5,7 @@ batches → capture → canonicalize → find_linears → choose_weights → sch
 `quantize_` carries it out, `plan` describes it. No weight is read here.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from gptq_ao.batches import read_batches
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import ConfigError
+from gptq_ao.errors import ConfigError, FusedSettingsWarning
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.find_linears import find_linears
+from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.reach_all_experts import reach_all_experts
 from gptq_ao.passes.records import Plan, Program, Selection
@@ -46,28 +48,45 @@ class Prepared:
 
     Attributes:
         device: where it computes.
+        mixed: sets of weights that engines fuse and whose settings differ, see `passes/fused_sets.py`.
         calibrated: None if every weight is rounded to nearest, for which nothing runs.
     """
 
     selection: Selection
     device: torch.device
+    mixed: tuple[str, ...]
     calibrated: Calibrated | None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(f"fused by inference engines, with different settings: {line}" for line in self.mixed)
+
+    def warn(self) -> None:
+        """One warning for all sets, at the line that called `quantize_`, `quantize_checkpoint` or `plan`."""
+        if self.mixed:
+            warnings.warn(
+                "these weights are fused by inference engines such as vLLM and SGLang, which then want the same "
+                "settings for all of a set:\n  " + "\n  ".join(self.mixed),
+                FusedSettingsWarning,
+                stacklevel=4,  # this, what does the work, what is public
+            )
 
 
 def prepare(
-    weights: Weights, config: GPTQConfig, filter_fn: FilterFn | None, device: torch.device | str | None, clock: Clock
+    weights: Weights, config: GPTQConfig, filter_fn: FilterFn | None, device: torch.device, clock: Clock
 ) -> Prepared:
     """Everything that can be wrong with the settings, the data or the model's form is raised here; see `quantize_`."""
     model = weights.model
-    run_on = torch.device(device) if device is not None else weights.device
     wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
     if config.method == "rtn" and config.calibration is None:
         with clock("plan"):
-            return Prepared(choose_weights(*linear_modules(model), config, wanted), run_on, None)
+            sites, excluded = linear_modules(model)
+            selection = choose_weights(sites, excluded, config, wanted)
+        return Prepared(selection, weights.device, mixed_sets(sites, selection), None)
 
     batches = read_batches(config.calibration)
     with clock("capture"):
-        program = canonicalize(capture(model, batches[0], weights.device), run_on)
+        program = canonicalize(capture(model, batches[0], weights.device), device)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
         if config.calibrate_all_experts:
@@ -75,9 +94,12 @@ def prepare(
         selection = choose_weights(sites, excluded, config, wanted)
         _check_support(config, selection)
         bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
-        if all(c.method == "rtn" for c in selection.settings.values()):
-            return Prepared(selection, run_on, None)
-        return Prepared(selection, run_on, Calibrated(program, observe(schedule(program, selection)), bound))
+        calibrated = None
+        if any(c.method != "rtn" for c in selection.settings.values()):
+            calibrated = Calibrated(program, observe(schedule(program, selection)), bound)
+    return Prepared(
+        selection, device if calibrated else weights.device, mixed_sets(sites, selection), calibrated
+    )
 
 
 def whole_model(module: nn.Module, name: str) -> bool:

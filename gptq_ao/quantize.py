@@ -5,20 +5,23 @@ prepare → per stage: calibrate → solve → rewrite
 
 import resource
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 
-from gptq_ao.activations import ActivationStore
+from gptq_ao.activations import ActivationStore, Budget
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError
+from gptq_ao.memory import MaxMemory, choose_budget, read_limits
 from gptq_ao.passes.choose_weights import check_group_sizes
 from gptq_ao.passes.records import Layout
 from gptq_ao.preflight import check_unquantized
 from gptq_ao.prepare import FilterFn, Prepared, prepare
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
+from gptq_ao.simulate import simulate
 from gptq_ao.solve_group import round_matrix
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights, Weights
@@ -31,6 +34,8 @@ def quantize_(
     config: AOBaseConfig,
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
+    *,
+    max_memory: MaxMemory | None = None,
 ) -> Report | None:
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced.
 
@@ -39,6 +44,10 @@ def quantize_(
         filter_fn: `(module, name) -> bool`, which modules' weights to quantize; None: all that config selects.
         device: where to compute, one segment's weights at a time. None: where the model is. Each weight ends up on
             the device it came from.
+        max_memory: `{"cuda": "8GiB", "cpu": "32GiB"}`, in bytes or with a unit. For the device that computes: all that
+            is on it. For "cpu": the activations of calibration data that wait in host memory. What exceeds the first
+            goes to host memory, what exceeds the second to temporary files; the result is the same. None: what is
+            free on the device, then on the host.
 
     Returns:
         What was done, per weight; None for another library's config.
@@ -54,7 +63,7 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     check_unquantized(model)
-    return quantize_weights(ModelWeights(model), config, filter_fn, device)
+    return quantize_weights(ModelWeights(model), config, filter_fn, device, max_memory)
 
 
 def quantize_weights(
@@ -62,18 +71,26 @@ def quantize_weights(
     config: GPTQConfig,
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> Report:
     """`quantize_` for a model whose weights are anywhere."""
     clock = Clock()
-    prepared = prepare(weights, config, filter_fn, device, clock)
+    run_on = torch.device(device) if device is not None else weights.device
+    limits = read_limits(max_memory, run_on)
+    prepared = prepare(weights, config, filter_fn, run_on, clock)
+    prepared.warn()
     with clock("plan"):
         weights.check(prepared.selection)
     if prepared.calibrated is None:
         return _report(round_all(weights, prepared.selection, clock), prepared, clock)
     program, plan = prepared.calibrated.program, prepared.calibrated.plan
-    with ActivationStore(prepared.calibrated.batches, prepared.device) as store:
-        done = run_plan(weights, program, plan, store, prepared.device, config, clock)
-        return _report(done, prepared, clock)
+    with clock("plan"):
+        budget = Budget(device=limits.host)
+        if run_on.type != "cpu":
+            budget = choose_budget(limits, simulate(weights, prepared, run_on), run_on)
+    with ActivationStore(prepared.calibrated.batches, run_on, budget) as store:
+        done = run_plan(weights, program, plan, store, run_on, config, clock)
+        return _report(done, prepared, clock, store.peak)
 
 
 @torch.no_grad()
@@ -90,12 +107,16 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
 
 
-def _report(weights: list[WeightReport], prepared: Prepared, clock: Clock) -> Report:
+def _report(
+    weights: list[WeightReport], prepared: Prepared, clock: Clock, waiting: Mapping[str, int] | None = None
+) -> Report:
     stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_initialized():
         peak["cuda"] = torch.cuda.max_memory_allocated()
+    if waiting is not None:
+        peak |= {"activations": waiting["device"], "offloaded": waiting["host"], "files": waiting["disk"]}
     return Report(
         weights=tuple(weights),
         excluded={e.weight: e.reason for e in prepared.selection.excluded},
@@ -103,4 +124,5 @@ def _report(weights: list[WeightReport], prepared: Prepared, clock: Clock) -> Re
         hessians=sum(len(s.groups) for s in stages),
         seconds=clock.seconds,
         peak_bytes=peak,
+        warnings=prepared.warnings,
     )

@@ -50,6 +50,9 @@ class Report:
         hessians: how many were accumulated.
         seconds: phase → wall time: capture, plan, calibrate, solve.
         peak_bytes: so far in this process. "host": resident memory; "cuda": PyTorch's allocator, where CUDA is in use.
+            Of this call, if it was calibrated: the activations that waited on the device ("activations"), in host
+            memory besides ("offloaded"), and in files ("files").
+        warnings: what may be a problem for whoever uses the result.
     """
 
     weights: tuple[WeightReport, ...]
@@ -58,6 +61,7 @@ class Report:
     hessians: int
     seconds: Mapping[str, float]
     peak_bytes: Mapping[str, int]
+    warnings: tuple[str, ...] = ()
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -81,6 +85,7 @@ class Report:
             "layers": [asdict(w) for w in self.weights],
             "excluded": dict(self.excluded),
             "fallbacks": self.fallbacks,
+            "warnings": list(self.warnings),
         }
 
     def __str__(self) -> str:
@@ -100,6 +105,7 @@ class Report:
             f"{self.bits_per_weight:.3f} bits per weight"
         )
         lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
+        lines += [f"warning: {text}" for text in self.warnings]
         lines.append(", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items()))
         return "\n".join(lines)
 

@@ -27,7 +27,7 @@ from gptq_ao.solve_bytes import SolveCost, result_bytes, solve_cost
 from gptq_ao.solve_group import settings_key
 from gptq_ao.weights import Weights
 
-__all__ = ["Footprint", "Work", "simulate"]
+__all__ = ["Footprint", "Work", "fakes_on", "simulate"]
 
 Values = dict[str, Any]
 Packed = tuple[Tensor | None, ...]  # qdata, scale_zero, high_plane, perm
@@ -77,10 +77,14 @@ class Footprint:
     solve: Work
 
 
-def simulate(weights: Weights, prepared: Prepared) -> Footprint:
-    """Neither weights nor the values of batches are read; shapes and dtypes say all."""
+def simulate(weights: Weights, prepared: Prepared, device: torch.device) -> Footprint:
+    """Neither weights nor the values of batches are read; shapes and dtypes say all.
+
+    Args:
+        device: where it will compute: `prepared.device`, or what that stands in for.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as tracker, torch.no_grad():
-        run = _Simulation(weights, prepared, tracker)
+        run = _Simulation(weights, prepared, device, tracker)
         if prepared.calibrated is None:
             run.round_all()
         else:
@@ -90,12 +94,24 @@ def simulate(weights: Weights, prepared: Prepared) -> Footprint:
         )
 
 
+def fakes_on(device: torch.device) -> torch.device:
+    """`device`, or the CPU if torch was built without support for it and makes no fake tensors there. The CPU's
+    operators then say nearly the same."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, device=device)[:1]
+    except RuntimeError:
+        return torch.device("cpu")
+    return device
+
+
 class _Simulation:
     """What a `Footprint` says, and the fakes that are alive: the model where it is on the device, one batch of each
     shape. Other batches of the shape are only counted."""
 
-    def __init__(self, weights: Weights, prepared: Prepared, tracker: LiveBytes) -> None:
-        self.weights, self.tracker, self.device = weights, tracker, prepared.device
+    def __init__(self, weights: Weights, prepared: Prepared, device: torch.device, tracker: LiveBytes) -> None:
+        self.weights, self.tracker = weights, tracker
+        self.device, self.real_device = prepared.device, device
         self.layouts, self.settings = prepared.selection.layouts, prepared.selection.settings
         model = weights.model
         self.state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters())}
@@ -123,7 +139,7 @@ class _Simulation:
 
     def is_here(self, name: str, *, quantized: bool) -> bool:
         home = self.weights.home(name, quantized=quantized)
-        return home is not None and home.type == self.device.type
+        return home is not None and home.type == self.real_device.type
 
     def need(self, working: int, waiting: int) -> None:
         self.working = max(self.working, working)

@@ -14,6 +14,7 @@ from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CheckpointError
 from gptq_ao.grid import group_columns
 from gptq_ao.manifest import QuantizedEntry
+from gptq_ao.memory import MaxMemory
 from gptq_ao.passes.records import Selection
 from gptq_ao.preflight import check_values
 from gptq_ao.prepare import FilterFn
@@ -33,6 +34,7 @@ def quantize_checkpoint(
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
     *,
+    max_memory: MaxMemory | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     max_shard_bytes: int = 2**30,
@@ -44,6 +46,7 @@ def quantize_checkpoint(
     Args:
         config, filter_fn: see `quantize_`.
         device: where to compute; None: on the CPU.
+        max_memory: see `quantize_`.
         dtype: of the model before quantization; None: as stored.
         tokenizer: to be saved with the model.
         max_shard_bytes: size of the files, and of the part of the result that is held in memory.
@@ -57,7 +60,7 @@ def quantize_checkpoint(
         raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
     with CheckpointWriter(Path(out), max_shard_bytes) as writer:
         weights = CheckpointWeights(open_source(Path(source), dtype), writer)
-        report = quantize_weights(weights, config, filter_fn, device)
+        report = quantize_weights(weights, config, filter_fn, device, max_memory)
         writer.add_rest(weights.model, weights.get)
         writer.finish(weights.model, tokenizer)
     return report
