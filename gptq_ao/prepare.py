@@ -97,9 +97,7 @@ def prepare(
         calibrated = None
         if any(c.method != "rtn" for c in selection.settings.values()):
             calibrated = Calibrated(program, observe(schedule(program, selection)), bound)
-    return Prepared(
-        selection, device if calibrated else weights.device, mixed_sets(sites, selection), calibrated
-    )
+    return Prepared(selection, device if calibrated else weights.device, mixed_sets(sites, selection), calibrated)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:

@@ -221,7 +221,9 @@ class _Simulation:
                 kept = cost.kept
                 self.solving.add_solve(cost, group.experts)
             for part in group.parts:
-                codes[part.weight] += result_bytes(part.stop - part.start, group.in_features, self.settings[part.weight])
+                codes[part.weight] += result_bytes(
+                    part.stop - part.start, group.in_features, self.settings[part.weight]
+                )
             for name in group.weights:
                 left[name] -= 1
                 if not left[name]:
@@ -242,7 +244,9 @@ class _Simulation:
         """Put the quantized weight in place; the bytes that were alive at most."""
         layout, c = self.layouts[name], self.settings[name]
         k = layout.in_features
-        lead = (layout.stack, layout.out_features) if layout.view_as is None and len(layout.shape) > 2 else (layout.rows,)
+        lead = (
+            (layout.stack, layout.out_features) if layout.view_as is None and len(layout.shape) > 2 else (layout.rows,)
+        )
         self.tracker.restart()
         groups = (*lead, k // group_columns(k, c.group_size))
         on = {"device": self.device}

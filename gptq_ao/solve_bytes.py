@@ -48,7 +48,11 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, c: GPTQConfig) -> Sol
     factor = 3 * square
     upper = 4 * k * k
     # The stacked weights; W in solving order in fp32 beside a copy in natural order, or beside the codes in both.
-    solve = total * k * (itemsize + 4 + max(widened, 2)) + 11 * total * (k // group_columns(k, c.group_size)) + 8 * BLOCK * total
+    solve = (
+        total * k * (itemsize + 4 + max(widened, 2))
+        + 11 * total * (k // group_columns(k, c.group_size))
+        + 8 * BLOCK * total
+    )
     peak = max(factor, upper + solve, upper + result + _energy(largest, k))
     operations = 2 * k**3 // 3
     return SolveCost(

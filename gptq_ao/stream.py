@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CheckpointError
-from gptq_ao.grid import group_columns
-from gptq_ao.manifest import QuantizedEntry
 from gptq_ao.memory import MaxMemory
 from gptq_ao.passes.records import Selection
 from gptq_ao.preflight import check_values
@@ -22,7 +20,7 @@ from gptq_ao.quantize import quantize_weights
 from gptq_ao.report import Report
 from gptq_ao.source import Source, open_source
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
+from gptq_ao.writer import CheckpointWriter, result_size
 
 __all__ = ["quantize_checkpoint"]
 
@@ -84,15 +82,7 @@ class CheckpointWeights:
     def check(self, selection: Selection) -> None:
         """There is room for the result. The values of weights are checked when they are read."""
         self._selected = frozenset(selection.settings)
-        state = self.model.state_dict(keep_vars=True)
-        contents = {first: state[first] for first, *_ in state_names(self.model)}
-        entries = {}
-        for site in selection.sites:
-            c, k = selection.settings[site.weight], site.layout.in_features
-            groups = k // group_columns(k, c.group_size)
-            rows = contents[site.weight].numel() // k  # those of all matrices of a stack
-            entries[site.weight] = QuantizedEntry(c.bits, (rows, k), groups, "", False, c.act_order == "group")
-        self._writer.check_space(stored_bytes({**contents, **entries}))
+        self._writer.check_space(result_size(self.model, selection))
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         if name in self._writer:
