@@ -79,10 +79,17 @@ class ActivationStore:
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._number = itertools.count()
         self._batches: list[Values] = []
+        try:
+            self._fill(batches)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _fill(self, batches: Iterable[Values]) -> None:
         before: Values = {}
         for batch in batches:
             # A mask that is the same in every batch is stored once.
-            same = {n for n, t in batch.items() if n in before and torch.equal(t, before[n])}
+            same = {n for n, t in batch.items() if n in before and _same(t, before[n])}
             stored = self._batches[-1] if self._batches else {}
             self._batches.append({n: stored[n] if n in same else self._put(t) for n, t in batch.items()})
             before = batch
@@ -172,6 +179,10 @@ def _release(used: dict[str, int], place: str, size: int, file: Path | None) -> 
     used[place] -= size
     if file is not None:
         file.unlink(missing_ok=True)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def compact(value: Any) -> Any:

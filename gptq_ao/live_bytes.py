@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
         if count is not None and given:
             self.flops[given[0].dtype] += count(*args, **kwargs, out_val=out)
         elif new or func._schema.is_mutable:
-            read = sum(t.nbytes for t in given if not is_traceable_wrapper_subclass(t))
+            read = sum(s.nbytes() for t in given for s in storages(t).values())
             self.moved[next(t.device.type for t in (*made, *given))] += new + read
         return out
 
@@ -75,8 +75,9 @@ class LiveBytes(TorchDispatchMode):
 
 def storages(t: Tensor) -> dict[int, torch.UntypedStorage]:
     """What a tensor, or a tensor subclass made of several, keeps alive."""
-    if is_traceable_wrapper_subclass(t):
-        inner = [storages(getattr(t, name)) for name in t.__tensor_flatten__()[0]]
+    subclass: Any = t
+    if is_traceable_wrapper_subclass(subclass):
+        inner = [storages(getattr(t, name)) for name in subclass.__tensor_flatten__()[0]]
         return {key: s for found in inner for key, s in found.items()}
     storage = t.untyped_storage()
     return {storage._cdata: storage}

@@ -102,17 +102,14 @@ def readable(size: int) -> str:
 def _place(key: object, device: torch.device) -> str:
     if key == "cpu":
         return "host"
-    try:
-        named = torch.device("cuda", key) if type(key) is int else torch.device(str(key))
-    except RuntimeError:
-        named = None
-    here = 0 if device.index is None else device.index
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        here = torch.cuda.current_device()
-    if named is not None and named.type == device.type != "cpu" and named.index in (None, here):
+    index = device.index or 0
+    if device == torch.device("cuda") and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    names = (device.type, f"{device.type}:{index}", index)
+    if device.type != "cpu" and key in names and not isinstance(key, bool):
         return "device"
-    computing = f"{str(device)!r}, which computes" if device.type != "cpu" else "the CPU computes"
-    raise ConfigError(f"max_memory names {key!r}: the keys are 'cpu', for waiting activations, and {computing}")
+    more = f", and {names[0]!r}, {names[1]!r} or {index} for the device that computes" if device.type != "cpu" else ""
+    raise ConfigError(f"max_memory names {key!r}: it may have the key 'cpu', for waiting activations{more}")
 
 
 def _amount(key: object, value: object) -> int:

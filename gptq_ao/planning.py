@@ -251,7 +251,6 @@ def _weights(
     for name in order:
         c, layout = prepared.selection.settings[name], prepared.selection.layouts[name]
         parameter = weights.model.get_parameter(name)
-        home = weights.home(name, quantized=True) or device
         group_size = layout.in_features if c.group_size == -1 else c.group_size
         of = groups.get(name, [])
         planned.append(
@@ -263,7 +262,7 @@ def _weights(
                 method=c.method,
                 stage=of[0][0] if of else 0,
                 rows=sum(footprint.rows[g.name] for _, g in of),
-                kernel=kernel_name(home, parameter.dtype, c.bits, group_size, stacked=len(layout.shape) > 2),
+                kernel=kernel_name(device, parameter.dtype, c.bits, group_size, stacked=len(layout.shape) > 2),
                 bytes=footprint.packed[name],
                 original_bytes=parameter.nbytes,
                 fallback=_fallback(name, layout, [g for _, g in of], footprint, config.expert_min_rows)

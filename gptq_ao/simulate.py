@@ -249,10 +249,16 @@ class _Simulation:
         )
         self.tracker.restart()
         groups = (*lead, k // group_columns(k, c.group_size))
-        on = {"device": self.device}
-        parts = torch.empty(groups, dtype=torch.float16, **on), torch.empty(groups, dtype=torch.uint8, **on)
-        perm = torch.empty(k, dtype=torch.int32, **on) if c.act_order == "group" and c.method == "gptq" else None
-        qdata, high_plane = pack_codes(torch.empty((*lead, k), dtype=torch.uint8, **on), c.bits)
+        parts = (
+            torch.empty(groups, dtype=torch.float16, device=self.device),
+            torch.empty(groups, dtype=torch.uint8, device=self.device),
+        )
+        perm = (
+            torch.empty(k, dtype=torch.int32, device=self.device)
+            if c.act_order == "group" and c.method == "gptq"
+            else None
+        )
+        qdata, high_plane = pack_codes(torch.empty((*lead, k), dtype=torch.uint8, device=self.device), c.bits)
         packed: Packed = (qdata, pack_scale_zero(*parts), high_plane, perm)
         del qdata, high_plane, perm, parts
         self.packed_bytes[name] = sum(t.nbytes for t in packed if t is not None)

@@ -1,7 +1,7 @@
 """How much memory, and work, solving takes: `solver` and `solve_group`, counted.
 
-A simulation would loop over the columns of every matrix. What is alive at once does not depend on the column, so a formula
-says the same. N = rows that are solved together, n = rows of one part, K = in_features.
+A simulation would loop over the columns of every matrix. What is alive at once does not depend on the column, so a
+formula says the same. N = rows that are solved together, n = rows of one part, K = in_features.
 """
 
 from collections.abc import Sequence

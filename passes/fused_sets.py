@@ -1,7 +1,7 @@
 """Selection → the sets of weights that inference engines fuse, where their settings differ.
 
-Engines such as vLLM and SGLang compute q, k and v, gate and up, and all experts of a layer as one product each, with one
-set of settings. A model in which these differ is valid, and runs anywhere else.
+Engines such as vLLM and SGLang compute q, k and v, gate and up, and all experts of a layer as one product each, with
+one set of settings. A model in which these differ is valid, and runs anywhere else.
 """
 
 import re
