@@ -88,8 +88,10 @@ class QuantizationPlan:
         return 8 * sum(w.bytes for w in self.weights) / sum(math.prod(w.shape) for w in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
-        layers = [asdict(w) for w in self.weights]
-        return {**asdict(self), "weights": len(layers), "bits_per_weight": self.bits_per_weight, "layers": layers}
+        facts = asdict(self)
+        layers = list(facts.pop("weights"))
+        facts |= {"weights": len(layers), "bits_per_weight": self.bits_per_weight, "layers": layers}
+        return {**facts, "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
         width = max(len(w.name) for w in self.weights)

@@ -39,20 +39,19 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, c: GPTQConfig) -> Sol
     widened = 0 if itemsize == 4 else 4  # bytes per weight of an fp32 copy
     errors = 2 * 2 * total * k * k  # the output energy of weight and error
     if c.method == "rtn":
-        # scale and zero point per weight, the weight in fp32, the quotient, the codes
-        rounding = total * k * (8 + widened + 4 + 1)
+        # One part after the other: scale and zero point per weight, the weight in fp32, the quotient, the codes.
+        rounding = result + largest * k * (8 + widened + 4)
         return SolveCost(max(rounding, result + _energy(largest, k)), result, 0, 0, errors)
     fp64 = k <= LARGEST_FP64
     square = (8 if fp64 else 4) * k * k
     # H, H reversed and its factor; or the factor, the identity and the inverse.
     factor = 3 * square
     upper = 4 * k * k
-    # The stacked weights; W in solving order in fp32 beside a copy in natural order, or beside the codes in both.
-    solve = (
-        total * k * (itemsize + 4 + max(widened, 2))
-        + 11 * total * (k // group_columns(k, c.group_size))
-        + 8 * BLOCK * total
-    )
+    # The stacked weights, and W in solving order in fp32: first beside a copy in natural order, then beside the codes
+    # and a block of errors, then beside the codes in both orders.
+    codes = total * k
+    beside = max(widened * codes, codes + 4 * BLOCK * total, 2 * codes)
+    solve = itemsize * codes + 4 * codes + beside + 11 * total * (k // group_columns(k, c.group_size))
     peak = max(factor, upper + solve, upper + result + _energy(largest, k))
     operations = 2 * k**3 // 3
     return SolveCost(

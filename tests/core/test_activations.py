@@ -87,7 +87,9 @@ def test_a_mask_that_is_the_same_in_all_batches_is_stored_once(files_in: Path) -
 def test_equal_values_of_another_dtype_or_shape_are_not_the_same() -> None:
     batches = [{"m": torch.ones(4)}, {"m": torch.ones(2, 2)}, {"m": torch.ones(2, 2).long()}]
     with ActivationStore(batches, CPU) as store:
-        assert [(v["m"].shape, v["m"].dtype) for v in store.read(["m"])] == [(b["m"].shape, b["m"].dtype) for b in batches]
+        assert [(v["m"].shape, v["m"].dtype) for v in store.read(["m"])] == [
+            (b["m"].shape, b["m"].dtype) for b in batches
+        ]
 
 
 def test_a_view_does_not_keep_what_it_is_a_view_of() -> None:
