@@ -17,7 +17,6 @@ would have added is left out, and the report says so.
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
