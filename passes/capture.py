@@ -32,7 +32,7 @@ from gptq_ao.passes.functional import make_functional
 from gptq_ao.passes.known_values import known_values
 from gptq_ao.passes.records import Program, static_size
 from gptq_ao.passes.stand_in import first_names, running_device, stand_in
-from gptq_ao.passes.transformers_help import check_no_assumption, transformers_help
+from gptq_ao.passes.transformers_help import check_no_assumption, eager_formulas, transformers_help
 
 __all__ = ["calibration_mode", "capture"]
 
@@ -82,6 +82,7 @@ def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: froze
     with (
         calibration_mode(model),
         stand_in(model, device, mode),
+        eager_formulas(model),
         _plain_signature(model, sample, fixed, device) as (args, kwargs),
         warnings.catch_warnings(),
         tracing(TracingContext(mode)),  # torch.export takes its fake mode from there

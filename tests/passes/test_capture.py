@@ -457,6 +457,21 @@ def test_experts_are_one_product() -> None:
         assert torch.equal(program.module(*arguments)[0], model(**batch).logits)
 
 
+def test_the_graph_does_what_eager_does_where_an_export_would_differ() -> None:
+    """The gated delta rule solves a triangular system; transformers exports a loop over the positions instead."""
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next import modeling_qwen3_next as file
+
+    sizes = {f"linear_{n}": 2 for n in ("num_key_heads", "num_value_heads", "conv_kernel_dim")}
+    widths = {"hidden_size": 32, "intermediate_size": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    config = Qwen3NextConfig(**sizes, **widths, num_hidden_layers=1, mlp_only_layers=[0], vocab_size=96)
+    model = seeded(file.Qwen3NextForCausalLM(config))
+    asked = file.is_torchdynamo_exporting
+    program = capture(model, as_batch(token_batches()[0]))
+    assert file.is_torchdynamo_exporting is asked
+    assert sum("solve_triangular" in str(n.target) for n in program.graph.nodes) == 2
+
+
 def test_a_rotary_table_that_grows_with_the_sequence() -> None:
     from transformers import LlamaForCausalLM
 
