@@ -85,7 +85,7 @@ def quantize_weights(
     batches = read_batches(config.calibration)
     run_on = torch.device(device) if device is not None else weights.device
     with clock("capture"):
-        program = canonicalize(capture(model, batches[0], weights.device), run_on)
+        program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), run_on)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
         if config.calibrate_all_experts:

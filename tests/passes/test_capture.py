@@ -283,6 +283,19 @@ def test_a_size_that_the_model_fixes() -> None:
         program.bind(as_batch((torch.ones(5, 12), 2.0)), "batch 1")
 
 
+def test_sizes_of_images_are_free_only_if_batches_differ_in_them() -> None:
+    model = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2)))
+    small, large = (as_batch(torch.ones(2, 3, n, 12)) for n in (12, 20))
+    program = capture(model, small, others=[small])
+    program.bind(as_batch(torch.ones(5, 3, 12, 12)), "batch 1")
+    with pytest.raises(CalibrationError, match=r"batch 1: input 'arg0' has 20 elements along axis 2; .* to 12"):
+        program.bind(large, "batch 1")
+    program = capture(model, small, others=[small, large])
+    program.bind(large, "batch 1")
+    with pytest.raises(CalibrationError, match=r"batch 1: input 'arg0' has 20 elements along axis 3; .* to 12"):
+        program.bind(as_batch(torch.ones(2, 3, 12, 20)), "batch 1")
+
+
 def test_a_literal_that_differs() -> None:
     program = capture(FixedLength(), as_batch((torch.ones(2, 6), 2.0)))
     with pytest.raises(CalibrationError, match=r"input 1 is 3.0, the model was captured with 2.0"):
