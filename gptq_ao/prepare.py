@@ -86,7 +86,7 @@ def prepare(
 
     batches = read_batches(config.calibration)
     with clock("capture"):
-        program = canonicalize(capture(model, batches[0], weights.device), device)
+        program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), device)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
         if config.calibrate_all_experts:

@@ -10,8 +10,8 @@ control flow may be any Python. (Replaying a model block by block would have to 
 twice.) What it costs: the model stays where it is, and all batches wait in the middle of a forward, with what their
 frames hold. A forward before that, without quantization, finds the weights.
 
-A weight that is applied again later is solved at its first use. What the later use, or a batch that came to it too late,
-would have added is left out, and the report says so.
+A weight that is applied again later is solved at its first use. What the later use, or a batch that came to it too
+late, would have added is left out, and the report says so.
 """
 
 import threading
@@ -40,8 +40,8 @@ __all__ = ["find_products", "run_in_step"]
 def find_products(
     model: nn.Module, batches: list[Batch], heads: frozenset[str]
 ) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...]]:
-    """Sites in the order in which forwards reach them, and all other matrices with the reason: what `find_linears` gives
-    of a graph. Runs batches until every matrix was seen in a product, at most all of them."""
+    """Sites in the order in which forwards reach them, and all other matrices with the reason: what `find_linears`
+    gives of a graph. Runs batches until every matrix was seen in a product, at most all of them."""
     parameters = Parameters(model)
     uses: dict[Part, Use] = {}
     embedded: set[str] = set()
@@ -102,7 +102,7 @@ class _Stop(BaseException):
 
 
 class _Forward(threading.Thread):
-    """One batch on its way through the model. `step` lets it run to the next weight that is not solved, or to its end."""
+    """One batch on its way through the model. `step` lets it run to the next unsolved weight, or to its end."""
 
     def __init__(self, run: "_Run", batch: Batch, settings: Callable[[], ExitStack]) -> None:
         super().__init__(daemon=True)
@@ -212,8 +212,8 @@ class _Run:
         hessians = observer.finish()
         if hessians[0].first_bad_batch is not None:
             raise NonFiniteError(
-                f"the input of {uses[0].part.weight} is NaN or infinite in one of {len(uses)} calibration batches (or its "
-                "squares exceed fp32). Check the data, or run the model in bf16 or fp32"
+                f"the input of {uses[0].part.weight} is NaN or infinite in one of {len(uses)} calibration batches (or "
+                "its squares exceed fp32). Check the data, or run the model in bf16 or fp32"
             )
         self._last = (activations, hessians)
         return hessians

@@ -3,8 +3,8 @@
 Invariant: every parameter, buffer and constant is a placeholder that maps to one name in the model (the first, if
 tied). The model, its config and all global state are as before when this returns, whatever happens.
 
-Every axis of every input is dynamic (`Dim.AUTO`): only what the model itself fixes gets a fixed size. The capture runs
-in `calibration_mode`, on stand-ins for the weights, and its graph writes to nothing.
+The axes of the inputs are dynamic (`Dim.AUTO`), so that batches may differ in size; only what the model itself fixes
+gets a fixed size. An exception are the heights and widths of images, if all batches agree. The capture runs in `calibration_mode`, on stand-ins for the weights, and its graph writes to nothing.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,14 @@ from gptq_ao.passes.functional import make_functional
 from gptq_ao.passes.known_values import known_values
 from gptq_ao.passes.records import Program, static_size
 from gptq_ao.passes.stand_in import first_names, running_device, stand_in
-from gptq_ao.passes.transformers_help import check_no_assumption, transformers_help
+from gptq_ao.passes.transformers_help import check_no_assumption, eager_formulas, transformers_help
 
 __all__ = ["calibration_mode", "capture"]
 
 
-def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = None) -> Program:
+def capture(
+    model: nn.Module, batch: Batch, device: torch.device | str | None = None, others: Sequence[Batch] = ()
+) -> Program:
     """Trace `model(*batch.args, **batch.kwargs)`. No weight is read, moved or allocated: it may be on meta or on disk.
 
     A model that needs the values of a tensor to know its sizes (the image grids of a vision model) is traced with the
@@ -46,6 +48,7 @@ def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = 
 
     Args:
         device: that will run the graph. None: that of the model's first parameter which is not on meta, else the CPU.
+        others: further batches that the graph has to be valid for. They only say which sizes of images vary.
 
     Raises:
         CaptureError: torch.export cannot express the model as one graph; the message says why, where in the model's
@@ -56,25 +59,36 @@ def capture(model: nn.Module, batch: Batch, device: torch.device | str | None = 
         raise CaptureError(f"keyword input {clash[0]!r} has a name that is used for positional inputs: rename it")
     device = running_device(model) if device is None else torch.device(device)
     fixed, is_transformers = _geometry(batch), hasattr(getattr(model, "config", None), "to_dict")
+    rigid = _rigid_axes(batch, others)
     try:
-        return _captured(model, batch, device)
+        return _captured(model, batch, device, rigid)
     except CaptureError as e:
         error = e
     if fixed:
         try:
-            return _captured(model, batch, device, fixed)
+            return _captured(model, batch, device, rigid, fixed)
         except CaptureError as e:
             error = e
     if is_transformers:
         with contextlib.suppress(CaptureError), transformers_help(model) as longest:
-            program = _captured(model, batch, device, fixed)
+            program = _captured(model, batch, device, rigid, fixed)
             check_no_assumption(program.graph)
             return _up_to(program, batch, longest)
     raise error
 
 
-def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: frozenset[int] = frozenset()) -> Program:
-    """`fixed`: positions among the flattened inputs whose values become part of the graph."""
+def _captured(
+    model: nn.Module,
+    batch: Batch,
+    device: torch.device,
+    rigid: frozenset[tuple[int, int]],
+    fixed: frozenset[int] = frozenset(),
+) -> Program:
+    """
+    Args:
+        rigid: (position among the flattened inputs, axis) of the sizes that become part of the graph.
+        fixed: positions of the inputs whose values do.
+    """
     sample = batch if fixed else _two_rows(batch)
     first_name = first_names(model)
     env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
@@ -82,6 +96,7 @@ def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: froze
     with (
         calibration_mode(model),
         stand_in(model, device, mode),
+        eager_formulas(model),
         _plain_signature(model, sample, fixed, device) as (args, kwargs),
         warnings.catch_warnings(),
         tracing(TracingContext(mode)),  # torch.export takes its fake mode from there
@@ -89,7 +104,8 @@ def _captured(model: nn.Module, batch: Batch, device: torch.device, fixed: froze
         # "… assigned in forward": taken back by stand_in.
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
         args, kwargs = _elsewhere((args, kwargs), device)
-        axes = pytree.tree_map(_dynamic, (args, kwargs))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        axes = spec.unflatten([_dynamic(leaf, i, rigid) for i, leaf in enumerate(leaves)])
         shapes = {**{f"arg{i}": a for i, a in enumerate(axes[0])}, **axes[1]}
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # on failure, torch prints the graph up to there
@@ -165,8 +181,25 @@ def _elsewhere(inputs: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(torch.Tensor, fake, inputs)
 
 
-def _dynamic(leaf: Any) -> dict[int, Any] | None:
-    return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+def _dynamic(leaf: Any, position: int, rigid: frozenset[tuple[int, int]]) -> dict[int, Any] | None:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return {axis: Dim.AUTO for axis in range(leaf.dim()) if (position, axis) not in rigid}
+
+
+def _rigid_axes(batch: Batch, others: Sequence[Batch]) -> frozenset[tuple[int, int]]:
+    """All axes but the first of images and videos, where the batches agree. What convolutions, windows and pooling make
+    of a height and a width of unknown size are formulas that grow with each layer."""
+    leaves = pytree.tree_leaves((batch.args, batch.kwargs))
+    more = [pytree.tree_leaves((b.args, {k: b.kwargs.get(k) for k in batch.kwargs})) for b in others]
+    alike = [m for m in more if len(m) == len(leaves)]  # another structure is reported by `Program.bind`
+    return frozenset(
+        (i, axis)
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() >= 4
+        for axis in range(1, leaf.dim())
+        if all(isinstance(m[i], torch.Tensor) and m[i].shape[axis:][:1] == leaf.shape[axis : axis + 1] for m in alike)
+    )
 
 
 def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str], env: ShapeEnv) -> Program:

@@ -1,4 +1,4 @@
-"""What helps with a Hugging Face model that torch.export cannot take as it is.
+"""What helps with a Hugging Face model that torch.export cannot take as it is, or takes as something else.
 
 transformers replaces functions that cannot be traced while it exports models itself; these replacements are borrowed.
 Rotary tables that change with the length of a sequence are kept as they are, which is exact up to a length.
@@ -15,9 +15,28 @@ from torch import fx, nn
 
 from gptq_ao.errors import CaptureError
 
-__all__ = ["check_no_assumption", "transformers_help"]
+__all__ = ["check_no_assumption", "eager_formulas", "transformers_help"]
 
 aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def eager_formulas(model: nn.Module) -> Iterator[None]:
+    """Some modules compute the same by another formula while they are exported: linear attention in a loop over
+    positions, for lack of a triangular solve in other export formats. The graph shall do what the model does."""
+    files = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ in sys.modules}
+    asking: list[Any] = [f for f in files if f.__name__.startswith("transformers.models.") and _EXPORTING in vars(f)]
+    saved = [(f, name, vars(f)[name]) for f in asking for name in (_EXPORTING, _COMPILING) if name in vars(f)]
+    try:
+        for f, name, _ in saved:
+            setattr(f, name, lambda: False)
+        yield
+    finally:
+        for f, name, function in saved:
+            setattr(f, name, function)
+
+
+_EXPORTING, _COMPILING = "is_torchdynamo_exporting", "is_torchdynamo_compiling"
 
 
 @contextlib.contextmanager

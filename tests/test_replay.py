@@ -69,7 +69,7 @@ def without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise CaptureError("not today")
 
-    monkeypatch.setattr("gptq_ao.quantize.capture", fail)
+    monkeypatch.setattr("gptq_ao.prepare.capture", fail)
 
 
 def dense_copy(model: nn.Module, make: Any) -> nn.Module:

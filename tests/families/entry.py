@@ -1,7 +1,6 @@
 """One line of the table: what is tried, and what came of it."""
 
 import gc
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from .segmented import eager_outputs, keep_plan, largest_difference, segmented_o
 __all__ = ["Entry", "Row", "run"]
 
 # Multiplied by activations, and left as they are on purpose.
-_ON_PURPOSE = re.compile("output head|also the embedding table|router|depthwise|not used by the captured forward|rule ")
+_ON_PURPOSE = ("output head", "also the embedding table", "router", "depthwise")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Row:
         without_data: quantized, but rounded to nearest since no calibration row reached them.
         difference: between the eager model and the segmented graph, both quantized, over all outputs and batches;
             0.0 is bit-equality. None: not known.
-        generates: whether `generate` with a cache works afterwards; None: no generative model.
+        generates: whether `generate` with a cache works afterwards; None: it did not before either.
         problem: the first exception, or "".
     """
 
@@ -93,30 +92,40 @@ def _try(entry: Entry, facts: dict[str, Any]) -> None:
     model, batches = entry.build()
     multiplied = set().union(*(multiplied_parameters(model, b) for b in batches))
     facts["built"] = True
+    generative = getattr(model, "can_generate", lambda: False)() and _generates(model, batches[0])
     with keep_plan() as kept:
         report = quantize_(model, gptq_config(4, -1, calibration=batches))
     assert report is not None
     ((program, plan),) = kept
     done = {w.name for w in report.weights}
     reasons = dict(report.excluded)
-    left = {n: r for n, r in reasons.items() if n in multiplied and _ON_PURPOSE.match(r)}
     facts["path"] = "export"
-    facts["quantized"] = len(done)
-    facts["without_data"] = len(report.fallbacks)
-    facts["left_out"] = dict(Counter(r.partition(":")[0] for r in left.values()))
-    facts["missed"] = {n: reasons.get(n, "not listed") for n in sorted(multiplied - done - set(left))}
     facts["stages"], facts["hessians"] = report.stages, report.hessians
+    facts["quantized"], facts["without_data"] = len(done), len(report.fallbacks)
     facts["difference"] = max(
         largest_difference(eager_outputs(model, b), segmented_outputs(model, program, plan, b)) for b in batches
     )
-    if getattr(model, "can_generate", lambda: False)():
+    # A product whose result nobody uses is not in the graph; that the outputs are the same proves it.
+    on_purpose = (*_ON_PURPOSE, "not used by the captured forward") if facts["difference"] == 0 else _ON_PURPOSE
+    left = {n: r for n, r in reasons.items() if n in multiplied and r.startswith(on_purpose)}
+    facts["left_out"] = dict(Counter(r.partition(":")[0] for r in left.values()))
+    facts["missed"] = {n: reasons.get(n, "not listed") for n in sorted(multiplied - done - set(left))}
+    if generative:
         facts["generates"] = False
         _generate(model, batches[0])
         facts["generates"] = True
 
 
+def _generates(model: Any, batch: Any) -> bool:
+    try:
+        _generate(model, batch)
+    except Exception:  # whatever transformers raises
+        return False
+    return True
+
+
 def _generate(model: Any, batch: Any) -> None:
-    """Four tokens with a cache, after a short prompt."""
+    """Four tokens with a cache, after the batch as the prompt."""
     given = dict(as_batch(batch).kwargs)
     given.pop("decoder_input_ids", None)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-import gptq_ao.quantize
+import gptq_ao.prepare
 from gptq_ao.batches import as_batch
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.capture import calibration_mode
@@ -23,14 +23,14 @@ __all__ = ["eager_outputs", "keep_plan", "largest_difference", "segmented_output
 def keep_plan() -> Iterator[list[tuple[Program, Plan]]]:
     """The (program, plan) of each `quantize_` inside, without a second capture."""
     kept: list[tuple[Program, Plan]] = []
-    schedule = gptq_ao.quantize.schedule
+    schedule = gptq_ao.prepare.schedule
 
     def keeping(program: Program, *args: Any) -> Plan:
         plan = schedule(program, *args)
         kept.append((program, plan))
         return plan
 
-    with mock.patch.object(gptq_ao.quantize, "schedule", keeping):
+    with mock.patch.object(gptq_ao.prepare, "schedule", keeping):
         yield kept
 
 
@@ -51,14 +51,13 @@ def segmented_outputs(model: nn.Module, program: Program, plan: Plan, batch: Any
         return value.dequantize() if isinstance(value, GroupTensor) else value
 
     values: dict[str, Any] = dict(program.bind(as_batch(batch), "batch"))
-    inputs = dict(values)
+    written: dict[str, Any] = {}
     for segment in (*plan.segments, plan.tail):
-        written = run_segment(segment, values, [static(p) for p in segment.statics])
-        values |= dict(zip(segment.writes, written, strict=True))
+        made = run_segment(segment, values, [static(p) for p in segment.statics])
+        written = dict(zip(segment.writes, made, strict=True))
+        values = {name: written.get(name, values.get(name)) for name in segment.keeps}
     (output,) = program.graph.find_nodes(op="output")
-    names = [n.name for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
-    everything = {**inputs, **values}
-    return _tensors([everything[n] if n in everything else static(n) for n in names])
+    return _tensors([written[n.name] for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)])
 
 
 def largest_difference(eager: list[Tensor], graph: list[Tensor]) -> float:

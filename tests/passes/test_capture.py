@@ -283,6 +283,19 @@ def test_a_size_that_the_model_fixes() -> None:
         program.bind(as_batch((torch.ones(5, 12), 2.0)), "batch 1")
 
 
+def test_sizes_of_images_are_free_only_if_batches_differ_in_them() -> None:
+    model = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2)))
+    small, large = (as_batch(torch.ones(2, 3, n, 12)) for n in (12, 20))
+    program = capture(model, small, others=[small])
+    program.bind(as_batch(torch.ones(5, 3, 12, 12)), "batch 1")
+    with pytest.raises(CalibrationError, match=r"batch 1: input 'arg0' has 20 elements along axis 2; .* to 12"):
+        program.bind(large, "batch 1")
+    program = capture(model, small, others=[small, large])
+    program.bind(large, "batch 1")
+    with pytest.raises(CalibrationError, match=r"batch 1: input 'arg0' has 20 elements along axis 3; .* to 12"):
+        program.bind(as_batch(torch.ones(2, 3, 12, 20)), "batch 1")
+
+
 def test_a_literal_that_differs() -> None:
     program = capture(FixedLength(), as_batch((torch.ones(2, 6), 2.0)))
     with pytest.raises(CalibrationError, match=r"input 1 is 3.0, the model was captured with 2.0"):
@@ -455,6 +468,21 @@ def test_experts_are_one_product() -> None:
     arguments = [batch[n] if n in batch else state[names[n]] for n in program.placeholders]
     with torch.no_grad(), calibration_mode(model):
         assert torch.equal(program.module(*arguments)[0], model(**batch).logits)
+
+
+def test_the_graph_does_what_eager_does_where_an_export_would_differ() -> None:
+    """The gated delta rule solves a triangular system; transformers exports a loop over the positions instead."""
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next import modeling_qwen3_next as file
+
+    sizes = {f"linear_{n}": 2 for n in ("num_key_heads", "num_value_heads", "conv_kernel_dim")}
+    widths = {"hidden_size": 32, "intermediate_size": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    config = Qwen3NextConfig(**sizes, **widths, num_hidden_layers=1, mlp_only_layers=[0], vocab_size=96)
+    model = seeded(file.Qwen3NextForCausalLM(config))
+    asked = file.is_torchdynamo_exporting
+    program = capture(model, as_batch(token_batches()[0]))
+    assert file.is_torchdynamo_exporting is asked
+    assert sum("solve_triangular" in str(n.target) for n in program.graph.nodes) == 2
 
 
 def test_a_rotary_table_that_grows_with_the_sequence() -> None:
