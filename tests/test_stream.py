@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore::gptq_ao.errors.FusedSettingsWarning")  # v is left out
 def test_the_result_is_that_of_memory_byte_for_byte(case: str, tmp_path: Path) -> None:
     name, settings = CASES[case]
     directory = saved(name, tmp_path / "model")

@@ -130,9 +130,13 @@ def test_what_is_not_kept_gives_way(files_in: Path) -> None:
 
 
 def test_nothing_is_left_when_something_goes_wrong(files_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt), ActivationStore([{"x": torch.ones(3)}], CPU, Budget(device=0)):
-        assert files(files_in) == 1
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with ActivationStore([{"x": torch.ones(3)}], CPU, Budget(device=0)):
+            assert files(files_in) == 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(files_in.iterdir()) == []
 
     def full(*_: object) -> None:
