@@ -28,6 +28,6 @@ def causal_lm_of(config_class: Any) -> tuple[nn.Module, list[Any]]:
     return model, token_batches()
 
 
-def token_batches(count: int = 3, rows: int = 2, length: int = 32) -> list[dict[str, torch.Tensor]]:
+def token_batches(count: int = 3, rows: int = 6, length: int = 32) -> list[dict[str, torch.Tensor]]:
     g = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(3, FIRST_SPECIAL, (rows, length), generator=g)} for _ in range(count)]

@@ -175,9 +175,13 @@ def seeded_model(model_class: Any, config: Any) -> nn.Module:
     if parts and type(config) is not model_class.config_class:
         config = parts[0]
     build = getattr(model_class, "_from_config", model_class)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return build(config).eval()
+        model = build(config).eval()
+        for p in model.parameters():
+            if not p.any():  # a gate that starts at zero hides what is behind it
+                p.normal_(std=0.02)
+        return model
 
 
 def _fields(config_class: type) -> list[str]:
