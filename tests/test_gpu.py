@@ -198,3 +198,48 @@ def test_a_limit_on_cuda_is_kept_and_changes_nothing() -> None:
     assert 0 < report.peak_bytes["offloaded"] <= 8 * 2**20
     assert report.peak_bytes["files"] > 0
     assert report.weights == everywhere.weights
+
+
+def test_experts_on_cuda_agree_with_cpu() -> None:
+    from .test_experts import mixture
+
+    config = gptq_config(4, -1, calibration=token_batches(3), expert_min_rows=8)
+    here, there = mixture(2), mixture(2).cuda()
+    quantize_(here, config)
+    report = quantize_(there, config)
+    assert report is not None
+    for w in report.weights:
+        a, b = here.get_parameter(w.name), there.get_parameter(w.name)
+        assert isinstance(a, GroupTensor)
+        assert isinstance(b, GroupTensor)
+        # Rounding may send a token to another expert, and sums have another order: most codes agree, all are close.
+        assert (a.codes() == b.codes().cpu()).double().mean() >= 0.95, w.name
+    ids = token_batches(1)[0]["input_ids"]
+    with torch.no_grad():
+        logits = here(ids).logits
+        assert (there(ids.cuda()).logits.cpu() - logits).abs().max() <= 0.1 * logits.abs().max()
+
+
+def test_parts_convolutions_and_stacks_on_cuda() -> None:
+    weight = quantized(4, 48, 96, torch.float32).to("cuda")
+    dense = weight.dequantize()
+    assert torch.equal(weight[16:32].dequantize(), dense[16:32])
+    assert torch.equal(weight[5:21], dense[5:21])
+    assert all(torch.equal(a.dequantize(), b) for a, b in zip(weight.chunk(3), dense.chunk(3), strict=True))
+    s = round_to_nearest(randn(48, 96), bits=4, group_size=32, sym=False)
+    parts = (s.codes, s.scale, s.zero_point)
+    filters = tensor_class(4).from_codes(*parts, dtype=torch.float32, view_as=(48, 32, 3)).to("cuda")
+    x = randn(2, 32, 20).cuda()
+    assert torch.equal(F.conv1d(x, filters), F.conv1d(x, filters.dequantize()))
+
+
+def test_a_model_that_is_no_graph_on_cuda() -> None:
+    from .test_replay import Experts
+
+    batches = [{"hidden": randn(2, 15, 16, seed=i).cuda()} for i in range(3)]
+    model = seeded(Experts()).cuda()
+    report = quantize_(model, gptq_config(4, -1, calibration=batches))
+    assert report is not None
+    assert report.capture == "replay"
+    assert {w.method for w in report.weights} == {"gptq"}
+    assert model(**batches[0]).isfinite().all()
