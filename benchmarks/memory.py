@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from gptq_ao import gptq_config, quantize_
+from gptq_ao import gptq_config, plan, quantize_
 
 
 def llama(layers: int, vocabulary: int) -> nn.Module:
@@ -62,10 +62,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, a.vocabulary, (a.sequences, a.seq_len), generator=generator)
     batches = [{"input_ids": rows} for rows in ids.split(a.batch_size)]
+    config = gptq_config(4, 128, method=a.method, calibration=batches)
+    limits: dict[str | int, int | str] | None = {"cuda": a.max_memory} if a.max_memory else None
+    planned = plan(model, config, device="cuda", max_memory=limits)
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    settings = {"max_memory": {"cuda": a.max_memory}} if a.max_memory else {}
-    report = quantize_(model, gptq_config(4, 128, method=a.method, calibration=batches), device="cuda", **settings)
+    report = quantize_(model, config, device="cuda", max_memory=limits)
     assert report is not None
     peak = torch.cuda.max_memory_allocated()
     hidden = a.sequences * a.seq_len * 4096 * 2
@@ -73,17 +75,21 @@ def main() -> None:
     separate = sum(4 * n * n for n in k)
     shared = 4 * a.layers * (3 * 4096**2 + 14336**2)
     print(
-        f"{a.sequences} x {a.seq_len} tokens, {a.batch_size} a batch; one activation of all of them: {hidden / 2**30:.2f} GiB"
+        f"{a.sequences} x {a.seq_len} tokens, {a.batch_size} a batch; "
+        f"one activation of all of them: {hidden / 2**30:.2f} GiB"
     )
     print(
-        f"peak on the device: {peak / 2**30:.2f} GiB; activations there: {report.peak_bytes['activations'] / 2**30:.2f} GiB"
+        f"peak on the device: {peak / 2**30:.2f} GiB, predicted {planned.peak_bytes['device'] / 2**30:.2f} GiB; "
+        f"activations there: {report.peak_bytes['activations'] / 2**30:.2f} GiB"
     )
     print(f"peak of the process on the host: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     print(
-        f"{len(k)} weights, {report.hessians} Hessians: {shared / 2**30:.1f} GiB instead of {separate / 2**30:.1f} GiB for one each;"
+        f"{len(k)} weights, {report.hessians} Hessians: "
+        f"{shared / 2**30:.1f} GiB instead of {separate / 2**30:.1f} GiB for one each;"
     )
     print(
-        f"at most {4 * 14336**2 / 2**30:.2f} GiB at a time. Holding the model and all of them: {(dense + separate) / 2**30:.1f} GiB"
+        f"at most {4 * 14336**2 / 2**30:.2f} GiB at a time. "
+        f"Holding the model and all of them: {(dense + separate) / 2**30:.1f} GiB"
     )
     print(
         ", ".join(f"{phase} {s:.1f} s" for phase, s in report.seconds.items()),

@@ -8,7 +8,9 @@ from gptq_ao import data, errors
 from gptq_ao.checkpoint import load_quantized, save_quantized
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.integrations.torchao import register as _register
-from gptq_ao.quantize import quantize_, whole_model
+from gptq_ao.planning import QuantizationPlan, plan
+from gptq_ao.prepare import whole_model
+from gptq_ao.quantize import quantize_
 from gptq_ao.report import Report
 from gptq_ao.stream import quantize_checkpoint
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
@@ -21,11 +23,13 @@ __all__ = [
     "Int3GroupTensor",
     "Int4GroupTensor",
     "Int8GroupTensor",
+    "QuantizationPlan",
     "Report",
     "data",
     "errors",
     "gptq_config",
     "load_quantized",
+    "plan",
     "quantize_",
     "quantize_checkpoint",
     "save_quantized",

@@ -5,6 +5,7 @@ is brought back while the batch before it is still being computed.
 """
 
 import itertools
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["ActivationStore", "Budget"]
+from gptq_ao.errors import ConfigError
+
+__all__ = ["ActivationStore", "Budget", "compact", "pinned_bytes"]
 
 Values = dict[str, Any]
 
@@ -36,14 +40,28 @@ class Budget:
     folder: str | None = None
 
 
-class _Waiting:
-    """One value in its place: a tensor, or the path of a file. Gives its bytes back when nothing refers to it."""
+@dataclass(frozen=True)
+class _File:
+    """A tensor in a file, as bytes; `stride` is that of a tensor without gaps."""
 
-    def __init__(self, store: "ActivationStore", place: str, content: Tensor | Path, size: int) -> None:
+    path: Path
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        flat = load_file(self.path)["bytes"].view(self.dtype)
+        return flat.as_strided(self.shape, self.stride)
+
+
+class _Waiting:
+    """One value in its place: a tensor, or a file. Gives its bytes back when nothing refers to it."""
+
+    def __init__(self, store: "ActivationStore", place: str, content: Tensor | _File, size: int) -> None:
         self.content = content
         store.used[place] += size
         store.peak[place] = max(store.peak[place], store.used[place])
-        weakref.finalize(self, _release, store.used, place, size, content if isinstance(content, Path) else None)
+        weakref.finalize(self, _release, store.used, place, size, getattr(content, "path", None))
 
 
 class ActivationStore:
@@ -61,10 +79,17 @@ class ActivationStore:
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._number = itertools.count()
         self._batches: list[Values] = []
+        try:
+            self._fill(batches)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _fill(self, batches: Iterable[Values]) -> None:
         before: Values = {}
         for batch in batches:
             # A mask that is the same in every batch is stored once.
-            same = {n for n, t in batch.items() if n in before and torch.equal(t, before[n])}
+            same = {n for n, t in batch.items() if n in before and _same(t, before[n])}
             stored = self._batches[-1] if self._batches else {}
             self._batches.append({n: stored[n] if n in same else self._put(t) for n, t in batch.items()})
             before = batch
@@ -101,22 +126,37 @@ class ActivationStore:
         self._batches[index] = {}  # what is not kept gives way first
         kept = {n: old[n] for n in keeps if n not in written}
         del old
-        self._batches[index] = {n: kept[n] if n in kept else self._put(written[n]) for n in keeps}
+        self._batches[index] = {n: kept[n] if n in kept else self._put(compact(written[n])) for n in keeps}
 
     def _put(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value  # a size
-        size, budget = value.nbytes, self._budget
+        budget, size = self._budget, min(value.nbytes, value.untyped_storage().nbytes())  # less if it is expanded
         if budget.device is None or self.used["device"] + size <= budget.device:
             return _Waiting(self, "device", value.to(self._device), size)
+        size = pinned_bytes(value)
         if self._side is not None and (budget.host is None or self.used["host"] + size <= budget.host):
-            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            host = torch.empty_like(value, device="cpu", pin_memory=True)
             return _Waiting(self, "host", host.copy_(value, non_blocking=True), size)
+        file = self._write(value)
+        return _Waiting(self, "disk", file, value.nbytes)
+
+    def _write(self, value: Tensor) -> _File:
         if self._files is None:
-            self._files = tempfile.TemporaryDirectory(prefix="gptq-ao-", dir=budget.folder)
-        path = Path(self._files.name) / f"{next(self._number)}.safetensors"
-        save_file({"value": value.contiguous()}, path)
-        return _Waiting(self, "disk", path, size)
+            self._files = tempfile.TemporaryDirectory(prefix="gptq-ao-", dir=self._budget.folder)
+        folder = Path(self._files.name)
+        # A kernel may sum in another order if its operand is laid out in another way: keep the order of the axes.
+        dense = torch.empty_like(value, device="cpu").copy_(value)
+        file = _File(folder / f"{next(self._number)}.safetensors", dense.shape, dense.stride(), dense.dtype)
+        try:
+            save_file({"bytes": dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)}, file.path)
+        except (OSError, SafetensorError) as e:
+            raise ConfigError(
+                f"activations that exceed max_memory go to files in {folder.parent}, which could not be written "
+                f"({value.nbytes} bytes, {shutil.disk_usage(folder).free} free): {e}. Use less calibration data, "
+                "allow more memory, or set TMPDIR to a larger disk"
+            ) from e
+        return file
 
     def _fetch(self, index: int, names: list[str]) -> Values:
         values = {n: self._batches[index][n] for n in names}
@@ -131,7 +171,7 @@ class ActivationStore:
         if not isinstance(value, _Waiting):
             return value
         content = value.content
-        t = content if isinstance(content, Tensor) else load_file(content)["value"]
+        t = content if isinstance(content, Tensor) else content.read()
         return t.to(self._device, non_blocking=True)
 
 
@@ -139,3 +179,18 @@ def _release(used: dict[str, int], place: str, size: int, file: Path | None) -> 
     used[place] -= size
     if file is not None:
         file.unlink(missing_ok=True)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def compact(value: Any) -> Any:
+    """A copy of a view of something larger, all of which would wait with it; anything else itself."""
+    is_part = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes
+    return value.clone() if is_part else value
+
+
+def pinned_bytes(t: Tensor) -> int:
+    """What PyTorch takes for a tensor in pinned memory: a power of two."""
+    return 1 << max(t.nbytes - 1, 0).bit_length()

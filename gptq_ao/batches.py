@@ -27,7 +27,9 @@ class Batch:
 def as_batch(value: Any, where: str = "the batch") -> Batch:
     """A tensor or another single object is the first argument, a tuple or list the positional ones, a mapping the
     keyword arguments."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Batch):
+        batch = value
+    elif isinstance(value, Mapping):
         batch = Batch((), {str(k): v for k, v in value.items()})
     elif isinstance(value, tuple | list):
         batch = Batch(tuple(value), {})

@@ -13,16 +13,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from gptq_ao.architecture import empty_model
 from gptq_ao.checkpoint import save_quantized
 from gptq_ao.config import gptq_config
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.demo import run_demo
 from gptq_ao.errors import ConfigError, GPTQError
 from gptq_ao.evaluate import evaluate
-from gptq_ao.integrations.transformers import load_model, load_tokenizer
+from gptq_ao.integrations.transformers import config_directory, load_model, load_tokenizer
 from gptq_ao.manifest import read_manifest
+from gptq_ao.planning import StreamedWeights, plan_weights
 from gptq_ao.quantize import quantize_
 from gptq_ao.stream import quantize_checkpoint
+from gptq_ao.weights import ModelWeights
 
 __all__ = ["app", "main"]
 
@@ -51,30 +54,44 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the unquantized model; auto: as stored.")]
 Model = Annotated[str, typer.Argument(help="A local Hugging Face directory or a hub id.")]
+Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
+GroupSize = Annotated[int, typer.Option(help="Input features per scale; -1: one scale per row.")]
+ActOrderOption = Annotated[ActOrder, typer.Option(help="Order in which columns are rounded.")]
+Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.")]
+MethodOption = Annotated[Method, typer.Option(help="GPTQ, or round to nearest as a baseline.")]
+NumSamples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Never hold the model in memory: for a directory larger than that.")
+]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Of the device, and of activations that wait on the host: cuda=8GiB,cpu=32GiB. The rest: files."),
+]
 
 
 @app.command()
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Input features per scale; -1: one scale per row.")] = 128,
-    act_order: Annotated[ActOrder, typer.Option(help="Order in which columns are rounded.")] = ActOrder.static,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.")] = True,
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    act_order: ActOrderOption = ActOrder.static,
+    sym: Sym = True,
     damp_percent: Annotated[float | None, typer.Option(help="Damping; by default from the amount of data.")] = None,
-    method: Annotated[Method, typer.Option(help="GPTQ, or round to nearest as a baseline.")] = Method.gptq,
+    method: MethodOption = Method.gptq,
     calibration: Annotated[
         str | None, typer.Option(help="A .jsonl, .json, .txt or .parquet file, or a dataset's name.")
     ] = None,
     column: Annotated[str, typer.Option(help="Field of the calibration data that holds the text.")] = "text",
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 8,
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
     strict: Annotated[bool, typer.Option(help="Fail instead of falling back.")] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Never hold the model in memory: for a directory larger than that.")
-    ] = False,
+    stream: Stream = False,
+    max_memory: MaxMemoryOption = None,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.auto,
     as_json: Json = False,
@@ -91,6 +108,7 @@ def quantize(
         method=method.value,
         strict=strict,
     )
+    limits = _limits(max_memory)
     tokenizer = load_tokenizer(model)
     if calibration is not None:
         batches = text_batches(
@@ -104,14 +122,44 @@ def quantize(
         )
         config = config.with_calibration(batches)
     if stream:
-        report = quantize_checkpoint(model, out, config, device=device, dtype=_dtype(dtype), tokenizer=tokenizer)
+        report = quantize_checkpoint(
+            model, out, config, device=device, max_memory=limits, dtype=_dtype(dtype), tokenizer=tokenizer
+        )
     else:
         loaded = load_model(model, dtype=_dtype(dtype))
-        in_memory = quantize_(loaded, config, device=device)
+        in_memory = quantize_(loaded, config, device=device, max_memory=limits)
         assert in_memory is not None
         report = in_memory
         save_quantized(loaded, out, tokenizer=tokenizer)
     _print({"model": model, "out": str(out), **report.to_dict()}, f"{report}\nwritten to {out}", as_json)
+
+
+@app.command("plan")
+def plan_(
+    model: Annotated[str, typer.Argument(help="A directory with a config.json, or a hub id. No weight is read.")],
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    act_order: ActOrderOption = ActOrder.static,
+    sym: Sym = True,
+    method: MethodOption = Method.gptq,
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 8,
+    stream: Stream = False,
+    max_memory: MaxMemoryOption = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """What `quantize` would do to MODEL, and the memory, disk and time it would take."""
+    limits = _limits(max_memory)
+    frame = empty_model(config_directory(model), _dtype(dtype), otherwise=torch.bfloat16)
+    ids = torch.empty(num_samples, seq_len, dtype=torch.int64, device="meta")
+    batches = [{"input_ids": rows} for rows in ids.split(batch_size)] if method is Method.gptq else None
+    config = gptq_config(bits, group_size, sym=sym, act_order=act_order.value, method=method.value, calibration=batches)
+    weights = StreamedWeights(frame) if stream else ModelWeights(frame)
+    made = plan_weights(weights, config, device=device, max_memory=limits, shard_bytes=2**30 if stream else 0)
+    _print({"model": model, **made.to_dict()}, str(made), as_json)
 
 
 @app.command("eval")
@@ -190,6 +238,19 @@ def main() -> None:
 
 def _dtype(dtype: Dtype) -> torch.dtype | None:
     return None if dtype is Dtype.auto else getattr(torch, dtype.value)
+
+
+def _limits(text: str | None) -> dict[str | int, int | str] | None:
+    """`--max-memory`: "cuda=8GiB,cpu=32GiB"."""
+    if text is None:
+        return None
+    limits: dict[str | int, int | str] = {}
+    for part in text.split(","):
+        place, equals, amount = part.partition("=")
+        if not equals:
+            raise ConfigError(f"--max-memory {text}: {part!r} is no DEVICE=AMOUNT; an example: cuda=8GiB,cpu=32GiB")
+        limits[int(place) if place.isdecimal() else place.strip()] = amount
+    return limits
 
 
 def _print(facts: dict[str, Any], text: str, as_json: bool) -> None:

@@ -5,6 +5,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "FusedSettingsWarning",
     "GPTQError",
     "NoLinearError",
     "NonFiniteError",
@@ -47,3 +48,7 @@ class CheckpointError(GPTQError, RuntimeError):
 
 class PassError(GPTQError, AssertionError):
     """A graph pass broke its own invariant: a defect of this package, please report it with the message."""
+
+
+class FusedSettingsWarning(UserWarning):
+    """Weights that inference engines fuse into one would have different settings."""

@@ -68,7 +68,7 @@ class HessianObserver(nn.Module):
             sides = (self.experts, self.in_features, self.in_features)
             self._sum = torch.zeros(sides, dtype=torch.float32, device=x.device)
         if offsets is not None:
-            bounds = [0, *offsets.tolist()]
+            bounds = self._bounds(x, offsets)
             parts = [x[start:stop] for start, stop in itertools.pairwise(bounds)]
             counts = (
                 [keep[start:stop].sum() for start, stop in itertools.pairwise(bounds)] if keep is not None else None
@@ -84,6 +84,10 @@ class HessianObserver(nn.Module):
             _add(total, rows)
         known = torch.tensor([p.shape[0] for p in parts])
         self._rows.append(known if counts is None else torch.stack(counts))
+
+    def _bounds(self, x: Tensor, offsets: Tensor) -> list[int]:
+        """Where each expert's rows of `x` begin and end."""
+        return [0, *offsets.tolist()]
 
     def end_batch(self) -> None:
         """Note whether the sums are still finite, so that `finish` can name the batch that spoiled them."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "linear"]
+__all__ = ["dequantize", "kernel_name", "linear"]
 
 _PACKED = (
     "Tensor qdata, Tensor scale_zero, Tensor? high_plane, Tensor? perm, "
@@ -40,6 +40,14 @@ def _linear(
     if x.device.type == "cpu" and cpu.supports(x, qdata, bits, group_size):
         return cpu.linear(x, qdata, scale_zero, perm, group_size, out_features, in_features)
     return reference.linear(x, qdata, scale_zero, high_plane, perm, bits, out_features, in_features)
+
+
+def kernel_name(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, stacked: bool) -> str:
+    """What `linear` runs on such a weight, in words. `stacked`: it is a stack of matrices."""
+    from gptq_ao.kernels import cpu
+
+    rows = cpu.max_rows(dtype, bits, group_size) if device.type == "cpu" and not stacked else 0
+    return f"cpu int4 up to {rows} rows, else dequantize + matmul" if rows else "dequantize + matmul"
 
 
 def _dequantize(

@@ -1,39 +1,36 @@
 """quantize_: the one place that strings the stages together.
 
-batches → capture → canonicalize → find_linears → choose_weights → schedule → observe
-        → per stage: calibrate → solve → rewrite
+prepare → per stage: calibrate → solve → rewrite
 """
 
+import dataclasses
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 
-from gptq_ao.activations import ActivationStore
+from gptq_ao.activations import ActivationStore, Budget
 from gptq_ao.batches import read_batches
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import ConfigError
-from gptq_ao.passes.canonicalize import canonicalize
-from gptq_ao.passes.capture import capture
+from gptq_ao.errors import CaptureError, ConfigError
+from gptq_ao.memory import MaxMemory, choose_budget, read_limits
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
-from gptq_ao.passes.find_linears import find_linears
-from gptq_ao.passes.observe import observe
-from gptq_ao.passes.reach_all_experts import reach_all_experts
-from gptq_ao.passes.records import Layout, Plan, Selection
-from gptq_ao.passes.schedule import schedule
-from gptq_ao.preflight import check_unquantized, linear_modules, name_filter, output_heads
+from gptq_ao.passes.fused_sets import mixed_sets
+from gptq_ao.passes.records import Layout
+from gptq_ao.preflight import check_unquantized, output_heads
+from gptq_ao.prepare import FilterFn, Prepared, prepare, wanted_weights
+from gptq_ao.replay import find_products, run_in_step
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
+from gptq_ao.simulate import simulate
 from gptq_ao.solve_group import round_matrix
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights, Weights
 
-__all__ = ["quantize_", "quantize_parameter_", "quantize_weights", "whole_model"]
-
-FilterFn = Callable[[nn.Module, str], bool]
+__all__ = ["quantize_", "quantize_parameter_", "quantize_weights"]
 
 
 def quantize_(
@@ -41,6 +38,8 @@ def quantize_(
     config: AOBaseConfig,
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
+    *,
+    max_memory: MaxMemory | None = None,
 ) -> Report | None:
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced.
 
@@ -49,6 +48,10 @@ def quantize_(
         filter_fn: `(module, name) -> bool`, which modules' weights to quantize; None: all that config selects.
         device: where to compute, one segment's weights at a time. None: where the model is. Each weight ends up on
             the device it came from.
+        max_memory: `{"cuda": "8GiB", "cpu": "32GiB"}`, in bytes or with a unit. For the device that computes: all that
+            is on it. For "cpu": the activations of calibration data that wait in host memory. What exceeds the first
+            goes to host memory, what exceeds the second to temporary files; the result is the same. None: what is
+            free on the device, then on the host.
 
     Returns:
         What was done, per weight; None for another library's config.
@@ -64,7 +67,7 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     check_unquantized(model)
-    return quantize_weights(ModelWeights(model), config, filter_fn, device)
+    return quantize_weights(ModelWeights(model), config, filter_fn, device, max_memory)
 
 
 def quantize_weights(
@@ -72,40 +75,60 @@ def quantize_weights(
     config: GPTQConfig,
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> Report:
     """`quantize_` for a model whose weights are anywhere."""
-    clock, model = Clock(), weights.model
-    wanted = (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
-    if config.method == "rtn" and config.calibration is None:
-        with clock("plan"):
-            selection = choose_weights(*linear_modules(model), config, wanted)
-            weights.check(selection)
-        return _report(round_all(weights, selection, clock), selection, None, clock)
-
-    batches = read_batches(config.calibration)
+    clock = Clock()
     run_on = torch.device(device) if device is not None else weights.device
-    with clock("capture"):
-        program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), run_on)
+    limits = read_limits(max_memory, run_on)
+    if config.calibration is not None:
+        config = config.with_calibration(read_batches(config.calibration))  # once: it may be a generator
+    try:
+        prepared = prepare(weights, config, filter_fn, run_on, clock)
+    except CaptureError as e:
+        if config.strict_capture or not isinstance(weights, ModelWeights):
+            raise
+        return _in_step(weights, config, filter_fn, run_on, str(e), clock)
+    prepared.warn()
     with clock("plan"):
-        sites, excluded = find_linears(program, output_heads(model))
-        if config.calibrate_all_experts:
-            program, sites = reach_all_experts(program, sites)
-        selection = choose_weights(sites, excluded, config, wanted)
-        weights.check(selection)
-        _check_support(config, selection)
-        plan = observe(schedule(program, selection))
-        bound = [program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches)]
-    if all(c.method == "rtn" for c in selection.settings.values()):
-        return _report(round_all(weights, selection, clock), selection, None, clock)
-    with ActivationStore(bound, run_on) as store:
+        weights.check(prepared.selection)
+    if prepared.calibrated is None:
+        return _report(round_all(weights, prepared.selection, clock), prepared, clock)
+    program, plan = prepared.calibrated.program, prepared.calibrated.plan
+    with clock("plan"):
+        budget = Budget(device=limits.host)
+        if run_on.type != "cpu":
+            budget = choose_budget(limits, simulate(weights, prepared, run_on), run_on)
+    with ActivationStore(prepared.calibrated.batches, run_on, budget) as store:
         done = run_plan(weights, program, plan, store, run_on, config, clock)
-    return _report(done, selection, plan, clock)
+        return _report(done, prepared, clock, store.peak)
 
 
-def whole_model(module: nn.Module, name: str) -> bool:
-    """For `torchao.quantization.quantize_(model, gptq_config(...), filter_fn=gptq_ao.whole_model)`: hand over the model
-    as a whole, since GPTQ has to see how its layers are connected."""
-    return name == ""
+def _in_step(
+    weights: ModelWeights,
+    config: GPTQConfig,
+    filter_fn: FilterFn | None,
+    device: torch.device,
+    reason: str,
+    clock: Clock,
+) -> Report:
+    """Without a graph."""
+    if device != weights.device:
+        raise ConfigError(
+            f"the model cannot be captured as one graph, so it has to run as a whole, on {device}: move it there "
+            f"first, model.to({str(device)!r}). {reason}"
+        )
+    batches = read_batches(config.calibration)
+    with clock("plan"):
+        sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
+        selection = choose_weights(sites, excluded, config, wanted_weights(weights.model, filter_fn))
+        prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
+        prepared.warn()
+        weights.check(selection)
+    with clock("solve"):
+        done, notes = run_in_step(weights, batches, selection, config)
+    report = _report(done, prepared, clock)
+    return dataclasses.replace(report, stages=len(done), capture="replay", capture_reason=reason, notes=notes)
 
 
 @torch.no_grad()
@@ -122,26 +145,22 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
 
 
-def _check_support(config: GPTQConfig, selection: Selection) -> None:
-    missed = [e for e in selection.excluded if not e.expected]
-    if config.strict and missed:
-        listing = "\n".join(f"  {e.weight}: {e.reason}" for e in missed)
-        raise ConfigError(
-            f"strict=True, and these weights would be left as they are:\n{listing}\nExclude them by a rule "
-            "(name: None) to say that this is meant"
-        )
-
-
-def _report(weights: list[WeightReport], selection: Selection, plan: Plan | None, clock: Clock) -> Report:
+def _report(
+    weights: list[WeightReport], prepared: Prepared, clock: Clock, waiting: Mapping[str, int] | None = None
+) -> Report:
+    stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_initialized():
         peak["cuda"] = torch.cuda.max_memory_allocated()
+    if waiting is not None:
+        peak |= {"activations": waiting["device"], "offloaded": waiting["host"], "files": waiting["disk"]}
     return Report(
         weights=tuple(weights),
-        excluded={e.weight: e.reason for e in selection.excluded},
-        stages=len(plan.stages) if plan else 0,
-        hessians=sum(len(s.groups) for s in plan.stages) if plan else 0,
+        excluded={e.weight: e.reason for e in prepared.selection.excluded},
+        stages=len(stages),
+        hessians=sum(len(s.groups) for s in stages),
         seconds=clock.seconds,
         peak_bytes=peak,
+        warnings=prepared.warnings,
     )

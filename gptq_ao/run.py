@@ -45,6 +45,7 @@ def run_plan(
                 for layout, matrix, parts in _solve(weights, plan, stage, hessians, device, config):
                     whole = join_parts(parts, matrix, settings[parts[0].part.weight])
                     done.append(rewrite(weights, layout, whole, settings, number))
+            del hessians, layout, matrix, parts, whole  # the next segment needs the room
     except BaseException as e:
         if done and isinstance(weights, ModelWeights):
             e.add_note(f"{len(done)} of {len(settings)} weights are quantized already: reload the model")

@@ -13,7 +13,7 @@ from gptq_ao.hessian import Hessian, pooled
 from gptq_ao.passes.records import Part
 from gptq_ao.solver import Solution, factor, output_energy, round_to_nearest, solve
 
-__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_group"]
+__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "settings_key", "solve_group"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def solve_group(
     alike: dict[tuple[object, ...], list[Part]] = {}
     for part in matrices:
         c = settings[part.weight]
-        alike.setdefault((c.method, c.act_order, c.damp_percent, c.bits, c.group_size, c.sym), []).append(part)
+        alike.setdefault(settings_key(c), []).append(part)
     blind = hessian.matrix.diagonal().count_nonzero().item() == 0
     for parts in alike.values():
         c = settings[parts[0].weight]
@@ -92,6 +92,11 @@ def solve_group(
             changed = output_energy(matrix.float() - solution.dequantize(), hessian) * hessian.rows
             energy = output_energy(matrix.float(), hessian) * hessian.rows
             yield SolvedPart(part, solution, method, hessian.rows, damp, dead, changed, energy, why)
+
+
+def settings_key(c: GPTQConfig) -> tuple[object, ...]:
+    """Weights that agree in this, and in their Hessian, are solved together."""
+    return (c.method, c.act_order, c.damp_percent, c.bits, c.group_size, c.sym)
 
 
 def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:

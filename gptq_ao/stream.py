@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CheckpointError
-from gptq_ao.grid import group_columns
-from gptq_ao.manifest import QuantizedEntry
+from gptq_ao.memory import MaxMemory
 from gptq_ao.passes.records import Selection
 from gptq_ao.preflight import check_values
-from gptq_ao.quantize import FilterFn, quantize_weights
+from gptq_ao.prepare import FilterFn
+from gptq_ao.quantize import quantize_weights
 from gptq_ao.report import Report
 from gptq_ao.source import Source, open_source
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
+from gptq_ao.writer import CheckpointWriter, result_size
 
 __all__ = ["quantize_checkpoint"]
 
@@ -32,6 +32,7 @@ def quantize_checkpoint(
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
     *,
+    max_memory: MaxMemory | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     max_shard_bytes: int = 2**30,
@@ -43,6 +44,7 @@ def quantize_checkpoint(
     Args:
         config, filter_fn: see `quantize_`.
         device: where to compute; None: on the CPU.
+        max_memory: see `quantize_`.
         dtype: of the model before quantization; None: as stored.
         tokenizer: to be saved with the model.
         max_shard_bytes: size of the files, and of the part of the result that is held in memory.
@@ -56,7 +58,7 @@ def quantize_checkpoint(
         raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
     with CheckpointWriter(Path(out), max_shard_bytes) as writer:
         weights = CheckpointWeights(open_source(Path(source), dtype), writer)
-        report = quantize_weights(weights, config, filter_fn, device)
+        report = quantize_weights(weights, config, filter_fn, device, max_memory)
         writer.add_rest(weights.model, weights.get)
         writer.finish(weights.model, tokenizer)
     return report
@@ -74,18 +76,13 @@ class CheckpointWeights:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def home(self, name: str, *, quantized: bool = False) -> torch.device | None:
+        return torch.device("cpu") if not quantized and name not in self._source.recipes else None
+
     def check(self, selection: Selection) -> None:
         """There is room for the result. The values of weights are checked when they are read."""
         self._selected = frozenset(selection.settings)
-        state = self.model.state_dict(keep_vars=True)
-        contents = {first: state[first] for first, *_ in state_names(self.model)}
-        entries = {}
-        for site in selection.sites:
-            c, k = selection.settings[site.weight], site.layout.in_features
-            groups = k // group_columns(k, c.group_size)
-            rows = contents[site.weight].numel() // k  # those of all matrices of a stack
-            entries[site.weight] = QuantizedEntry(c.bits, (rows, k), groups, "", False, c.act_order == "group")
-        self._writer.check_space(stored_bytes({**contents, **entries}))
+        self._writer.check_space(result_size(self.model, selection))
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         if name in self._writer:

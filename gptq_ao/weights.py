@@ -32,6 +32,10 @@ class Weights(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def home(self, name: str, *, quantized: bool = False) -> torch.device | None:
+        """In which memory a parameter or buffer is kept, or will be when it is quantized; None: in files."""
+        ...
+
     def check(self, selection: Selection) -> None:
         """Find what is wrong with the weights to be quantized, before any is."""
 
@@ -51,9 +55,14 @@ class ModelWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes, going by its first parameter."""
-        name, parameter = next(self.model.named_parameters())
-        return self._home(name, parameter)
+        """Where the model computes, going by its first parameter; on the CPU, if that has no values yet."""
+        device = self._execution_device(next(self.model.named_parameters())[0])
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def home(self, name: str, *, quantized: bool = False) -> torch.device:
+        """See `Weights`. What accelerate offloads counts as in host memory, wherever it is."""
+        device = self._execution_device(name) if quantized else _tensor(self.model, name).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def check(self, selection: Selection) -> None:
         """They have values, all of them finite."""
@@ -79,15 +88,15 @@ class ModelWeights:
         Accelerate cannot offload a tensor subclass. A quantized weight therefore stays, and with it what else the same
         hook brought in: usually the bias.
         """
-        home = self._home(name, self.model.get_parameter(name))
-        for each in replace_parameter(self.model, name, new.to(home)):
+        for each in replace_parameter(self.model, name, new.to(self._execution_device(name))):
             module, hook, _ = _offloaded(self.model, each)
             if hook is not None:
                 _keep(module, hook)
 
-    def _home(self, name: str, parameter: Tensor) -> torch.device:
-        hook = _offloaded(self.model, name)[1] if parameter.device.type == "meta" else None
-        return parameter.device if hook is None else torch.device(hook.execution_device)
+    def _execution_device(self, name: str) -> torch.device:
+        device = _tensor(self.model, name).device
+        hook = _offloaded(self.model, name)[1] if device.type == "meta" else None
+        return device if hook is None else torch.device(hook.execution_device)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -20,12 +20,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gptq_ao.errors import CheckpointError
+from gptq_ao.grid import group_columns
 from gptq_ao.manifest import MANIFEST, QuantizedEntry, format_version
+from gptq_ao.passes.records import Selection
 from gptq_ao.shards import NAME_OF, ShardWriter
 from gptq_ao.stored import from_stored, stored_entry, stored_parts
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["CheckpointWriter", "state_names", "stored_bytes"]
+__all__ = ["CheckpointWriter", "result_size", "state_names", "stored_bytes"]
 
 
 def state_names(model: nn.Module) -> list[list[str]]:
@@ -49,6 +51,18 @@ def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
         what = stored_entry(what) if isinstance(what, GroupTensor) else what
         total += what.stored_bytes(name) if isinstance(what, QuantizedEntry) else what.nbytes
     return total
+
+
+def result_size(model: nn.Module, selection: Selection) -> int:
+    """What the model takes in files when the selected weights are quantized."""
+    state = model.state_dict(keep_vars=True)
+    contents: dict[str, Tensor | QuantizedEntry] = {first: state[first] for first, *_ in state_names(model)}
+    for name, c in selection.settings.items():
+        k = selection.layouts[name].in_features
+        rows = contents[name].numel() // k  # type: ignore[union-attr]  # those of all matrices of a stack
+        permuted = c.act_order == "group" and c.method == "gptq"
+        contents[name] = QuantizedEntry(c.bits, (rows, k), k // group_columns(k, c.group_size), "", False, permuted)
+    return stored_bytes(contents)
 
 
 class CheckpointWriter:
@@ -120,7 +134,7 @@ class CheckpointWriter:
             manifest = {
                 "format": "gptq_ao",
                 "format_version": format_version(self._entries),
-                "quantized": {name: asdict(e) for name, e in self._entries.items()},
+                "quantized": {name: _json(e) for name, e in self._entries.items()},
                 "dense": self._dense,
                 "tied": self._tied,
                 "shards": shards,
@@ -137,6 +151,10 @@ class CheckpointWriter:
             full = getattr(e, "errno", None) == errno.ENOSPC or "StorageFull" in str(e) or "code: 28" in str(e)
             what = "the disk is full" if full else str(e)
             raise CheckpointError(f"{self.directory} could not be written, nothing is left of it: {what}") from e
+
+
+def _json(entry: QuantizedEntry) -> dict[str, Any]:
+    return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
 def _dtype_name(name: str, t: Tensor) -> str:

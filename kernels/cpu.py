@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_ao.packing import unpack_codes, unpack_scale_zero
 
-__all__ = ["linear", "supports"]
+__all__ = ["linear", "max_rows", "supports"]
 
 ROWS_PER_CALL = 64  # the kernel is slower per row when it gets more than about 96
 # Above, one dequantization is shared by many rows. Where that pays depends on the processor's dense bf16 product; where
@@ -25,15 +25,17 @@ ROW_MULTIPLE = 16
 _converted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def max_rows(dtype: torch.dtype, bits: int, group_size: int) -> int:
+    """Up to how many rows of x `linear` is the faster way; 0: it does not compute this."""
+    return MAX_ROWS if bits == 4 and dtype == torch.bfloat16 and group_size in GROUP_SIZES else 0
+
+
 def supports(x: Tensor, qdata: Tensor, bits: int, group_size: int) -> bool:
     """Whether `linear` computes this, and is the faster way."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return (
-        bits == 4
-        and x.dtype == torch.bfloat16
+        0 < rows <= max_rows(x.dtype, bits, group_size)
         and qdata.dim() == 3
-        and 0 < rows <= MAX_ROWS
-        and group_size in GROUP_SIZES
         and not qdata.is_inference()  # no version counter: a change in place would go unnoticed
     )
 

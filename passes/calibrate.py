@@ -42,8 +42,10 @@ def calibrate(
     statics = [static(name) for name in segment.statics]
     observers = [cast(HessianObserver, segment.module.get_submodule(group.name)) for group in stage.groups]
     for index, values in enumerate(store.read(segment.reads)):
-        written = dict(zip(segment.writes, run_segment(segment, values, statics), strict=True))
-        store.replace(index, written, segment.keeps)
+        # Nothing here holds on to what was written: the store may have put it elsewhere.
+        store.replace(
+            index, dict(zip(segment.writes, run_segment(segment, values, statics), strict=True)), segment.keeps
+        )
         for observer in observers:
             observer.end_batch()
     hessians = tuple(observer.finish() for observer in observers)

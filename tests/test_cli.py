@@ -27,11 +27,22 @@ def quantized(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A model written by the command, and what the command printed."""
     out = tmp_path_factory.mktemp("out") / "q"
     with pytest.MonkeyPatch.context() as patch:
-        printed = run(patch, "quantize", TINY, str(out), *CALIBRATION, "--calibration", str(text), "--json")
+        printed = run(
+            patch,
+            "quantize",
+            TINY,
+            str(out),
+            *CALIBRATION,
+            "--calibration",
+            str(text),
+            "--max-memory",
+            "cpu=500KiB",
+            "--json",
+        )
     return out, printed
 
 
-CALIBRATION = ("--bits", "3", "--group-size", "64", "--num-samples", "8", "--seq-len", "128")
+CALIBRATION = ("--bits", "3", "--group-size", "64", "--num-samples", "8", "--seq-len", "128", "--batch-size", "2")
 
 
 def run(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
@@ -65,6 +76,8 @@ def test_quantize_reports_totals_phases_and_layers(quantized: tuple[Path, dict[s
     assert report["excluded"]["model.embed_tokens.weight"] == "also the embedding table"
     assert {x["bits"] for x in report["layers"]} == {3}
     assert {x["rows"] for x in report["layers"]} == {8 * 128}
+    assert 0 < report["peak_bytes"]["activations"] <= 500 * 1024
+    assert report["peak_bytes"]["files"] > 0
     assert (out / "gptq_ao.json").is_file()
     assert (out / "tokenizer.json").is_file()
 

@@ -1,6 +1,7 @@
 """What only a GPU can show. Run with `pytest -m gpu`."""
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
+from gptq_ao import gptq_config, load_quantized, plan, quantize_, save_quantized
 from gptq_ao.hessian import HessianObserver
 from gptq_ao.solver import factor, relative_error, round_to_nearest, solve
 from gptq_ao.tensor import GroupTensor, tensor_class
@@ -141,3 +142,104 @@ def test_plain_mlp_on_cuda_keeps_its_other_parameters() -> None:
     quantize_(model, gptq_config(4, 32, calibration=[randn(50, 64).cuda()]))
     assert torch.equal(model[0].bias, before["0.bias"])
     assert isinstance(model[2].weight, GroupTensor)
+
+
+def medium_llama() -> Any:
+    """Hidden size 1024, 4 layers, bf16, about 140 MB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=8192,
+        max_position_embeddings=512,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def peak_on_cuda(make: Any, config: Any, **settings: Any) -> tuple[Any, int]:
+    """The report, and the bytes of PyTorch's allocator above what is there anyway: libraries' workspaces."""
+    quantize_(tiny_llama(dtype=torch.bfloat16), gptq_config(4, 32, calibration=token_batches()), device="cuda")
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model = make()
+    torch.cuda.reset_peak_memory_stats()
+    report = quantize_(model, config, device="cuda", **settings)
+    torch.cuda.synchronize()
+    return report, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_the_predicted_memory_is_what_cuda_allocates(where: str) -> None:
+    data = token_batches(8, 2, 512, vocabulary=8192)
+    config = gptq_config(4, 128, calibration=data)
+    planned = plan(medium_llama().to(where), config, device="cuda")
+    gc.collect()
+    report, peak = peak_on_cuda(lambda: medium_llama().to(where), config)
+    assert planned.peak_bytes["device"] == pytest.approx(peak, rel=0.2)
+    assert planned.activation_bytes == pytest.approx(report.peak_bytes["activations"], rel=0.05)
+    assert {"calibrate", "solve"} <= set(planned.seconds)
+
+
+def test_a_limit_on_cuda_is_kept_and_changes_nothing() -> None:
+    data = token_batches(8, 2, 512, vocabulary=8192)
+    config = gptq_config(4, 128, calibration=data)
+    free: Any = plan(medium_llama(), config, device="cuda")
+    limit = free.peak_bytes["device"] - free.activation_bytes // 2
+    everywhere: Any = quantize_(medium_llama(), config, device="cuda")
+    report, peak = peak_on_cuda(medium_llama, config, max_memory={"cuda": limit, "cpu": "8MiB"})
+    assert peak <= 1.05 * limit  # of what libraries need for a moment, nothing is promised
+    assert 0 < report.peak_bytes["offloaded"] <= 8 * 2**20
+    assert report.peak_bytes["files"] > 0
+    assert report.weights == everywhere.weights
+
+
+def test_experts_on_cuda_agree_with_cpu() -> None:
+    from .test_experts import mixture
+
+    config = gptq_config(4, -1, calibration=token_batches(3), expert_min_rows=8)
+    here, there = mixture(2), mixture(2).cuda()
+    quantize_(here, config)
+    report = quantize_(there, config)
+    assert report is not None
+    for w in report.weights:
+        a, b = here.get_parameter(w.name), there.get_parameter(w.name)
+        assert isinstance(a, GroupTensor)
+        assert isinstance(b, GroupTensor)
+        # Rounding may send a token to another expert, and sums have another order: most codes agree, all are close.
+        assert (a.codes() == b.codes().cpu()).double().mean() >= 0.95, w.name
+    ids = token_batches(1)[0]["input_ids"]
+    with torch.no_grad():
+        logits = here(ids).logits
+        assert (there(ids.cuda()).logits.cpu() - logits).abs().max() <= 0.1 * logits.abs().max()
+
+
+def test_parts_convolutions_and_stacks_on_cuda() -> None:
+    weight = quantized(4, 48, 96, torch.float32).to("cuda")
+    dense = weight.dequantize()
+    assert torch.equal(weight[16:32].dequantize(), dense[16:32])
+    assert torch.equal(weight[5:21], dense[5:21])
+    assert all(torch.equal(a.dequantize(), b) for a, b in zip(weight.chunk(3), dense.chunk(3), strict=True))
+    s = round_to_nearest(randn(48, 96), bits=4, group_size=32, sym=False)
+    parts = (s.codes, s.scale, s.zero_point)
+    filters = tensor_class(4).from_codes(*parts, dtype=torch.float32, view_as=(48, 32, 3)).to("cuda")
+    x = randn(2, 32, 20).cuda()
+    assert torch.equal(F.conv1d(x, filters), F.conv1d(x, filters.dequantize()))
+
+
+def test_a_model_that_is_no_graph_on_cuda() -> None:
+    from .test_replay import Experts
+
+    batches = [{"hidden": randn(2, 15, 16, seed=i).cuda()} for i in range(3)]
+    model = seeded(Experts()).cuda()
+    report = quantize_(model, gptq_config(4, -1, calibration=batches))
+    assert report is not None
+    assert report.capture == "replay"
+    assert {w.method for w in report.weights} == {"gptq"}
+    assert model(**batches[0]).isfinite().all()

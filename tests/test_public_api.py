@@ -11,11 +11,13 @@ PUBLIC = {
     "Int3GroupTensor",
     "Int4GroupTensor",
     "Int8GroupTensor",
+    "QuantizationPlan",
     "Report",
     "data",
     "errors",
     "gptq_config",
     "load_quantized",
+    "plan",
     "quantize_",
     "quantize_checkpoint",
     "save_quantized",
@@ -37,7 +39,7 @@ def test_the_public_surface() -> None:
 
 def test_every_public_function_documents_what_it_raises() -> None:
     functions = (gptq_ao.gptq_config, gptq_ao.quantize_, gptq_ao.save_quantized, gptq_ao.load_quantized)
-    for function in (*functions, gptq_ao.quantize_checkpoint):
+    for function in (*functions, gptq_ao.quantize_checkpoint, gptq_ao.plan):
         assert "Raises:" in (function.__doc__ or "")
 
 

@@ -13,7 +13,7 @@ from gptq_ao.checkpoint import load_quantized
 from gptq_ao.errors import CheckpointError
 from gptq_ao.manifest import MANIFEST, check_weight_map
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["config_directory", "load_model", "load_tokenizer"]
 
 
 def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -40,6 +40,22 @@ def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{source!r} cannot be loaded as a causal language model: {e}") from e
     return model.eval().to(device)
+
+
+def config_directory(source: str) -> Path:
+    """The directory with the config.json of a directory or a hub id, of which nothing else is fetched.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(str(cached_file(source, "config.json"))).parent
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{source!r} is no directory, and no model of the hub that can be read: {e}") from e
 
 
 def load_tokenizer(source: str) -> Any:

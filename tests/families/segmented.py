@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-import gptq_ao.quantize
+import gptq_ao.prepare
 from gptq_ao.batches import as_batch
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.capture import calibration_mode
@@ -23,14 +23,14 @@ __all__ = ["eager_outputs", "keep_plan", "largest_difference", "segmented_output
 def keep_plan() -> Iterator[list[tuple[Program, Plan]]]:
     """The (program, plan) of each `quantize_` inside, without a second capture."""
     kept: list[tuple[Program, Plan]] = []
-    schedule = gptq_ao.quantize.schedule
+    schedule = gptq_ao.prepare.schedule
 
     def keeping(program: Program, *args: Any) -> Plan:
         plan = schedule(program, *args)
         kept.append((program, plan))
         return plan
 
-    with mock.patch.object(gptq_ao.quantize, "schedule", keeping):
+    with mock.patch.object(gptq_ao.prepare, "schedule", keeping):
         yield kept
 
 

@@ -1,0 +1,296 @@
+"""plan: what `quantize_` would do, and what it would take, without doing it."""
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_ao.activations import Budget
+from gptq_ao.config import GPTQConfig
+from gptq_ao.errors import ConfigError
+from gptq_ao.memory import Limits, MaxMemory, choose_budget, free_bytes, read_limits, readable
+from gptq_ao.ops import kernel_name
+from gptq_ao.passes.records import HessianGroup, Layout
+from gptq_ao.preflight import check_unquantized
+from gptq_ao.prepare import FilterFn, Prepared, prepare
+from gptq_ao.report import Clock
+from gptq_ao.simulate import Footprint, fakes_on, simulate
+from gptq_ao.speed import measure_speed
+from gptq_ao.weights import ModelWeights, Weights
+from gptq_ao.writer import result_size
+
+__all__ = ["PlannedWeight", "QuantizationPlan", "StreamedWeights", "plan", "plan_weights"]
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One weight to be quantized.
+
+    Attributes:
+        stage: in which it is solved; 0 without calibration.
+        rows: of calibration data, for its Hessian; for one expert on average.
+        kernel: what will compute with it on the device.
+        bytes: of the quantized weight in memory.
+        fallback: why it will be rounded to nearest, wholly or in part, or solved with other data; None: it will not,
+            as far as can be known without the data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    method: str
+    stage: int
+    rows: int
+    kernel: str
+    bytes: int
+    original_bytes: int
+    fallback: str | None
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """The result of `plan`. `str(plan)` is a table, `to_dict()` is for JSON.
+
+    Attributes:
+        weights: in the order in which they will be solved.
+        excluded: name → reason, for every matrix that stays as it is.
+        peak_bytes: predicted, of tensors: "device" that computes, "host", and "disk" for activations that fit in
+            neither. Libraries' workspaces and the interpreter come on top.
+        activation_bytes: of all calibration batches that wait between two segments, when they are most.
+        output_bytes: of the tensors in a saved checkpoint, exactly.
+        seconds: phase → time; that of "capture" and "plan" is measured, of "calibrate" and "solve" estimated from a
+            short measurement of the device, and missing where that is not there.
+        warnings: what may be a problem for whoever uses the result.
+    """
+
+    device: str
+    weights: tuple[PlannedWeight, ...]
+    excluded: Mapping[str, str]
+    stages: int
+    hessians: int
+    peak_bytes: Mapping[str, int]
+    activation_bytes: int
+    output_bytes: int
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales, zero points and padding included."""
+        return 8 * sum(w.bytes for w in self.weights) / sum(math.prod(w.shape) for w in self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = asdict(self)
+        layers = list(facts.pop("weights"))
+        facts |= {"weights": len(layers), "bits_per_weight": self.bits_per_weight, "layers": layers}
+        return {**facts, "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        width = max(len(w.name) for w in self.weights)
+        lines = [f"{'weight':{width}}  {'shape':>14}  bits  group  method  stage     rows"]
+        for w in self.weights:
+            shape = "x".join(map(str, w.shape))
+            lines.append(
+                f"{w.name:{width}}  {shape:>14}  {w.bits:>4}  {w.group_size:>5}  {w.method:>6}  {w.stage:>5}  "
+                f"{w.rows:>7}" + (f"  fallback: {w.fallback}" if w.fallback else "")
+            )
+        lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
+        lines += [
+            f"{count} weights run as: {kernel}" for kernel, count in Counter(w.kernel for w in self.weights).items()
+        ]
+        lines.append(
+            f"{len(self.weights)} weights, {self.bits_per_weight:.3f} bits each, in {self.stages} stages with "
+            f"{self.hessians} Hessians; the result takes {readable(self.output_bytes)}"
+        )
+        peaks = ", ".join(f"{place} {readable(size)}" for place, size in self.peak_bytes.items())
+        lines.append(f"peak memory on {self.device}: {peaks}; of it waiting: {readable(self.activation_bytes)}")
+        lines.append(", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items()) + " (an estimate)")
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+class StreamedWeights(ModelWeights):
+    """For `plan_weights`: a model whose weights `quantize_checkpoint` will read from files, and write to files."""
+
+    def home(self, name: str, *, quantized: bool = False) -> torch.device | None:  # type: ignore[override]
+        is_weight = quantized or name in dict(self.model.named_parameters(remove_duplicate=False))
+        return None if is_weight else super().home(name)
+
+
+def plan(
+    model: nn.Module,
+    config: GPTQConfig,
+    filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
+    max_memory: MaxMemory | None = None,
+) -> QuantizationPlan:
+    """What `quantize_` would do with the same arguments, and what it would take.
+
+    No weight is read and nothing is computed: the model may be on the meta device, and so may the calibration batches,
+    of which shapes and dtypes matter. The device need not be there.
+
+    Raises:
+        CalibrationError, CaptureError, NoLinearError: as `quantize_`.
+        ConfigError: as `quantize_`; or it would take more memory or disk than there is.
+    """
+    if not isinstance(config, GPTQConfig):
+        raise ConfigError(f"plan takes a config of gptq_config(), got {type(config).__name__}")
+    check_unquantized(model)
+    return plan_weights(ModelWeights(model), config, filter_fn, device, max_memory)
+
+
+def plan_weights(
+    weights: Weights,
+    config: GPTQConfig,
+    filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
+    max_memory: MaxMemory | None = None,
+    shard_bytes: int = 0,
+) -> QuantizationPlan:
+    """`plan` for a model whose weights are anywhere. `shard_bytes`: of the result that are held in memory besides."""
+    clock = Clock()
+    run_on = torch.device(device) if device is not None else weights.device
+    limits = read_limits(max_memory, run_on)
+    prepared = prepare(weights, config, filter_fn, fakes_on(run_on), clock)
+    prepared.warn()
+    with clock("plan"):
+        if prepared.calibrated is None:
+            run_on = prepared.device
+        footprint = simulate(weights, prepared, run_on)
+        peak = _peak(weights, prepared, footprint, limits, run_on)
+        peak["host"] += shard_bytes
+        _check_room(weights, peak, run_on)
+        planned = _weights(weights, prepared, footprint, config, run_on)
+    stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
+    return QuantizationPlan(
+        device=str(run_on),
+        weights=planned,
+        excluded={e.weight: e.reason for e in prepared.selection.excluded},
+        stages=len(stages),
+        hessians=sum(len(s.groups) for s in stages),
+        peak_bytes=peak,
+        activation_bytes=footprint.activations,
+        output_bytes=result_size(weights.model, prepared.selection),
+        seconds={**clock.seconds, **_seconds(footprint, run_on)},
+        warnings=prepared.warnings,
+    )
+
+
+def _peak(
+    weights: Weights, prepared: Prepared, footprint: Footprint, limits: Limits, device: torch.device
+) -> dict[str, int]:
+    """Where the predicted bytes will be."""
+    waiting = footprint.activations
+    if device.type == "cpu":
+        on_disk = 0 if limits.host is None else max(0, waiting - limits.host)
+        peak = min(footprint.peak, footprint.working + waiting - on_disk)
+        return {"device": peak, "host": peak, "disk": on_disk}
+    budget = choose_budget(limits, footprint, device) if prepared.calibrated else Budget()
+    on_device = waiting if budget.device is None else min(waiting, budget.device)
+    offloaded = waiting - on_device
+    on_disk = 0 if budget.host is None else max(0, offloaded - budget.host)
+    batches = prepared.calibrated.batches if prepared.calibrated else ()
+    host = sum(t.nbytes for batch in batches for t in batch.values()) + _model_bytes(weights, torch.device("cpu"))
+    return {
+        "device": min(footprint.peak, footprint.working + on_device),
+        "host": host + offloaded - on_disk,
+        "disk": on_disk,
+    }
+
+
+def _model_bytes(weights: Weights, device: torch.device, *, allocated: bool = False) -> int:
+    """Of the unquantized model in a memory. `allocated`: only what is really there already."""
+    total = 0
+    for name, t in [*weights.model.named_parameters(), *weights.model.named_buffers()]:
+        home = weights.home(name)
+        if home is not None and home.type == device.type and not (allocated and t.is_meta):
+            total += t.nbytes
+    return total
+
+
+def _check_room(weights: Weights, peak: Mapping[str, int], device: torch.device) -> None:
+    places = {"host": torch.device("cpu")} if device.type == "cpu" else {"device": device, "host": torch.device("cpu")}
+    for place, where in places.items():
+        free, already = free_bytes(where), _model_bytes(weights, where, allocated=True)
+        if free is not None and peak[place] - already > free:
+            advice = "use a smaller batch size or shorter sequences"
+            if place == "host":
+                advice = (
+                    "stream the checkpoint (--stream, or quantize_checkpoint), which never holds the model; let "
+                    "activations wait in files (max_memory={'cpu': …}); use fewer samples or a smaller batch size"
+                )
+            raise ConfigError(
+                f"this would take {readable(peak[place])} of memory on {where}, of which {readable(already)} are "
+                f"taken already, and {readable(free)} are free: {advice}"
+            )
+    folder = Path(tempfile.gettempdir())
+    if peak["disk"] > disk_usage(folder).free:
+        raise ConfigError(
+            f"{readable(peak['disk'])} of activations would wait in files in {folder}, which has "
+            f"{readable(disk_usage(folder).free)} free: set TMPDIR to a larger disk, allow more memory, or use fewer "
+            "samples or shorter sequences"
+        )
+
+
+def _weights(
+    weights: Weights, prepared: Prepared, footprint: Footprint, config: GPTQConfig, device: torch.device
+) -> tuple[PlannedWeight, ...]:
+    groups: dict[str, list[tuple[int, HessianGroup]]] = {}
+    for number, stage in enumerate(prepared.calibrated.plan.stages if prepared.calibrated else (), 1):
+        for group in stage.groups:
+            for name in group.weights:
+                groups.setdefault(name, []).append((number, group))
+    order = sorted(prepared.selection.settings, key=lambda name: groups[name][0][0] if name in groups else 0)
+    planned = []
+    for name in order:
+        c, layout = prepared.selection.settings[name], prepared.selection.layouts[name]
+        parameter = weights.model.get_parameter(name)
+        group_size = layout.in_features if c.group_size == -1 else c.group_size
+        of = groups.get(name, [])
+        planned.append(
+            PlannedWeight(
+                name=name,
+                shape=tuple(parameter.shape),
+                bits=c.bits,
+                group_size=group_size,
+                method=c.method,
+                stage=of[0][0] if of else 0,
+                rows=sum(footprint.rows[g.name] for _, g in of),
+                kernel=kernel_name(device, parameter.dtype, c.bits, group_size, stacked=len(layout.shape) > 2),
+                bytes=footprint.packed[name],
+                original_bytes=parameter.nbytes,
+                fallback=_fallback(name, layout, [g for _, g in of], footprint, config.expert_min_rows)
+                if c.method == "gptq"
+                else None,
+            )
+        )
+    return tuple(planned)
+
+
+def _fallback(name: str, layout: Layout, groups: list[HessianGroup], footprint: Footprint, min_rows: int) -> str | None:
+    covered = sum(p.stop - p.start for g in groups for p in g.parts if p.weight == name)
+    reasons = []
+    if covered < layout.rows:
+        reasons.append(f"{layout.rows - covered} of {layout.rows} rows: no product of the captured forward uses them")
+    few = min((footprint.rows[g.name] for g in groups if g.experts > 1), default=min_rows)
+    if few < min_rows:
+        reasons.append(
+            f"an expert will see {few} rows on average, and is solved with the Hessian of all experts' rows where it "
+            f"sees fewer than {min_rows}"
+        )
+    return "; ".join(reasons) or None
+
+
+def _seconds(footprint: Footprint, device: torch.device) -> dict[str, float]:
+    if free_bytes(device) is None and device.type != "cpu":
+        return {}
+    speed = measure_speed(device, footprint.calibrate.flops)
+    return {"calibrate": speed.seconds(footprint.calibrate), "solve": speed.seconds(footprint.solve)}

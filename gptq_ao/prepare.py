@@ -1,0 +1,121 @@
+"""Model + config → what will be done: the passes in order, up to the first computation.
+
+batches → capture → canonicalize → find_linears → choose_weights → schedule → observe
+
+`quantize_` carries it out, `plan` describes it. No weight is read here.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gptq_ao.batches import read_batches
+from gptq_ao.config import GPTQConfig
+from gptq_ao.errors import ConfigError, FusedSettingsWarning
+from gptq_ao.passes.canonicalize import canonicalize
+from gptq_ao.passes.capture import capture
+from gptq_ao.passes.choose_weights import choose_weights
+from gptq_ao.passes.find_linears import find_linears
+from gptq_ao.passes.fused_sets import mixed_sets
+from gptq_ao.passes.observe import observe
+from gptq_ao.passes.reach_all_experts import reach_all_experts
+from gptq_ao.passes.records import Plan, Program, Selection
+from gptq_ao.passes.schedule import schedule
+from gptq_ao.preflight import linear_modules, name_filter, output_heads
+from gptq_ao.report import Clock
+from gptq_ao.weights import Weights
+
+__all__ = ["Calibrated", "FilterFn", "Prepared", "prepare", "wanted_weights", "whole_model"]
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What runs: the graph, cut into stages, and the calibration batches by placeholder name."""
+
+    program: Program
+    plan: Plan
+    batches: tuple[dict[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What will be done, and nothing done yet.
+
+    Attributes:
+        device: where it computes.
+        mixed: sets of weights that engines fuse and whose settings differ, see `passes/fused_sets.py`.
+        calibrated: None if every weight is rounded to nearest, for which nothing runs.
+    """
+
+    selection: Selection
+    device: torch.device
+    mixed: tuple[str, ...]
+    calibrated: Calibrated | None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(f"fused by inference engines, with different settings: {line}" for line in self.mixed)
+
+    def warn(self) -> None:
+        """One warning for all sets, at the line that called `quantize_`, `quantize_checkpoint` or `plan`."""
+        if self.mixed:
+            warnings.warn(
+                "these weights are fused by inference engines such as vLLM and SGLang, which then want the same "
+                "settings for all of a set:\n  " + "\n  ".join(self.mixed),
+                FusedSettingsWarning,
+                stacklevel=4,  # this, what does the work, what is public
+            )
+
+
+def prepare(
+    weights: Weights, config: GPTQConfig, filter_fn: FilterFn | None, device: torch.device, clock: Clock
+) -> Prepared:
+    """Everything that can be wrong with the settings, the data or the model's form is raised here; see `quantize_`."""
+    model = weights.model
+    wanted = wanted_weights(model, filter_fn)
+    if config.method == "rtn" and config.calibration is None:
+        with clock("plan"):
+            sites, excluded = linear_modules(model)
+            selection = choose_weights(sites, excluded, config, wanted)
+        return Prepared(selection, weights.device, mixed_sets(sites, selection), None)
+
+    batches = read_batches(config.calibration)
+    with clock("capture"):
+        program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), device)
+    with clock("plan"):
+        sites, excluded = find_linears(program, output_heads(model))
+        if config.calibrate_all_experts:
+            program, sites = reach_all_experts(program, sites)
+        selection = choose_weights(sites, excluded, config, wanted)
+        _check_support(config, selection)
+        bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
+        calibrated = None
+        if any(c.method != "rtn" for c in selection.settings.values()):
+            calibrated = Calibrated(program, observe(schedule(program, selection)), bound)
+    return Prepared(selection, device if calibrated else weights.device, mixed_sets(sites, selection), calibrated)
+
+
+def wanted_weights(model: nn.Module, filter_fn: FilterFn | None) -> Callable[[str], bool]:
+    """The filter as a condition on parameter names."""
+    return (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
+
+
+def whole_model(module: nn.Module, name: str) -> bool:
+    """For `torchao.quantization.quantize_(model, gptq_config(...), filter_fn=gptq_ao.whole_model)`: hand over the model
+    as a whole, since GPTQ has to see how its layers are connected."""
+    return name == ""
+
+
+def _check_support(config: GPTQConfig, selection: Selection) -> None:
+    missed = [e for e in selection.excluded if not e.expected]
+    if config.strict and missed:
+        listing = "\n".join(f"  {e.weight}: {e.reason}" for e in missed)
+        raise ConfigError(
+            f"strict=True, and these weights would be left as they are:\n{listing}\nExclude them by a rule "
+            "(name: None) to say that this is meant"
+        )

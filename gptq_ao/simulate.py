@@ -1,0 +1,315 @@
+"""A plan carried out on fake tensors: what will be in memory at most, and how much work it is.
+
+Every segment runs once for each distinct shape of batch, with its observers, as in `passes/calibrate.py` and `run.py`;
+nothing is computed or allocated. What solving takes comes from `solve_bytes.py`.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gptq_ao.activations import compact
+from gptq_ao.grid import group_columns
+from gptq_ao.hessian import HessianObserver
+from gptq_ao.kernels import reference
+from gptq_ao.live_bytes import LiveBytes, storages
+from gptq_ao.packing import pack_codes, pack_scale_zero
+from gptq_ao.passes.calibrate import run_segment
+from gptq_ao.passes.records import HessianGroup, Part, Program, Segment, Stage
+from gptq_ao.prepare import Calibrated, Prepared
+from gptq_ao.solve_bytes import SolveCost, result_bytes, solve_cost
+from gptq_ao.solve_group import settings_key
+from gptq_ao.weights import Weights
+
+__all__ = ["Footprint", "Work", "fakes_on", "simulate"]
+
+Values = dict[str, Any]
+Packed = tuple[Tensor | None, ...]  # qdata, scale_zero, high_plane, perm
+
+
+@dataclass
+class Work:
+    """Operations in products by dtype, bytes read and written by other operators, steps that follow one another."""
+
+    flops: Counter[torch.dtype] = field(default_factory=Counter)
+    moved: int = 0
+    steps: int = 0
+
+    def add(self, tracker: LiveBytes, times: int) -> None:
+        """What was seen since `tracker.restart`, several times."""
+        for dtype, count in tracker.flops.items():
+            self.flops[dtype] += times * count
+        self.moved += times * tracker.moved.total()
+
+    def add_solve(self, cost: SolveCost, times: int) -> None:
+        self.flops[torch.float64] += times * cost.fp64
+        self.flops[torch.float32] += times * cost.fp32
+        self.steps += times * cost.columns
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a plan needs of the device that computes, in bytes of tensors: libraries' workspaces come on top.
+
+    Attributes:
+        resident: of the model, at the beginning.
+        working: at most, if waiting activations are elsewhere: all but the batch that runs and the one that follows.
+        peak: at most, if all activations wait on the device.
+        activations: that wait, when they are most.
+        rows: group → rows of calibration data, of one expert on average.
+        packed: weight → bytes in memory when it is quantized.
+        calibrate, solve: the work of both phases.
+    """
+
+    resident: int
+    working: int
+    peak: int
+    activations: int
+    rows: dict[str, int]
+    packed: dict[str, int]
+    calibrate: Work
+    solve: Work
+
+
+def simulate(weights: Weights, prepared: Prepared, device: torch.device) -> Footprint:
+    """Neither weights nor the values of batches are read; shapes and dtypes say all.
+
+    Args:
+        device: where it will compute: `prepared.device`, or what that stands in for.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as tracker, torch.no_grad():
+        run = _Simulation(weights, prepared, device, tracker)
+        if prepared.calibrated is None:
+            run.round_all()
+        else:
+            run.run(prepared.calibrated)
+        return Footprint(
+            run.resident, run.working, run.peak, run.waiting, run.rows, run.packed_bytes, run.calibration, run.solving
+        )
+
+
+def fakes_on(device: torch.device) -> torch.device:
+    """`device`, or the CPU if torch was built without support for it and makes no fake tensors there. The CPU's
+    operators then say nearly the same."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, device=device)[:1]
+    except RuntimeError:
+        return torch.device("cpu")
+    return device
+
+
+class _Simulation:
+    """What a `Footprint` says, and the fakes that are alive: the model where it is on the device, one batch of each
+    shape. Other batches of the shape are only counted."""
+
+    def __init__(self, weights: Weights, prepared: Prepared, device: torch.device, tracker: LiveBytes) -> None:
+        self.weights, self.tracker = weights, tracker
+        self.device, self.real_device = prepared.device, device
+        self.layouts, self.settings = prepared.selection.layouts, prepared.selection.settings
+        model = weights.model
+        self.state = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters())}
+        self.here = {n: self.fake(t) for n, t in self.state.items() if self.is_here(n, quantized=False)}
+        self.resident = self.working = self.peak = self.live
+        self.waiting = 0
+        self.packed: dict[str, Packed] = {}  # on meta, if they are not on the device
+        self.packed_bytes: dict[str, int] = {}
+        self.rows: dict[str, int] = {}
+        self.calibration, self.solving = Work(), Work()
+        self.values: dict[Any, Values] = {}  # shape → what waits of a batch
+        self.turns: list[Any] = []  # the shapes of all batches, in order
+
+    @property
+    def live(self) -> int:
+        return self.tracker.live[self.device.type]
+
+    @property
+    def samples(self) -> int:
+        """Bytes of the batches that are alive as fakes."""
+        return sum(_bytes(v) for v in self.values.values())
+
+    def fake(self, t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device)
+
+    def is_here(self, name: str, *, quantized: bool) -> bool:
+        home = self.weights.home(name, quantized=quantized)
+        return home is not None and home.type == self.real_device.type
+
+    def need(self, working: int, waiting: int) -> None:
+        self.working = max(self.working, working)
+        self.peak = max(self.peak, working + waiting)
+
+    def run(self, calibrated: Calibrated) -> None:
+        self.turns = [tuple((n, t.shape, t.dtype) for n, t in batch.items()) for batch in calibrated.batches]
+        for shape, batch in zip(self.turns, calibrated.batches, strict=True):
+            if shape not in self.values:
+                self.values[shape] = {n: self.fake(t) for n, t in batch.items()}
+        for stage, segment in zip(calibrated.plan.stages, calibrated.plan.segments, strict=True):
+            with _observers(stage, segment, self.device):
+                self.calibrate(calibrated.program, stage, segment)
+                self.solve(stage)
+
+    def calibrate(self, program: Program, stage: Stage, segment: Segment) -> None:
+        times = Counter(self.turns)
+        stored = sum(_bytes(self.values[shape]) for shape in self.turns)
+        self.tracker.restart()
+        statics = [self.static(program, name) for name in segment.statics]
+        self.need(self.tracker.peak[self.device.type] - self.samples, stored)
+        running, growth = {}, {}
+        for shape, before in self.values.items():
+            self.tracker.restart()
+            samples = self.samples
+            written = dict(zip(segment.writes, run_segment(segment, before, statics), strict=True))
+            after = {n: compact(written[n]) if n in written else before[n] for n in segment.keeps}
+            running[shape] = self.tracker.peak[self.device.type] - samples
+            reads = _bytes({n: before[n] for n in segment.reads})
+            self.need(running[shape] + 2 * reads, 0)  # with the batch that follows, on its way
+            growth[shape] = _bytes(after) - _bytes(before)
+            self.values[shape] = after
+            del before, after, written
+            self.calibration.add(self.tracker, times[shape])
+            for group in stage.groups:
+                observer = cast(_Observer, segment.module.get_submodule(group.name))
+                self.rows[group.name] = self.rows.get(group.name, 0) + times[shape] * observer.seen // group.experts
+                observer.seen = 0
+        for shape in self.turns:
+            self.need(running[shape], stored)
+            stored += growth[shape]
+            self.waiting = max(self.waiting, stored)
+
+    def static(self, program: Program, placeholder: str) -> Any:
+        """See `run._static`."""
+        if placeholder in program.constants:
+            value = program.constants[placeholder]
+            return self.fake(value) if isinstance(value, Tensor) else value
+        name = program.buffers.get(placeholder) or program.parameters[placeholder]
+        if name not in self.packed:
+            return self.dense(name)
+        qdata, scale_zero, high_plane, perm = (
+            torch.empty_like(t, device=self.device) if t is not None and t.is_meta else t for t in self.packed[name]
+        )
+        assert qdata is not None
+        assert scale_zero is not None
+        layout, dtype, bits = self.layouts[name], self.state[name].dtype, self.settings[name].bits
+        sides = (layout.out_features if qdata.dim() > 3 else layout.rows, layout.in_features)
+        weight = reference.dequantize(qdata, scale_zero, high_plane, perm, bits, *sides, dtype)
+        return (weight.mT if layout.transposed else weight).reshape(layout.shape)
+
+    def dense(self, name: str) -> Tensor:
+        return self.here[name] if name in self.here else self.fake(self.state[name])
+
+    def solve(self, stage: Stage) -> None:
+        """See `run._solve` and `solve_group`."""
+        stored, samples = sum(_bytes(self.values[shape]) for shape in self.turns), self.samples
+        left = Counter(name for group in stage.groups for name in group.weights)
+        matrices: dict[str, Tensor] = {}
+        codes: Counter[str] = Counter()  # weight → bytes of its parts that are solved
+        for group in stage.groups:
+            for name in group.weights:
+                if name not in matrices:
+                    matrices[name] = self.layouts[name].matrix(self.dense(name))
+            pooled = 4 * group.in_features**2 if group.experts > 1 else 0
+            kept = 0
+            for cost in self.costs(group):
+                self.need(self.live - samples + pooled + kept + codes.total() + cost.peak, stored)
+                kept = cost.kept
+                self.solving.add_solve(cost, group.experts)
+            for part in group.parts:
+                codes[part.weight] += result_bytes(
+                    part.stop - part.start, group.in_features, self.settings[part.weight]
+                )
+            for name in group.weights:
+                left[name] -= 1
+                if not left[name]:
+                    packing = self.pack(name)
+                    self.need(packing - samples + pooled + kept + codes.total(), stored)
+                    del matrices[name], codes[name]
+
+    def costs(self, group: HessianGroup) -> Iterator[SolveCost]:
+        alike: dict[tuple[object, ...], list[Part]] = {}
+        for part in group.expert(0):
+            alike.setdefault(settings_key(self.settings[part.weight]), []).append(part)
+        for parts in alike.values():
+            name = parts[0].weight
+            rows = [p.stop - p.start for p in parts]
+            yield solve_cost(rows, group.in_features, self.state[name].dtype.itemsize, self.settings[name])
+
+    def pack(self, name: str) -> int:
+        """Put the quantized weight in place; the bytes that were alive at most."""
+        layout, c = self.layouts[name], self.settings[name]
+        k = layout.in_features
+        lead = (
+            (layout.stack, layout.out_features) if layout.view_as is None and len(layout.shape) > 2 else (layout.rows,)
+        )
+        self.tracker.restart()
+        groups = (*lead, k // group_columns(k, c.group_size))
+        parts = (
+            torch.empty(groups, dtype=torch.float16, device=self.device),
+            torch.empty(groups, dtype=torch.uint8, device=self.device),
+        )
+        perm = (
+            torch.empty(k, dtype=torch.int32, device=self.device)
+            if c.act_order == "group" and c.method == "gptq"
+            else None
+        )
+        qdata, high_plane = pack_codes(torch.empty((*lead, k), dtype=torch.uint8, device=self.device), c.bits)
+        packed: Packed = (qdata, pack_scale_zero(*parts), high_plane, perm)
+        del qdata, high_plane, perm, parts
+        self.packed_bytes[name] = sum(t.nbytes for t in packed if t is not None)
+        self.here.pop(name, None)
+        if not self.is_here(name, quantized=True):
+            packed = tuple(None if t is None else t.to("meta") for t in packed)
+        self.packed[name] = packed
+        return self.tracker.peak[self.device.type]
+
+    def round_all(self) -> None:
+        """See `run.round_all`."""
+        for name, c in self.settings.items():
+            layout = self.layouts[name]
+            matrix = layout.matrix(self.dense(name))
+            cost = solve_cost([layout.rows], layout.in_features, matrix.dtype.itemsize, c)
+            self.need(self.live + cost.peak, 0)
+            self.solving.add_solve(cost, 1)
+            self.need(self.pack(name), 0)
+            del matrix
+
+
+class _Observer(HessianObserver):
+    """Its sum is there from the beginning, and rows that are sorted by expert fall to them evenly."""
+
+    def __init__(self, in_features: int, experts: int, device: torch.device) -> None:
+        super().__init__(in_features, experts)
+        self._sum = torch.zeros((experts, in_features, in_features), device=device)
+        self.seen = 0  # rows
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None) -> None:
+        self.seen += x.numel() // self.in_features
+        super().forward(x, mask, offsets)
+
+    def _bounds(self, x: Tensor, offsets: Tensor) -> list[int]:
+        return [x.shape[0] * i // self.experts for i in range(self.experts + 1)]
+
+
+@contextlib.contextmanager
+def _observers(stage: Stage, segment: Segment, device: torch.device) -> Iterator[None]:
+    """Within, the segment's observers take fakes."""
+    real = {group.name: segment.module.get_submodule(group.name) for group in stage.groups}
+    for group in stage.groups:
+        setattr(segment.module, group.name, _Observer(group.in_features, group.experts, device))
+    try:
+        yield
+    finally:
+        for name, observer in real.items():
+            setattr(segment.module, name, observer)
+
+
+def _bytes(values: Values) -> int:
+    """Of all storages that tensors among the values keep alive."""
+    found = {key: s.nbytes() for v in values.values() if isinstance(v, Tensor) for key, s in storages(v).items()}
+    return sum(found.values())

@@ -1,0 +1,63 @@
+"""How fast a device is, measured in a fraction of a second, and how long a given work takes it."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gptq_ao.hessian import Hessian, ieee_fp32
+from gptq_ao.simulate import Work
+from gptq_ao.solver import factor, solve
+
+__all__ = ["Speed", "measure_speed"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one device.
+
+    Attributes:
+        flops: dtype → operations of large products per second.
+        bandwidth: bytes read and written per second.
+        step: seconds per column that is solved, however short.
+    """
+
+    flops: Mapping[torch.dtype, float]
+    bandwidth: float
+    step: float
+
+    def seconds(self, work: Work) -> float:
+        """As if nothing overlapped."""
+        products = sum(count / self.flops.get(dtype, min(self.flops.values())) for dtype, count in work.flops.items())
+        return products + work.moved / self.bandwidth + work.steps * self.step
+
+
+def measure_speed(device: torch.device, dtypes: Iterable[torch.dtype]) -> Speed:
+    side = 512 if device.type == "cpu" else 4096
+    flops = {}
+    for dtype in {torch.float32, torch.float64, *(d for d in dtypes if d.is_floating_point)}:
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        flops[dtype] = 2 * side**3 / _shortest(lambda a=a: a @ a, device)  # type: ignore[misc]
+    large = torch.ones(16 * side * side, device=device)
+    columns = 128
+    f = factor(Hessian(torch.eye(columns, device=device), columns))
+    weight = torch.ones(16, columns, device=device)
+    setting = {"bits": 4, "group_size": columns, "sym": True, "act_order": "static"}
+    return Speed(
+        flops,
+        2 * large.nbytes / _shortest(lambda: large + 1, device),
+        _shortest(lambda: solve(weight, f, **setting), device) / columns,  # type: ignore[arg-type]
+    )
+
+
+def _shortest(function: Callable[[], object], device: torch.device) -> float:
+    times = []
+    with torch.no_grad(), ieee_fp32():
+        for _ in range(3):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return min(times)

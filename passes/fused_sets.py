@@ -1,0 +1,51 @@
+"""Selection → the sets of weights that inference engines fuse, where their settings differ.
+
+Engines such as vLLM and SGLang compute q, k and v, gate and up, and all experts of a layer as one product each, with
+one set of settings. A model in which these differ is valid, and runs anywhere else.
+"""
+
+import re
+from collections.abc import Iterable
+
+from gptq_ao.config import GPTQConfig
+from gptq_ao.passes.records import LinearSite, Selection
+
+__all__ = ["mixed_sets"]
+
+_EXPERT = re.compile(r"(.+\.experts)\..+")
+
+
+def mixed_sets(sites: Iterable[LinearSite], selection: Selection) -> tuple[str, ...]:
+    """One line per set. A set is: weights of one parent module that multiply the same rows, or what a module `experts`
+    holds.
+
+    Args:
+        sites: all that were found, those that a rule or a filter leaves dense included.
+    """
+    sets: dict[object, dict[str, str]] = {}
+    for site in sites:
+        if site.left_out is not None:
+            continue  # a head or a router is a product of its own
+        expert = _EXPERT.fullmatch(site.weight)
+        parent = site.weight.rsplit(".", 2)[0] if site.weight.count(".") > 1 else ""
+        key = expert.group(1) if expert else (parent, site.rows)
+        sets.setdefault(key, {})[site.weight] = _settings(selection.settings.get(site.weight))
+    return tuple(_line(members) for members in sets.values() if len(set(members.values())) > 1)
+
+
+def _settings(c: GPTQConfig | None) -> str:
+    if c is None:
+        return "not quantized"
+    return f"{c.bits} bits, group_size {c.group_size}, {'symmetric' if c.sym else 'asymmetric'}"
+
+
+def _line(members: dict[str, str]) -> str:
+    """Settings → the weights that have them."""
+    having: dict[str, list[str]] = {}
+    for name, settings in members.items():
+        having.setdefault(settings, []).append(name)
+    parts = []
+    for settings, names in having.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        parts.append(f"{', '.join(names[:2])}{more}: {settings}")
+    return "; ".join(parts)
