@@ -16,8 +16,9 @@ _MISSING = object()
 @contextlib.contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no key-value cache, no fused attention module (it hides its weights), no checks of
-    distributions' parameters (they read values). In Hugging Face configs, attention that cannot be captured becomes "sdpa", and experts "grouped_mm": one product for all experts
-    instead of a loop over those that the data selects. All of it is restored on exit."""
+    distributions' parameters (they read values). In Hugging Face configs, attention that cannot be captured becomes
+    "sdpa", and experts "grouped_mm": one product for all experts instead of a loop over those that the data selects.
+    All of it is restored on exit."""
     training = [m for m in model.modules() if m.training]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     checks = torch.distributions.Distribution._validate_args
