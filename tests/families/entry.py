@@ -104,7 +104,7 @@ def _try(entry: Entry, facts: dict[str, Any]) -> None:
     facts["path"], facts["reason"] = report.capture, report.capture_reason or ""
     facts["stages"], facts["hessians"] = report.stages, report.hessians
     facts["quantized"], facts["without_data"] = len(done), len(report.fallbacks)
-    on_purpose = _ON_PURPOSE
+    on_purpose: tuple[str, ...] = _ON_PURPOSE
     for program, plan in kept:
         facts["difference"] = max(
             largest_difference(eager_outputs(model, b), segmented_outputs(model, program, plan, b)) for b in batches
