@@ -21,7 +21,7 @@ from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.records import Layout
 from gptq_ao.preflight import check_unquantized, output_heads
-from gptq_ao.prepare import FilterFn, Prepared, prepare, wanted_weights
+from gptq_ao.prepare import FilterFn, Prepared, check_support, prepare, wanted_weights
 from gptq_ao.replay import find_products, run_in_step
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
@@ -122,6 +122,7 @@ def _in_step(
     with clock("plan"):
         sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
         selection = choose_weights(sites, excluded, config, wanted_weights(weights.model, filter_fn))
+        check_support(config, selection)
         prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
         prepared.warn()
         weights.check(selection)

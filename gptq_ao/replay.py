@@ -46,6 +46,7 @@ def find_products(
     uses: dict[Part, Use] = {}
     embedded: set[str] = set()
     choosing: set[str] = set()
+    problems: dict[str, str] = {}
     with calibration_mode(model):
         for batch in batches:
             if {p.weight for p in uses} >= set(parameters.shapes):
@@ -54,10 +55,11 @@ def find_products(
                 model(*batch.args, **batch.kwargs)
             embedded |= watch.embedded
             choosing |= watch.choosing
+            problems |= watch.problems
     sites = []
     for part, use in uses.items():
         reason = left_out_by_name(part.weight, embedded, heads)
-        reason = reason or (ROUTER if part.weight in choosing else None)
+        reason = reason or (ROUTER if part.weight in choosing else use.note)
         rows = (Rows(f"input of {part.weight}"),)
         sites.append(
             LinearSite(part.weight, part.weight, use.layout, (part.start, part.stop), rows, use.experts, reason)
@@ -66,7 +68,7 @@ def find_products(
     excluded = tuple(
         Excluded(n, "embedding table", True)
         if n in embedded
-        else Excluded(n, "no product of the forward uses it", True)
+        else Excluded(n, problems.get(n, "no product of the forward uses it"), n not in problems)
         for n in parameters.shapes
         if n not in found
     )
@@ -207,7 +209,7 @@ class _Run:
             return hessians
         observer = HessianObserver(uses[0].layout.in_features, uses[0].experts)
         for use in uses:
-            observer(use.rows, use.counts)
+            observer(use.rows, use.counts, use.offsets)
             observer.end_batch()
         hessians = observer.finish()
         if hessians[0].first_bad_batch is not None:
@@ -267,7 +269,7 @@ def _unreached(name: str, matrix: Tensor, config: GPTQConfig, strict: bool) -> S
 def _note(uses: dict[Part, Use], use: Use) -> None:
     """The first use of each part, without keeping activations alive."""
     empty = torch.empty(0)
-    uses.setdefault(use.part, Use(use.layout, use.part, use.experts, empty, empty, None))
+    uses.setdefault(use.part, Use(use.layout, use.part, use.experts, empty, empty, None, note=use.note))
 
 
 def _settings_of_this_thread() -> Callable[[], ExitStack]:

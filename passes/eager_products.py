@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_ao import activation_rows
+from gptq_ao.passes.products import DEPTHWISE
 from gptq_ao.passes.records import Layout, Part
 from gptq_ao.passes.weight_views import read_matrix
 
@@ -33,6 +34,8 @@ class Use:
         activation: as the function got it.
         rows: the same with the rows along the last axis but one, as a Hessian takes them.
         counts: zero where a row is padding, or None.
+        offsets: cumulative number of rows per expert, if they are sorted by expert, or None.
+        note: why such a product is not quantized unless a rule asks for it, or None.
     """
 
     layout: Layout
@@ -41,6 +44,8 @@ class Use:
     activation: Tensor
     rows: Tensor
     counts: Tensor | None
+    offsets: Tensor | None = None
+    note: str | None = None
 
 
 class Parameters:
@@ -65,12 +70,14 @@ class Watch(TorchFunctionMode):
     Attributes:
         embedded: parameters that were looked up by index.
         choosing: parameters whose product was ranked (top-k, argmax) before anything else was multiplied.
+        problems: parameters that a product reads in no supported way, with the reason.
     """
 
     def __init__(self, parameters: Parameters, mask: Tensor | None, on_use: Callable[[Use], None]) -> None:
         super().__init__()
         self.embedded: set[str] = set()
         self.choosing: set[str] = set()
+        self.problems: dict[str, str] = {}
         self._parameters, self._mask, self._on_use = parameters, mask, on_use
         self._origins: Any = WeakTensorKeyDictionary()  # result → the weights of the product it comes from
         self._counts: Any = WeakTensorKeyDictionary()  # rows gathered from the mask's positions → what counts
@@ -87,7 +94,7 @@ class Watch(TorchFunctionMode):
         return out
 
     def _use(self, func: Any, args: Any, kwargs: Any) -> Use | None:
-        find = _FUNCTIONS.get(func)
+        find = _FUNCTIONS.get(func) or _OPERATORS.get(str(func))
         for o in find(*args, **kwargs) if find is not None else ():
             name = self._parameters.name_of(o.weight)
             if name is None or self._parameters.name_of(o.activation) is not None:
@@ -97,7 +104,9 @@ class Watch(TorchFunctionMode):
                 layout, (start, stop), experts = read
                 counts = None if o.other_rows else self._counts.get(o.activation, self._mask)
                 experts = experts if o.separate else 1
-                return Use(layout, Part(name, start, stop), experts, o.activation, o.rows(), counts)
+                part = Part(name, start, stop)
+                return Use(layout, part, experts, o.activation, o.rows(), counts, o.offsets, o.note)
+            self.problems[name] = f"{func.__name__} reads it across its rows and input features"
         return None
 
     def _follow(self, func: Any, args: Any, out: Any, use: Use | None) -> None:
@@ -134,6 +143,8 @@ class _Operands(NamedTuple):
     any_shape: bool = False
     rows: Callable[[], Tensor] = lambda: torch.empty(0)
     other_rows: bool = False  # not the positions that a padding mask speaks of
+    offsets: Tensor | None = None
+    note: str | None = None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Any = None) -> Iterator[_Operands]:
@@ -153,6 +164,11 @@ def _addmm(_: Any, a: Tensor, b: Tensor, **__: Any) -> Iterator[_Operands]:
     yield from _matmul(a, b)
 
 
+def _grouped_mm(input: Tensor, mat2: Tensor, offs: Tensor | None = None, **_: Any) -> Iterator[_Operands]:
+    if offs is not None and input.dim() == 2 and mat2.dim() == 3:
+        yield _Operands(input, mat2, mat2.mT, separate=True, rows=lambda: input, offsets=offs)
+
+
 def _convolution(
     input: Tensor,
     weight: Tensor,
@@ -162,9 +178,6 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Iterator[_Operands]:
-    if weight.shape[1] == 1 and groups > 1:
-        return  # depthwise
-
     def each(value: Any) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
         return values * (weight.dim() - 2) if len(values) == 1 else values
@@ -175,7 +188,8 @@ def _convolution(
         return activation_rows.patches(input, kernel, each(stride), pads, each(dilation), groups)
 
     filters = weight.reshape(groups, weight.shape[0] // groups, -1)
-    yield _Operands(input, weight, filters, True, any_shape=True, rows=rows, other_rows=True)
+    note = DEPTHWISE if weight.shape[1] == 1 and groups > 1 else None
+    yield _Operands(input, weight, filters, True, any_shape=True, rows=rows, other_rows=True, note=note)
 
 
 def _of(*names: str) -> set[Any]:
@@ -187,7 +201,9 @@ _FUNCTIONS: dict[Any, Callable[..., Iterator[_Operands]]] = {
     **dict.fromkeys(_of("matmul", "mm", "bmm", "__matmul__"), _matmul),
     **dict.fromkeys(_of("addmm", "baddbmm"), _addmm),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+    **dict.fromkeys(_of("_grouped_mm") | {f for f in [getattr(F, "grouped_mm", None)] if f}, _grouped_mm),
 }
+_OPERATORS = {"transformers.grouped_mm_fallback": _grouped_mm}  # registered when transformers' file is imported
 _EMBEDDINGS = {F.embedding, F.embedding_bag, torch.embedding}
 _CHOICES = _of("topk", "sort", "argmax", "argsort", "multinomial")
 _GATHERS = {Tensor.__getitem__, *_of("index_select")}

@@ -16,6 +16,7 @@ from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights
 
+from .families.causal_lm import causal_lm_of
 from .models import seeded, tiny_llama, token_batches
 
 
@@ -133,6 +134,45 @@ def test_it_agrees_with_the_graph_where_both_work(act_order: str, monkeypatch: p
         assert isinstance(a, GroupTensor)
         assert isinstance(b, GroupTensor)
         assert (a.codes() == b.codes()).double().mean() >= 0.999  # sums in another order: ties may fall either way
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "FalconMamba"])
+def test_products_other_than_linear_agree_with_the_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacked experts, multiplied by one grouped product, and a depthwise convolution."""
+    import transformers
+
+    (graph, batches), (step, _) = (causal_lm_of(getattr(transformers, f"{family}Config")) for _ in range(2))
+    config = gptq_config(4, -1, calibration=batches)
+    by_graph = quantize_(graph, config)
+    without_a_graph(monkeypatch)
+    by_step = quantize_(step, config)
+    assert by_graph is not None
+    assert by_step is not None
+    rows = {w.name: (w.rows, w.fallback) for w in by_graph.weights}
+    assert {w.name: (w.rows, w.fallback) for w in by_step.weights} == rows
+    reasons = {n: r for n, r in by_graph.excluded.items() if r.startswith(("router", "depthwise", "output head"))}
+    assert reasons
+    assert {n: by_step.excluded[n] for n in reasons} == reasons
+    for name in rows:
+        a, b = graph.get_parameter(name), step.get_parameter(name)
+        assert isinstance(a, GroupTensor)
+        assert isinstance(b, GroupTensor)
+        assert (a.codes() == b.codes()).double().mean() >= 0.999  # sums in another order: ties may fall either way
+
+
+def test_a_product_in_no_supported_form_is_named() -> None:
+    class Transposed(Branching):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.zeros(2 * 32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ self.stack.view(2, 32, 32)[1]
+
+    report = replayed(seeded(Transposed()), [randn(6, 32)])
+    assert report.excluded["stack"] == "matmul reads it across its rows and input features"
+    with pytest.raises(ConfigError, match="stack: matmul reads it across"):
+        replayed(seeded(Transposed()), [randn(6, 32)], strict=True)
 
 
 def test_experts_that_the_data_selects(monkeypatch: pytest.MonkeyPatch) -> None:
