@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel families clean
 
 demo: $(STAMP)
 	$(BIN)/gptq-ao demo
@@ -29,6 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+# Tries every model in tests/families and writes docs/supported-models.md. Half an hour on two cores.
+families: $(STAMP)
+	$(BIN)/python -m tests.families
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -45,6 +45,7 @@ class GPTQConfig(AOBaseConfig):
     strict: bool = False
     expert_min_rows: int = 128
     calibrate_all_experts: bool = False
+    strict_capture: bool = False
     # torchao serializes no field that starts with an underscore: data never ends up in a checkpoint.
     _calibration: Calibration = field(default=None, repr=False, compare=False)
 
@@ -61,7 +62,7 @@ class GPTQConfig(AOBaseConfig):
             raise ConfigError(
                 f"expert_min_rows is {self.expert_min_rows!r}: give a number of activation rows, 0 or more"
             )
-        for flag in ("sym", "strict", "calibrate_all_experts"):
+        for flag in ("sym", "strict", "calibrate_all_experts", "strict_capture"):
             _one_of(flag, getattr(self, flag), (True, False))
         damp = self.damp_percent
         if damp is not None and (type(damp) not in (int, float) or not 0 < damp <= 10):
@@ -110,6 +111,7 @@ def gptq_config(
     strict: bool = False,
     expert_min_rows: int = 128,
     calibrate_all_experts: bool = False,
+    strict_capture: bool = False,
     preset: str | None = None,
     desc_act: bool | None = None,
 ) -> GPTQConfig:
@@ -139,6 +141,8 @@ def gptq_config(
             all experts' rows, and listed as a fallback.
         calibrate_all_experts: let every token reach every expert, for the Hessians only; what the model computes stays
             as it is. It costs as many passes through the experts as the number of experts over those per token.
+        strict_capture: fail where torch.export cannot capture the model, instead of running its own forwards in step,
+            which takes more memory; the report says which was done.
         preset: `"4bit-128"`, `"4bit-32-act"` or `"3bit-128-act"`, in place of `bits`, `group_size` and `act_order`.
         desc_act: Hugging Face's spelling: True is `act_order="group"`, False is `act_order="none"`.
 
@@ -171,6 +175,7 @@ def gptq_config(
         strict=strict,
         expert_min_rows=expert_min_rows,
         calibrate_all_experts=calibrate_all_experts,
+        strict_capture=strict_capture,
         _calibration=calibration,
     )
 

@@ -7,7 +7,8 @@
      "tied": {OTHER_NAME: NAME},
      "shards": {TENSOR: FILE}}
 
-A stack of matrices (experts) has the shape [E, N, K], and a checkpoint with one the version 2.
+A stack of matrices (experts) has the shape [E, N, K]. A matrix that the model has in another shape (a convolution) says
+so: "view_as": [out, in, height, width]. A checkpoint with one of these has the version 2.
 
 Everything that can be wrong with a checkpoint is looked for here, in the JSON and in the shards' headers, before a
 tensor is allocated.
@@ -55,6 +56,7 @@ class QuantizedEntry:
     dtype: str
     transposed: bool
     perm: bool
+    view_as: tuple[int, ...] | None = None
 
     def tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
         """What the shards must hold for it: name → (safetensors dtype, shape)."""
@@ -73,6 +75,8 @@ class QuantizedEntry:
     @property
     def parameter_shape(self) -> list[int]:
         """Of the parameter in the model."""
+        if self.view_as is not None:
+            return list(self.view_as)
         *lead, n, k = self.shape
         return [*lead, k, n] if self.transposed else [*lead, n, k]
 
@@ -89,7 +93,7 @@ class Manifest:
 
 def format_version(quantized: Mapping[str, QuantizedEntry]) -> int:
     """The version a checkpoint with such weights has: the lowest that has them."""
-    return 2 if any(len(e.shape) > 2 for e in quantized.values()) else 1
+    return 2 if any(len(e.shape) > 2 or e.view_as is not None for e in quantized.values()) else 1
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -144,12 +148,14 @@ def _parse(content: dict[str, Any]) -> Manifest:
 
 
 def _parse_entry(name: str, e: dict[str, Any]) -> QuantizedEntry:
-    entry = QuantizedEntry(e["bits"], tuple(e["shape"]), e["groups"], e["dtype"], e["transposed"], e["perm"])
-    whole = all(type(v) is int and 0 < v < 2**31 for v in (*entry.shape, entry.groups))
+    view_as = tuple(e["view_as"]) if "view_as" in e else None
+    entry = QuantizedEntry(e["bits"], tuple(e["shape"]), e["groups"], e["dtype"], e["transposed"], e["perm"], view_as)
+    whole = all(type(v) is int and 0 < v < 2**31 for v in (*entry.shape, entry.groups, *(view_as or ())))
     flags = type(entry.transposed) is bool and type(entry.perm) is bool
     if entry.bits not in BITS or not whole or not flags or len(entry.shape) not in (2, 3) or entry.dtype not in DTYPES:
         raise ValueError(f"{name!r} cannot be {e}")
-    if entry.shape[-1] % entry.groups:
+    viewed = view_as is None or (len(entry.shape) == 2 and math.prod(view_as) == math.prod(entry.shape))
+    if entry.shape[-1] % entry.groups or not viewed:
         raise ValueError(f"{name!r} cannot be {e}")
     return entry
 

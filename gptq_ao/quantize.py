@@ -3,6 +3,7 @@
 prepare → per stage: calibrate → solve → rewrite
 """
 
+import dataclasses
 import resource
 import sys
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.activations import ActivationStore, Budget
+from gptq_ao.batches import Batch
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import ConfigError
+from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.memory import MaxMemory, choose_budget, read_limits
-from gptq_ao.passes.choose_weights import check_group_sizes
+from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
+from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.records import Layout
-from gptq_ao.preflight import check_unquantized
-from gptq_ao.prepare import FilterFn, Prepared, prepare
+from gptq_ao.preflight import check_unquantized, output_heads
+from gptq_ao.prepare import FilterFn, Prepared, calibration_batches, prepare, wanted_by
+from gptq_ao.replay import find_products, run_in_step
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
 from gptq_ao.simulate import simulate
@@ -77,7 +81,19 @@ def quantize_weights(
     clock = Clock()
     run_on = torch.device(device) if device is not None else weights.device
     limits = read_limits(max_memory, run_on)
-    prepared = prepare(weights, config, filter_fn, run_on, clock)
+    batches = calibration_batches(config)
+    try:
+        prepared = prepare(weights, config, batches, filter_fn, run_on, clock)
+    except CaptureError as e:
+        if config.strict_capture or not isinstance(weights, ModelWeights):
+            raise
+        assert batches is not None
+        if max_memory is not None:
+            raise ConfigError(
+                "max_memory cannot be kept, since the model cannot be captured as one graph: all batches would wait in "
+                f"the middle of a forward. {e}"
+            ) from e
+        return _in_step(weights, batches, config, filter_fn, run_on, str(e), clock)
     prepared.warn()
     with clock("plan"):
         weights.check(prepared.selection)
@@ -91,6 +107,33 @@ def quantize_weights(
     with ActivationStore(prepared.calibrated.batches, run_on, budget) as store:
         done = run_plan(weights, program, plan, store, run_on, config, clock)
         return _report(done, prepared, clock, store.peak)
+
+
+def _in_step(
+    weights: ModelWeights,
+    batches: list[Batch],
+    config: GPTQConfig,
+    filter_fn: FilterFn | None,
+    device: torch.device,
+    reason: str,
+    clock: Clock,
+) -> Report:
+    """Without a graph."""
+    if device != weights.device:
+        raise ConfigError(
+            f"the model cannot be captured as one graph, so it has to run as a whole, on {device}: move it there "
+            f"first, model.to({str(device)!r}). {reason}"
+        )
+    with clock("plan"):
+        sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
+        selection = choose_weights(sites, excluded, config, wanted_by(weights.model, filter_fn))
+        weights.check(selection)
+    prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
+    prepared.warn(deeper=1)
+    with clock("solve"):
+        done, notes = run_in_step(weights, batches, selection, config)
+    report = _report(done, prepared, clock)
+    return dataclasses.replace(report, stages=len(done), capture="replay", capture_reason=reason, notes=notes)
 
 
 @torch.no_grad()
@@ -125,4 +168,5 @@ def _report(
         seconds=clock.seconds,
         peak_bytes=peak,
         warnings=prepared.warnings,
+        capture="export" if "capture" in clock.seconds else "none",
     )

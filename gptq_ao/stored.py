@@ -25,6 +25,7 @@ def stored_entry(weight: GroupTensor) -> QuantizedEntry:
         _NAME_OF[weight.dtype],
         weight.transposed,
         weight.perm is not None,
+        weight.view_as,
     )
 
 
@@ -52,6 +53,7 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
             dtype=DTYPES[entry.dtype],
             perm=get(f"{name}.perm") if entry.perm else None,
             transposed=entry.transposed,
+            view_as=entry.view_as,
         )
     except (ConfigError, NonFiniteError) as error:
         raise CheckpointError(f"{where}: weight {name!r} is damaged: {error}") from error

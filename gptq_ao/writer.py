@@ -134,7 +134,7 @@ class CheckpointWriter:
             manifest = {
                 "format": "gptq_ao",
                 "format_version": format_version(self._entries),
-                "quantized": {name: asdict(e) for name, e in self._entries.items()},
+                "quantized": {name: _json(e) for name, e in self._entries.items()},
                 "dense": self._dense,
                 "tied": self._tied,
                 "shards": shards,
@@ -151,6 +151,10 @@ class CheckpointWriter:
             full = getattr(e, "errno", None) == errno.ENOSPC or "StorageFull" in str(e) or "code: 28" in str(e)
             what = "the disk is full" if full else str(e)
             raise CheckpointError(f"{self.directory} could not be written, nothing is left of it: {what}") from e
+
+
+def _json(entry: QuantizedEntry) -> dict[str, Any]:
+    return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
 def _dtype_name(name: str, t: Tensor) -> str:

@@ -63,10 +63,23 @@ def choose_weights(
             "\n".join(f"  {e.weight}: {e.reason}" for e in left) or "  (it multiplies no activation by a parameter)"
         )
         raise NoLinearError(f"the model has no weight to quantize:\n{listing}")
+    _check_orders(sites, settings)
     check_group_sizes(
         {s.weight: (s.layout.shape, s.layout.in_features, settings[s.weight]) for s in sites if s.weight in settings}
     )
     return Selection(tuple(s for s in sites if s.weight in settings), settings, tuple(left))
+
+
+def _check_orders(sites: tuple[LinearSite, ...], settings: dict[str, GPTQConfig]) -> None:
+    """One order of the columns is stored per weight, so one with several Hessians cannot follow "group" order."""
+    for s in sites:
+        whole = s.part == (0, s.layout.rows) and s.experts == 1
+        if s.weight in settings and settings[s.weight].act_order == "group" and not whole:
+            raise ConfigError(
+                f"{s.weight!r} {list(s.layout.shape)} has several Hessians (experts, or parts that read different "
+                'activations), so act_order="group" cannot order its columns: use "static", or give it a rule, '
+                'rules={name: {"act_order": "static"}}'
+            )
 
 
 def check_group_sizes(weights: dict[str, tuple[tuple[int, ...], int, GPTQConfig]]) -> None:

@@ -7,6 +7,7 @@ module classes: `products.py` knows the operators, `weight_views.py` what lies b
 import dataclasses
 import re
 from collections import deque
+from collections.abc import Collection
 
 from torch import fx
 
@@ -16,7 +17,9 @@ from gptq_ao.passes.records import Excluded, LinearSite, Program, Rows, dim
 from gptq_ao.passes.token_rows import TokenRows
 from gptq_ao.passes.weight_views import read_matrix, trace_parameter
 
-__all__ = ["find_linears"]
+__all__ = ["ROUTER", "find_linears", "left_out_by_name"]
+
+ROUTER = "router: decides which experts run"
 
 _EMBEDDINGS = {"aten::embedding", "aten::embedding_bag"}
 # Ops that keep the rows of an activation: XᵀX is the same before and after.
@@ -120,13 +123,17 @@ def _with_reasons(sites: list[LinearSite], program: Program, heads: frozenset[st
     }
 
     def reason(site: LinearSite) -> str | None:
-        if site.weight in embedded:
-            return "also the embedding table"
-        if site.weight in heads or _HEADS.fullmatch(site.weight):
-            return "output head"
-        return "router: decides which experts run" if _chooses(nodes[site.node]) else site.left_out
+        by_name = left_out_by_name(site.weight, embedded, heads)
+        return by_name or (ROUTER if _chooses(nodes[site.node]) else site.left_out)
 
     return [dataclasses.replace(s, left_out=reason(s)) for s in sites]
+
+
+def left_out_by_name(weight: str, embedded: Collection[str], heads: Collection[str]) -> str | None:
+    """Why a weight is not quantized by default, as far as that does not depend on what becomes of its products."""
+    if weight in embedded:
+        return "also the embedding table"
+    return "output head" if weight in heads or _HEADS.fullmatch(weight) else None
 
 
 def _chooses(node: fx.Node) -> bool:

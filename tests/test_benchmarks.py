@@ -45,3 +45,14 @@ def test_capture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[2].split()[0] == "8B"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "streaming.py"))
+    size = ["--gigabytes", "0.0001", "--hidden", "128", "--intermediate", "128", "--fraction", "1000", "--tokens", "32"]
+    monkeypatch.setattr(sys, "argv", ["x", *size, str(tmp_path)])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("stream: private memory at most")
+    assert lines[-1] == "equal, byte for byte: True"

@@ -133,6 +133,7 @@ def test_a_stack_of_matrices(bits: int, order: bool, transposed: bool, tmp_path:
     manifest = json.loads((tmp_path / "out" / "gptq_ao.json").read_text())
     assert manifest["format_version"] == 2
     assert manifest["quantized"]["experts"]["shape"] == [3, 20, 36]
+    assert "view_as" not in manifest["quantized"]["experts"]
     shape = (3, 36, 20) if transposed else (3, 20, 36)
     other = nn.ParameterDict({"experts": torch.zeros(shape), "norm": torch.zeros(3)})
     again = load_quantized(other, tmp_path / "out").experts
@@ -144,6 +145,26 @@ def test_a_stack_of_matrices(bits: int, order: bool, transposed: bool, tmp_path:
     edit(tmp_path / "out", lambda m: m["quantized"]["experts"].update(shape=[1, 3, 20, 36]))
     with pytest.raises(CheckpointError, match=r"is damaged: ValueError: 'experts' cannot be"):
         load_quantized(other, tmp_path / "out")
+
+
+def test_a_convolution_keeps_its_shape(tmp_path: Path) -> None:
+    x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
+
+    def convolutions() -> nn.Sequential:
+        return seeded(nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 4, 1)))
+
+    model = convolutions()
+    report: Any = quantize_(model, gptq_config(4, 8, calibration=[x]))
+    assert [w.shape for w in report.weights] == [(16, 8, 3, 3), (4, 16, 1, 1)]
+    save_quantized(model, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "gptq_ao.json").read_text())
+    assert manifest["format_version"] == 2
+    assert manifest["quantized"]["0.weight"]["view_as"] == [16, 8, 3, 3]
+    again = load_quantized(convolutions(), tmp_path / "out")
+    assert torch.equal(again(x), model(x))
+    edit(tmp_path / "out", lambda m: m["quantized"]["0.weight"].update(view_as=[16, 8, 3, 4]))
+    with pytest.raises(CheckpointError, match=r"is damaged: ValueError: '0.weight' cannot be"):
+        load_quantized(convolutions(), tmp_path / "out")
 
 
 def test_nothing_is_overwritten(saved: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """From directory to directory: the same bytes as in memory, without the memory, and all of it or nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "head": ("llama", {"bits": 4, "sym": False, "rules": {"lm_head": {"bits": 8}}}),
     "gpt2": ("gpt2", {"bits": 2, "act_order": "none"}),
+    "experts": ("qwen3_moe", {"bits": 4, "group_size": 16}),
     "rtn": ("llama", {"bits": 4, "method": "rtn"}),
     "rtn-experts": ("qwen3_moe", {"bits": 4, "group_size": 16, "method": "rtn"}),
 }
@@ -180,7 +182,7 @@ def test_a_quarter_of_the_model_s_size_is_enough_memory(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=512,
         intermediate_size=1536,
-        num_hidden_layers=40,
+        num_hidden_layers=24,
         num_attention_heads=4,
         num_key_value_heads=4,
         vocab_size=512,
@@ -190,10 +192,14 @@ def test_a_quarter_of_the_model_s_size_is_enough_memory(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     del model
 
+    # Left alone, glibc keeps freed weights in its heap, where later ones of other sizes do not fit.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+
     def run(where: str, limit: int) -> subprocess.CompletedProcess[str]:
         arguments = [where, str(tmp_path / "model"), str(tmp_path / where), str(limit)]
-        return subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", MEASURE, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     done = run("stream", size // 4)
     assert done.returncode == 0, done.stderr
-    assert run("memory", size // 4).returncode != 0  # the limit would be noticed
+    assert "memory" in run("memory", size // 4).stderr.splitlines()[-1]  # the limit would be noticed

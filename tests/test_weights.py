@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_ao import gptq_config, quantize_
+from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
 from gptq_ao.errors import ConfigError
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights
@@ -66,6 +66,10 @@ def test_an_offloaded_model_becomes_the_same(way: str, method: str, in_memory: A
         assert type(found) is type(wanted.detach()), name
         for part in wanted.__tensor_flatten__()[0] if isinstance(wanted, GroupTensor) else ["data"]:
             assert torch.equal(getattr(found, part), getattr(wanted, part)), name
+    save_quantized(offloaded, tmp_path / "saved")
+    again: Any = load_quantized(original(), tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
 def test_what_is_not_quantized_stays_offloaded() -> None:
