@@ -13,6 +13,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.activations import ActivationStore, Budget
+from gptq_ao.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.memory import MaxMemory, choose_budget, read_limits
