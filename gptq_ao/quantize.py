@@ -93,7 +93,7 @@ def quantize_weights(
                 "max_memory cannot be kept, since the model cannot be captured as one graph: all batches would wait in "
                 f"the middle of a forward. {e}"
             ) from e
-        return _in_step(weights, batches, config, filter_fn, run_on, str(e), clock)
+        return _in_step(weights, batches, config, filter_fn, run_on, e, clock)
     prepared.warn()
     with clock("plan"):
         weights.check(prepared.selection)
@@ -115,7 +115,7 @@ def _in_step(
     config: GPTQConfig,
     filter_fn: FilterFn | None,
     device: torch.device,
-    reason: str,
+    reason: CaptureError,
     clock: Clock,
 ) -> Report:
     """Without a graph."""
@@ -125,7 +125,11 @@ def _in_step(
             f"first, model.to({str(device)!r}). {reason}"
         )
     with clock("plan"):
-        sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
+        try:
+            sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
+        except Exception as e:  # whatever the model's forward raises: then the capture had no chance
+            reason.add_note(f"The model's own forward failed as well: {type(e).__name__}: {e}")
+            raise reason from e
         selection = choose_weights(sites, excluded, config, wanted_by(weights.model, filter_fn))
         check_support(config, selection)
         weights.check(selection)
@@ -134,7 +138,7 @@ def _in_step(
     with clock("solve"):
         done, notes = run_in_step(weights, batches, selection, config)
     report = _report(done, prepared, clock)
-    return dataclasses.replace(report, stages=len(done), capture="replay", capture_reason=reason, notes=notes)
+    return dataclasses.replace(report, stages=len(done), capture="replay", capture_reason=str(reason), notes=notes)
 
 
 @torch.no_grad()
