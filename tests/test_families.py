@@ -15,6 +15,7 @@ EXPECTED = {
     "diffusion UNet block": (16, 13),
     "robot policy, action chunks": (11, 12),
     "dataclass as output": (3, 2),
+    "distribution as output": (3, 2),
     "autocast inside": (2, 2),
     "activation checkpointing": (12, 8),
     "experts in a Python loop": (8, 8),
@@ -28,6 +29,8 @@ EXPECTED = {
     "FalconConfig": (8, 6),
     "GptOssConfig": (12, 8),
     "MambaConfig": (8, 8),
+    "Qwen3NextConfig": (19, 12),
+    "DINOv2": (13, 9),
 }
 
 

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import token_batches
+from . import causal_lm
 from .entry import Entry
 from .tiny import seeded_model, tiny_config
 
 __all__ = ["encoder_entries"]
 
 Batches = list[dict[str, Tensor]]
+
+
+def token_batches(length: int = 32) -> Batches:
+    return causal_lm.token_batches(rows=2, length=length)
 
 
 def images(**sizes: int) -> Batches:
