@@ -285,6 +285,7 @@ def _settings_of_this_thread() -> Callable[[], ExitStack]:
             stack.enter_context(torch.autocast(kind, dtype))
         if device is not None:
             stack.enter_context(torch.cuda.device(device))
+            torch.cuda.synchronize()  # makes the device's context that of this thread, which cuBLAS asks for
         return stack
 
     return enter
