@@ -1,6 +1,6 @@
 """The operators a quantized weight computes with, as `torch.library` sees them: schema, shape function, gradient.
 
-    gptq_ao::linear       x·Wᵀ
+    gptq_ao::linear       x·Wᵀ + bias
     gptq_ao::dequantize   W
 
 They take plain tensors and numbers, so torch.compile and torch.export keep each as one node, and the choice of a kernel
@@ -20,7 +20,7 @@ _PACKED = (
     "int bits, int group_size, int out_features, int in_features"
 )
 _library = torch.library.Library("gptq_ao", "DEF")
-_library.define(f"linear(Tensor x, {_PACKED}) -> Tensor")
+_library.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
 _library.define(f"dequantize({_PACKED}, ScalarType dtype) -> Tensor")
 
 
@@ -34,12 +34,14 @@ def _linear(
     group_size: int,
     out_features: int,
     in_features: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     from gptq_ao.kernels import cpu, reference
 
     if x.device.type == "cpu" and cpu.supports(x, qdata, bits, group_size):
-        return cpu.linear(x, qdata, scale_zero, perm, group_size, out_features, in_features)
-    return reference.linear(x, qdata, scale_zero, high_plane, perm, bits, out_features, in_features)
+        y = cpu.linear(x, qdata, scale_zero, perm, group_size, out_features, in_features)
+        return y if bias is None else y + bias
+    return reference.linear(x, qdata, scale_zero, high_plane, perm, bits, out_features, in_features, bias)
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, stacked: bool) -> str:
@@ -81,6 +83,7 @@ def _(
     group_size: int,
     out_features: int,
     in_features: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     torch._check(x.shape[-1] == in_features, lambda: f"x {tuple(x.shape)} does not end in {in_features} features")
     return x.new_empty(*x.shape[:-1], out_features)
@@ -102,14 +105,19 @@ def _(
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, qdata, scale_zero, high_plane, perm, *ctx.numbers = inputs
+    _, qdata, scale_zero, high_plane, perm, *ctx.numbers = inputs[:9]
     ctx.save_for_backward(qdata, scale_zero, high_plane, perm)
 
 
 def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dX = dY·W. Codes are integers: the weight itself has no gradient."""
-    weight = torch.ops.gptq_ao.dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
-    return (grad @ weight, *([None] * 8))
+    """dX = dY·W, and the sum of dY's rows. Codes are integers: the weight itself has no gradient."""
+    needed = ctx.needs_input_grad  # as many as inputs were given: a bias is optional
+    dx = dbias = None
+    if needed[0]:
+        dx = grad @ torch.ops.gptq_ao.dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
+    if any(needed[9:]):
+        dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return (dx, *([None] * 8), dbias)[: len(needed)]
 
 
 torch.library.register_autograd("gptq_ao::linear", _input_gradient, setup_context=_save_weight, lib=_library)

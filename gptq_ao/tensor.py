@@ -24,13 +24,13 @@ implements = GroupTensor.implements
 implements_torch_function = GroupTensor.implements_torch_function
 
 
-def _times_transposed(x: Tensor, weight: GroupTensor) -> Tensor:
-    """x·Wᵀ for a weight [N, K] (or a stack of them); x may be of another floating dtype than the weight."""
+def _times_transposed(x: Tensor, weight: GroupTensor, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + bias for a weight [N, K] (or a stack of them); x may be of another floating dtype than the weight."""
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not x.is_floating_point() or x.shape[-1] != weight.in_features:
         raise ValueError(f"a product with {weight!r} cannot take {x.dtype} {tuple(x.shape)}")
-    return ops.linear(x, *weight.packed())
+    return ops.linear(x, *weight.packed(), None if bias is None else bias.to(x.dtype))
 
 
 def _product(x: Any, y: Any) -> Tensor:
@@ -56,8 +56,9 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         raise NotImplementedError(f"linear takes a quantized weight only, got {kinds}")
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
-    y = x @ weight.dequantize(x.dtype).mT if weight.transposed else _times_transposed(x, weight)
-    return y if bias is None else y + bias.to(y.dtype)
+    if weight.transposed:
+        return torch.nn.functional.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _times_transposed(x, weight, bias)
 
 
 @implements([aten.mm.default, aten.bmm.default])
@@ -68,9 +69,10 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 @implements([aten.addmm.default])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     bias, x, y = args
-    product = _product(x, y) * kwargs.get("alpha", 1)
-    beta = kwargs.get("beta", 1)
-    return product if beta == 0 else product + bias * beta
+    if not kwargs and bias.dim() == 1 and isinstance(y, GroupTensor) and y.transposed:
+        return _times_transposed(x, y, bias)
+    dense = (t.dequantize(x.dtype) if isinstance(t, GroupTensor) else t for t in (x, y))
+    return torch.addmm(bias, *dense, **kwargs)
 
 
 @implements([aten.t.default, aten.transpose.int, aten.permute.default])

@@ -36,7 +36,8 @@ def linear(
     bits: int,
     out_features: int,
     in_features: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """x·Wᵀ in the dtype of x: [..., K] by [N, K], or a batch [E, M, K] by [E, N, K]."""
+    """x·Wᵀ + bias in the dtype of x: [..., K] by [N, K]; or without a bias a batch [E, M, K] by [E, N, K]."""
     weight = dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, x.dtype)
-    return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.mT)
+    return F.linear(x, weight, bias) if weight.dim() == 2 else torch.bmm(x, weight.mT)

@@ -61,7 +61,9 @@ def test_calibration_data(calibration: Any, message: str) -> None:
 
 
 def test_a_batch_the_model_cannot_take() -> None:
-    with pytest.raises(CaptureError, match=r"First check that model\(\*args, \*\*kwargs\) runs on a calibration batch") as e:
+    with pytest.raises(
+        CaptureError, match=r"First check that model\(\*args, \*\*kwargs\) runs on a calibration batch"
+    ) as e:
         quantize_(mlp(), gptq_config(4, 32, calibration=[torch.ones(2, 5)]))
     assert any("The model's own forward failed as well: RuntimeError: mat1" in note for note in e.value.__notes__)
 

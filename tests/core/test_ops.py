@@ -180,6 +180,17 @@ def test_input_gradient_in_bf16_is_the_dense_one(bits: int) -> None:
     assert ((x.grad.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_the_bias_is_added_before_the_result_is_rounded(dtype: torch.dtype) -> None:
+    packed = pack(40, 96, bits=4, group=24)  # a group size for which there is no kernel: dequantize and multiply
+    x, bias = random(34, 96, dtype=dtype).requires_grad_(), random(40, dtype=dtype, seed=3).requires_grad_()
+    y = ops.linear(x, *packed.arguments, bias)
+    assert torch.equal(y, torch.nn.functional.linear(x, packed.dense().to(dtype), bias))
+    torch.library.opcheck(ops.linear, (x, *packed.arguments, bias))
+    grad = random(34, 40, dtype=dtype, seed=4)
+    assert torch.equal(torch.autograd.grad(y, bias, grad)[0], grad.sum(0))
+
+
 def test_result_requires_a_gradient_only_if_x_does() -> None:
     packed = pack(19, 64, bits=3, group=32, permuted=True)
     y = ops.linear(random(5, 64).requires_grad_(), *packed.arguments)

@@ -160,8 +160,7 @@ class StochasticPolicy(nn.Module):
 class Autocast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        # No bias: in bf16 a quantized layer rounds the product before it adds the bias, a dense one afterwards.
-        self.inside, self.outside = nn.Linear(WIDTH, 48, bias=False), nn.Linear(48, 8)
+        self.inside, self.outside = nn.Linear(WIDTH, 48), nn.Linear(48, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
