@@ -28,7 +28,7 @@ from gptq_ao.preflight import linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock
 from gptq_ao.weights import Weights
 
-__all__ = ["Calibrated", "FilterFn", "Prepared", "prepare", "wanted_weights", "whole_model"]
+__all__ = ["Calibrated", "FilterFn", "Prepared", "check_support", "prepare", "wanted_weights", "whole_model"]
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -92,7 +92,7 @@ def prepare(
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
         selection = choose_weights(sites, excluded, config, wanted)
-        _check_support(config, selection)
+        check_support(config, selection)
         bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
         calibrated = None
         if any(c.method != "rtn" for c in selection.settings.values()):
@@ -111,7 +111,8 @@ def whole_model(module: nn.Module, name: str) -> bool:
     return name == ""
 
 
-def _check_support(config: GPTQConfig, selection: Selection) -> None:
+def check_support(config: GPTQConfig, selection: Selection) -> None:
+    """With `strict`, nothing may be left out that is neither by default nor by a rule."""
     missed = [e for e in selection.excluded if not e.expected]
     if config.strict and missed:
         listing = "\n".join(f"  {e.weight}: {e.reason}" for e in missed)

@@ -21,7 +21,7 @@ from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.records import Layout
 from gptq_ao.preflight import check_unquantized, output_heads
-from gptq_ao.prepare import FilterFn, Prepared, prepare, wanted_weights
+from gptq_ao.prepare import FilterFn, Prepared, check_support, prepare, wanted_weights
 from gptq_ao.replay import find_products, run_in_step
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
@@ -118,17 +118,40 @@ def _in_step(
             f"the model cannot be captured as one graph, so it has to run as a whole, on {device}: move it there "
             f"first, model.to({str(device)!r}). {reason}"
         )
+    if config.calibrate_all_experts:
+        raise ConfigError(
+            "calibrate_all_experts needs the model as one graph, and it cannot be captured as one: leave the setting "
+            f"out, or change the model. {reason}"
+        )
+    offloaded = next((n for n, p in weights.model.named_parameters() if p.device.type == "meta"), None)
+    if offloaded is not None:
+        raise ConfigError(
+            f"the model cannot be captured as one graph, so it has to run as a whole, and {offloaded!r} is offloaded "
+            f"or not loaded (it is on meta): load the model without offloading. {reason}"
+        )
     batches = read_batches(config.calibration)
     with clock("plan"):
-        sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
+        try:
+            sites, excluded = find_products(weights.model, batches, output_heads(weights.model), device)
+        except CaptureError as e:
+            raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
         selection = choose_weights(sites, excluded, config, wanted_weights(weights.model, filter_fn))
+        check_support(config, selection)
         prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
         prepared.warn()
         weights.check(selection)
-    with clock("solve"):
-        done, notes = run_in_step(weights, batches, selection, config)
-    report = _report(done, prepared, clock)
-    return dataclasses.replace(report, stages=len(done), capture="replay", capture_reason=reason, notes=notes)
+    if all(c.method == "rtn" for c in selection.settings.values()):
+        report = _report(round_all(weights, selection, clock), prepared, clock)
+        return dataclasses.replace(report, capture="replay", capture_reason=reason)
+    done = run_in_step(weights, batches, selection, config, device, clock)
+    return dataclasses.replace(
+        _report(list(done.weights), prepared, clock),
+        stages=done.hessians,
+        hessians=done.hessians,
+        capture="replay",
+        capture_reason=reason,
+        notes=done.notes,
+    )
 
 
 @torch.no_grad()
