@@ -90,6 +90,13 @@ def quantize(
     batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
     strict: Annotated[bool, typer.Option(help="Fail instead of falling back.")] = False,
+    strict_capture: Annotated[
+        bool, typer.Option(help="Fail if the model is not one graph, instead of running its forwards in step.")
+    ] = False,
+    expert_min_rows: Annotated[int, typer.Option(min=0, help="Experts with fewer rows share a Hessian.")] = 128,
+    calibrate_all_experts: Annotated[
+        bool, typer.Option(help="Every token reaches every expert, for the Hessians only.")
+    ] = False,
     stream: Stream = False,
     max_memory: MaxMemoryOption = None,
     device: Device = "cpu",
@@ -107,6 +114,9 @@ def quantize(
         damp_percent=damp_percent,
         method=method.value,
         strict=strict,
+        strict_capture=strict_capture,
+        expert_min_rows=expert_min_rows,
+        calibrate_all_experts=calibrate_all_experts,
     )
     limits = _limits(max_memory)
     tokenizer = load_tokenizer(model)

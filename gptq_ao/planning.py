@@ -14,12 +14,12 @@ from torch import nn
 
 from gptq_ao.activations import Budget
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import ConfigError
+from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.memory import Limits, MaxMemory, choose_budget, free_bytes, read_limits, readable
 from gptq_ao.ops import kernel_name
 from gptq_ao.passes.records import HessianGroup, Layout
 from gptq_ao.preflight import check_unquantized
-from gptq_ao.prepare import FilterFn, Prepared, prepare
+from gptq_ao.prepare import FilterFn, Prepared, calibration_batches, prepare
 from gptq_ao.report import Clock
 from gptq_ao.simulate import Footprint, fakes_on, simulate
 from gptq_ao.speed import measure_speed
@@ -138,7 +138,8 @@ def plan(
     of which shapes and dtypes matter. The device need not be there.
 
     Raises:
-        CalibrationError, CaptureError, NoLinearError: as `quantize_`.
+        CalibrationError, NoLinearError: as `quantize_`.
+        CaptureError: the model cannot be captured as one graph.
         ConfigError: as `quantize_`; or it would take more memory or disk than there is.
     """
     if not isinstance(config, GPTQConfig):
@@ -159,7 +160,12 @@ def plan_weights(
     clock = Clock()
     run_on = torch.device(device) if device is not None else weights.device
     limits = read_limits(max_memory, run_on)
-    prepared = prepare(weights, config, filter_fn, fakes_on(run_on), clock)
+    try:
+        prepared = prepare(weights, config, calibration_batches(config), filter_fn, fakes_on(run_on), clock)
+    except CaptureError as e:
+        if not config.strict_capture:
+            e.add_note("quantize_ would run the model's own forwards in step. What that takes cannot be planned.")
+        raise
     prepared.warn()
     with clock("plan"):
         if prepared.calibrated is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.batches import read_batches
+from gptq_ao.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, FusedSettingsWarning
 from gptq_ao.passes.canonicalize import canonicalize
@@ -28,7 +28,16 @@ from gptq_ao.preflight import linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock
 from gptq_ao.weights import Weights
 
-__all__ = ["Calibrated", "FilterFn", "Prepared", "check_support", "prepare", "wanted_weights", "whole_model"]
+__all__ = [
+    "Calibrated",
+    "FilterFn",
+    "Prepared",
+    "calibration_batches",
+    "check_support",
+    "prepare",
+    "wanted_by",
+    "whole_model",
+]
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -61,30 +70,42 @@ class Prepared:
     def warnings(self) -> tuple[str, ...]:
         return tuple(f"fused by inference engines, with different settings: {line}" for line in self.mixed)
 
-    def warn(self) -> None:
+    def warn(self, deeper: int = 0) -> None:
         """One warning for all sets, at the line that called `quantize_`, `quantize_checkpoint` or `plan`."""
         if self.mixed:
             warnings.warn(
                 "these weights are fused by inference engines such as vLLM and SGLang, which then want the same "
                 "settings for all of a set:\n  " + "\n  ".join(self.mixed),
                 FusedSettingsWarning,
-                stacklevel=4,  # this, what does the work, what is public
+                stacklevel=4 + deeper,  # this, what does the work, what is public
             )
 
 
+def calibration_batches(config: GPTQConfig) -> list[Batch] | None:
+    """The data, read once; None for rounding to nearest without data."""
+    return None if config.method == "rtn" and config.calibration is None else read_batches(config.calibration)
+
+
 def prepare(
-    weights: Weights, config: GPTQConfig, filter_fn: FilterFn | None, device: torch.device, clock: Clock
+    weights: Weights,
+    config: GPTQConfig,
+    batches: list[Batch] | None,
+    filter_fn: FilterFn | None,
+    device: torch.device,
+    clock: Clock,
 ) -> Prepared:
-    """Everything that can be wrong with the settings, the data or the model's form is raised here; see `quantize_`."""
-    model = weights.model
-    wanted = wanted_weights(model, filter_fn)
-    if config.method == "rtn" and config.calibration is None:
+    """Everything that can be wrong with the settings, the data or the model's form is raised here; see `quantize_`.
+
+    Args:
+        batches: of `calibration_batches`.
+    """
+    model, wanted = weights.model, wanted_by(weights.model, filter_fn)
+    if batches is None:
         with clock("plan"):
             sites, excluded = linear_modules(model)
             selection = choose_weights(sites, excluded, config, wanted)
         return Prepared(selection, weights.device, mixed_sets(sites, selection), None)
 
-    batches = read_batches(config.calibration)
     with clock("capture"):
         program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), device)
     with clock("plan"):
@@ -100,9 +121,11 @@ def prepare(
     return Prepared(selection, device if calibrated else weights.device, mixed_sets(sites, selection), calibrated)
 
 
-def wanted_weights(model: nn.Module, filter_fn: FilterFn | None) -> Callable[[str], bool]:
-    """The filter as a condition on parameter names."""
-    return (lambda name: True) if filter_fn in (None, whole_model) else name_filter(model, filter_fn)
+def wanted_by(model: nn.Module, filter_fn: FilterFn | None) -> Callable[[str], bool]:
+    """A condition on the names of parameters."""
+    if filter_fn is None or filter_fn is whole_model:
+        return lambda name: True
+    return name_filter(model, filter_fn)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
@@ -112,7 +135,7 @@ def whole_model(module: nn.Module, name: str) -> bool:
 
 
 def check_support(config: GPTQConfig, selection: Selection) -> None:
-    """With `strict`, nothing may be left out that is neither by default nor by a rule."""
+    """With `strict`, no weight may be left as it is for want of support."""
     missed = [e for e in selection.excluded if not e.expected]
     if config.strict and missed:
         listing = "\n".join(f"  {e.weight}: {e.reason}" for e in missed)

@@ -13,7 +13,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.activations import ActivationStore, Budget
-from gptq_ao.batches import read_batches
+from gptq_ao.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.memory import MaxMemory, choose_budget, read_limits
@@ -21,7 +21,7 @@ from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.records import Layout
 from gptq_ao.preflight import check_unquantized, output_heads
-from gptq_ao.prepare import FilterFn, Prepared, check_support, prepare, wanted_weights
+from gptq_ao.prepare import FilterFn, Prepared, calibration_batches, check_support, prepare, wanted_by
 from gptq_ao.replay import find_products, run_in_step
 from gptq_ao.report import Clock, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
@@ -81,14 +81,19 @@ def quantize_weights(
     clock = Clock()
     run_on = torch.device(device) if device is not None else weights.device
     limits = read_limits(max_memory, run_on)
-    if config.calibration is not None:
-        config = config.with_calibration(read_batches(config.calibration))  # once: it may be a generator
+    batches = calibration_batches(config)
     try:
-        prepared = prepare(weights, config, filter_fn, run_on, clock)
+        prepared = prepare(weights, config, batches, filter_fn, run_on, clock)
     except CaptureError as e:
         if config.strict_capture or not isinstance(weights, ModelWeights):
             raise
-        return _in_step(weights, config, filter_fn, run_on, str(e), clock)
+        assert batches is not None
+        if max_memory is not None:
+            raise ConfigError(
+                "max_memory cannot be kept, since the model cannot be captured as one graph: all batches would wait in "
+                f"the middle of a forward. {e}"
+            ) from e
+        return _in_step(weights, batches, config, filter_fn, run_on, str(e), clock)
     prepared.warn()
     with clock("plan"):
         weights.check(prepared.selection)
@@ -106,6 +111,7 @@ def quantize_weights(
 
 def _in_step(
     weights: ModelWeights,
+    batches: list[Batch],
     config: GPTQConfig,
     filter_fn: FilterFn | None,
     device: torch.device,
@@ -129,17 +135,16 @@ def _in_step(
             f"the model cannot be captured as one graph, so it has to run as a whole, and {offloaded!r} is offloaded "
             f"or not loaded (it is on meta): load the model without offloading. {reason}"
         )
-    batches = read_batches(config.calibration)
     with clock("plan"):
         try:
             sites, excluded = find_products(weights.model, batches, output_heads(weights.model), device)
         except CaptureError as e:
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
-        selection = choose_weights(sites, excluded, config, wanted_weights(weights.model, filter_fn))
+        selection = choose_weights(sites, excluded, config, wanted_by(weights.model, filter_fn))
         check_support(config, selection)
-        prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
-        prepared.warn()
         weights.check(selection)
+    prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
+    prepared.warn(deeper=1)
     if all(c.method == "rtn" for c in selection.settings.values()):
         report = _report(round_all(weights, selection, clock), prepared, clock)
         return dataclasses.replace(report, capture="replay", capture_reason=reason)
@@ -186,4 +191,5 @@ def _report(
         seconds=clock.seconds,
         peak_bytes=peak,
         warnings=prepared.warnings,
+        capture="export" if "capture" in clock.seconds else "none",
     )

@@ -52,11 +52,11 @@ class Report:
         peak_bytes: so far in this process. "host": resident memory; "cuda": PyTorch's allocator, where CUDA is in use.
             Of this call, if it was calibrated: the activations that waited on the device ("activations"), in host
             memory besides ("offloaded"), and in files ("files").
+        warnings: what may be a problem for whoever uses the result.
         capture: how the model was followed: "export", as one graph; "replay", by running its forwards in step; "none",
             without data.
         capture_reason: why it is not one graph, for "replay".
         notes: what was done less well than it could have been, beside the fallbacks.
-        warnings: what may be a problem for whoever uses the result.
     """
 
     weights: tuple[WeightReport, ...]
@@ -65,10 +65,10 @@ class Report:
     hessians: int
     seconds: Mapping[str, float]
     peak_bytes: Mapping[str, int]
+    warnings: tuple[str, ...] = ()
     capture: str = "export"
     capture_reason: str | None = None
     notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -92,10 +92,10 @@ class Report:
             "layers": [asdict(w) for w in self.weights],
             "excluded": dict(self.excluded),
             "fallbacks": self.fallbacks,
+            "warnings": list(self.warnings),
             "capture": self.capture,
             "capture_reason": self.capture_reason,
             "notes": list(self.notes),
-            "warnings": list(self.warnings),
         }
 
     def __str__(self) -> str:
@@ -115,10 +115,10 @@ class Report:
             f"{self.bits_per_weight:.3f} bits per weight"
         )
         lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
+        lines += [f"warning: {text}" for text in self.warnings]
         if self.capture_reason is not None:
             lines.append(f"not captured as one graph, its forwards were run in step: {self.capture_reason}")
         lines += [f"note: {note}" for note in self.notes]
-        lines += [f"warning: {text}" for text in self.warnings]
         lines.append(", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items()))
         return "\n".join(lines)
 

@@ -15,11 +15,13 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no key-value cache, no fused attention module (it hides its weights). In Hugging Face
-    configs, attention that cannot be captured becomes "sdpa", and experts "grouped_mm": one product for all experts
-    instead of a loop over those that the data selects. All of it is restored on exit."""
+    """Eval mode, no gradients, no key-value cache, no fused attention module (it hides its weights), no checks of
+    distributions' parameters (they read values). In Hugging Face configs, attention that cannot be captured becomes
+    "sdpa", and experts "grouped_mm": one product for all experts instead of a loop over those that the data selects.
+    All of it is restored on exit."""
     training = [m for m in model.modules() if m.training]
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    checks = torch.distributions.Distribution._validate_args
     changed: list[tuple[Any, str, Any]] = []
     try:
         model.eval()
@@ -29,10 +31,12 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
                 # Not setattr: transformers' setters of these pass the value on to sub-configs and models, unasked.
                 vars(config)[name] = value
         torch.backends.mha.set_fastpath_enabled(False)
+        torch.distributions.Distribution.set_default_validate_args(False)
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.distributions.Distribution.set_default_validate_args(checks)
         for config, name, value in reversed(changed):
             if value is _MISSING:
                 vars(config).pop(name, None)

@@ -143,11 +143,23 @@ def _plain_signature(
     yield pytree.tree_unflatten([None if i in fixed else leaf for i, leaf in enumerate(flat)], spec)
 
 
-def _plain_outputs(value: Any) -> Any:
-    """Outputs of kinds that pytree does not know become those it does: only the tensors matter here."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
-        return {f.name: _plain_outputs(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if inspect.isgenerator(value) else value
+def _plain_outputs(value: Any, inside: frozenset[int] = frozenset()) -> Any:
+    """Objects that pytree does not know (dataclasses, distributions) become dicts of the tensors and objects they hold:
+    only the tensors matter here. `inside`: the objects that hold this one."""
+    if inspect.isgenerator(value):
+        return [_plain_outputs(v, inside) for v in value]
+
+    def plain(leaf: Any) -> Any:
+        if not _is_object(leaf) or isinstance(leaf, torch.Tensor):
+            return leaf
+        held = {n: v for n, v in vars(leaf).items() if _is_object(v) or isinstance(v, dict | list | tuple)}
+        return {n: _plain_outputs(v, inside | {id(leaf)}) for n, v in held.items() if id(v) not in inside}
+
+    return pytree.tree_map(plain, value)
+
+
+def _is_object(leaf: Any) -> bool:
+    return hasattr(leaf, "__dict__") and not isinstance(leaf, type | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _two_rows(batch: Batch) -> Batch:

@@ -56,7 +56,7 @@ _REASONS: Sequence[tuple[str, str, str]] = (
     (
         r"[Uu]nsupported input type|only supports pytree|output.*(type|pytree)|generator",
         "an input or output has a type that torch.export does not know",
-        "pass and return tensors, in tuples, lists, dicts or dataclasses",
+        "pass tensors, in tuples, lists or dicts, and return them in such or in attributes of objects",
     ),
 )
 

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from gptq_ao import activation_rows
 from gptq_ao.passes.records import dim
 
-__all__ = ["MULTIPLYING", "Product", "multiplies", "op_name", "products"]
+__all__ = ["DEPTHWISE", "MULTIPLYING", "Product", "multiplies", "op_name", "products"]
 
+DEPTHWISE = "depthwise convolution: a filter sees one channel only"
 Arrange = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
@@ -108,7 +109,7 @@ def _filters(x: fx.Node, w: fx.Node, stride: Any, padding: Any, dilation: Any, g
         lambda view: view.reshape(groups, view.shape[0] // groups, -1),
         any_shape=True,
         arrange=(activation_rows.patches, (kernel, _each(stride, n, 1), pads, _each(dilation, n, 1), groups)),
-        note="depthwise convolution: a filter sees one channel only" if alone else None,
+        note=DEPTHWISE if alone else None,
     )
 
 

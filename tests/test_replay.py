@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptq_ao import gptq_config, quantize_
-from gptq_ao.errors import CaptureError, ConfigError, NonFiniteError, SolverError
+from gptq_ao import gptq_config, plan, quantize_
+from gptq_ao.errors import CaptureError, ConfigError, FusedSettingsWarning, NonFiniteError, SolverError
 from gptq_ao.quantize import quantize_weights
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights
 
+from .families.causal_lm import causal_lm_of
 from .models import seeded, tiny_llama, token_batches
 
 
@@ -133,6 +134,45 @@ def test_it_agrees_with_the_graph_where_both_work(act_order: str, monkeypatch: p
         assert isinstance(a, GroupTensor)
         assert isinstance(b, GroupTensor)
         assert (a.codes() == b.codes()).double().mean() >= 0.999  # sums in another order: ties may fall either way
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "FalconMamba"])
+def test_products_other_than_linear_agree_with_the_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacked experts, multiplied by one grouped product, and a depthwise convolution."""
+    import transformers
+
+    (graph, batches), (step, _) = (causal_lm_of(getattr(transformers, f"{family}Config")) for _ in range(2))
+    config = gptq_config(4, -1, calibration=batches)
+    by_graph = quantize_(graph, config)
+    without_a_graph(monkeypatch)
+    by_step = quantize_(step, config)
+    assert by_graph is not None
+    assert by_step is not None
+    rows = {w.name: (w.rows, w.fallback) for w in by_graph.weights}
+    assert {w.name: (w.rows, w.fallback) for w in by_step.weights} == rows
+    reasons = {n: r for n, r in by_graph.excluded.items() if r.startswith(("router", "depthwise", "output head"))}
+    assert reasons
+    assert {n: by_step.excluded[n] for n in reasons} == reasons
+    for name in rows:
+        a, b = graph.get_parameter(name), step.get_parameter(name)
+        assert isinstance(a, GroupTensor)
+        assert isinstance(b, GroupTensor)
+        assert (a.codes() == b.codes()).double().mean() >= 0.999  # sums in another order: ties may fall either way
+
+
+def test_a_product_in_no_supported_form_is_named() -> None:
+    class Transposed(Branching):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.zeros(2 * 32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ self.stack.view(2, 32, 32)[1]
+
+    report = replayed(seeded(Transposed()), [randn(6, 32)])
+    assert report.excluded["stack"] == "matmul reads it across its rows and input features"
+    with pytest.raises(ConfigError, match="stack: matmul reads it across"):
+        replayed(seeded(Transposed()), [randn(6, 32)], strict=True)
 
 
 def test_experts_that_the_data_selects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,3 +312,35 @@ def test_autocast_of_the_caller_reaches_the_forwards() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         replayed(seeded(Notes()), [randn(20, 32)])
     assert set(seen[-1:]) == {torch.bfloat16}
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_and_a_plan_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise CaptureError("data-dependent branch")
+
+    monkeypatch.setattr("gptq_ao.prepare.capture", fail)
+    config = gptq_config(4, 32, calibration=token_batches(1))
+    with pytest.raises(ConfigError, match=r"max_memory cannot be kept, since the model cannot be captured .* branch"):
+        quantize_(tiny_llama(layers=1), config, max_memory={"cpu": 0})
+    with pytest.raises(CaptureError, match="data-dependent branch") as e:
+        plan(tiny_llama(layers=1), config)
+    assert "run the model's own forwards in step" in e.value.__notes__[0]
+
+
+def test_a_fused_set_of_experts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = [e(x) for e in self.experts if float(x.sum()) > -1e9]
+            return torch.stack(chosen).sum(0)
+
+    block = seeded(nn.Sequential(nn.Linear(32, 32), Mixture()))
+    rules = {"re:1.experts.2": {"bits": 8}}
+    with pytest.warns(FusedSettingsWarning, match=r"1.experts.2.weight: 8 bits") as caught:
+        report: Any = quantize_(block, gptq_config(4, 32, rules=rules, calibration=[torch.ones(4, 32)]))
+    assert caught[0].filename == __file__
+    assert report.capture == "replay"
+    assert len(report.warnings) == 1

@@ -37,14 +37,15 @@ class Row:
     """What `quantize_` did to one entry.
 
     Attributes:
-        path: what captured the model; "" if nothing did.
+        path: how the model was followed, "export" or "replay"; "" if it was not.
+        reason: why it is not one graph, for "replay".
         quantized: number of parameters that are quantized now.
         missed: parameters that the model multiplies with activations and that are neither quantized nor left out on
             purpose, each with the reason the pass gives.
         left_out: why parameters are left out on purpose, and how many.
         without_data: quantized, but rounded to nearest since no calibration row reached them.
         difference: between the eager model and the segmented graph, both quantized, over all outputs and batches;
-            0.0 is bit-equality. None: not known.
+            0.0 is bit-equality. None: there is no graph.
         generates: whether `generate` with a cache works afterwards; None: it did not before either.
         problem: the first exception, or "".
     """
@@ -52,6 +53,7 @@ class Row:
     name: str
     group: str
     path: str = ""
+    reason: str = ""
     quantized: int = 0
     missed: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -69,7 +71,8 @@ class Row:
 
     @property
     def good(self) -> bool:
-        return not self.missed and self.difference == 0.0 and self.generates is not False and not self.problem
+        exact = self.difference == 0.0 or self.path == "replay"
+        return exact and not self.missed and self.generates is not False and not self.problem
 
 
 def run(entry: Entry) -> Row:
@@ -96,17 +99,19 @@ def _try(entry: Entry, facts: dict[str, Any]) -> None:
     with keep_plan() as kept:
         report = quantize_(model, gptq_config(4, -1, calibration=batches))
     assert report is not None
-    ((program, plan),) = kept
     done = {w.name for w in report.weights}
     reasons = dict(report.excluded)
-    facts["path"] = "export"
+    facts["path"], facts["reason"] = report.capture, report.capture_reason or ""
     facts["stages"], facts["hessians"] = report.stages, report.hessians
     facts["quantized"], facts["without_data"] = len(done), len(report.fallbacks)
-    facts["difference"] = max(
-        largest_difference(eager_outputs(model, b), segmented_outputs(model, program, plan, b)) for b in batches
-    )
-    # A product whose result nobody uses is not in the graph; that the outputs are the same proves it.
-    on_purpose = (*_ON_PURPOSE, "not used by the captured forward") if facts["difference"] == 0 else _ON_PURPOSE
+    on_purpose: tuple[str, ...] = _ON_PURPOSE
+    for program, plan in kept:
+        facts["difference"] = max(
+            largest_difference(eager_outputs(model, b), segmented_outputs(model, program, plan, b)) for b in batches
+        )
+        if facts["difference"] == 0:
+            # A product whose result nobody uses is not in the graph; that the outputs are the same proves it.
+            on_purpose = (*_ON_PURPOSE, "not used by the captured forward")
     left = {n: r for n, r in reasons.items() if n in multiplied and r.startswith(on_purpose)}
     facts["left_out"] = dict(Counter(r.partition(":")[0] for r in left.values()))
     facts["missed"] = {n: reasons.get(n, "not listed") for n in sorted(multiplied - done - set(left))}

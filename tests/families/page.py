@@ -1,6 +1,7 @@
 """Rows → docs/supported-models.md."""
 
 import platform
+import re
 from collections.abc import Iterable
 
 import torch
@@ -79,9 +80,15 @@ def _notes(row: Row) -> str:
         for reason, names in by_reason.items()
     ]
     fallbacks = [f"{row.without_data} rounded to nearest or solved with pooled rows"] if row.without_data else []
-    problem = [row.problem.split(". First check")[0]] if row.problem else []
+    problem = [_short(text) for text in (row.problem, row.reason) if text]
     notes = "; ".join([*problem, *missed, *([f"left out: {left}"] if left else []), *fallbacks])
     return " ".join(notes.replace("|", "\\|").split())
+
+
+def _short(message: str) -> str:
+    """What happened, and at which line of which file: without advice and without the path to it."""
+    what = message.partition("What to do:")[0].strip()
+    return re.sub(r"at \S*/([^/]+\.py:\d+)", r"at \1", what)
 
 
 def _versions() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models import Attention, seeded
@@ -142,6 +142,19 @@ class DataclassOutput(nn.Module):
     def forward(self, x: Tensor) -> Prediction:
         h = self.body(x).relu()
         return Prediction(self.mean(h), F.softplus(self.scale(h)))
+
+
+class StochasticPolicy(nn.Module):
+    """Reinforcement learning: the actions' distribution, squashed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mean, self.scale = nn.Linear(WIDTH, 48), nn.Linear(48, 8), nn.Linear(48, 8)
+
+    def forward(self, x: Tensor) -> distributions.Distribution:
+        h = self.body(x).relu()
+        actions = distributions.Independent(distributions.Normal(self.mean(h), self.scale(h).exp()), 1)
+        return distributions.TransformedDistribution(actions, [distributions.TanhTransform()])
 
 
 class Autocast(nn.Module):
@@ -281,6 +294,7 @@ _TABLE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batches]]] = {
     ),
     "diffusion transformer (DiT) block": (DiTBlock, lambda: together(x=noise(2, 24, WIDTH), t=steps())),
     "robot policy, action chunks": (ActionPolicy, lambda: together(image=noise(2, 3, 32, 32), state=noise(2, 7))),
+    "distribution as output": (StochasticPolicy, sequences),
     "dataclass as output": (DataclassOutput, sequences),
     # More rows than the CPU's int4 kernel takes, which rounds its scales to bf16.
     "autocast inside": (Autocast, lambda: noise(8, 40, WIDTH)),

@@ -73,11 +73,8 @@ def largest_difference(eager: list[Tensor], graph: list[Tensor]) -> float:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Also of output dataclasses that pytree does not know."""
-    found = []
+    """Also of objects that pytree does not know."""
+    found: list[Tensor] = []
     for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dataclass_fields__"):
-            found += _tensors([getattr(leaf, name) for name in leaf.__dataclass_fields__])
+        found += [leaf] if isinstance(leaf, Tensor) else _tensors(vars(leaf)) if hasattr(leaf, "__dict__") else []
     return found

@@ -152,7 +152,7 @@ class Opaque(Linear):
 
 
 class Unknown:
-    pass
+    __slots__ = ("x",)
 
 
 class ReturnsUnknown(Linear):
@@ -177,7 +177,7 @@ class TwoInputs(Linear):
         (Positions(), "x.tolist()", "looping over the token ids.*put position_ids into every batch"),
         (FlashAttention(), "from flash_attn import", "flash attention .*attn_implementation='sdpa'"),
         (Opaque(), "gptq_ao_test_capture.opaque", "no implementation for tensors without data.*register_fake"),
-        (ReturnsUnknown(), "", "a type that torch.export does not know.*tuples, lists, dicts or dataclasses"),
+        (ReturnsUnknown(), "", "a type that torch.export does not know.*tuples, lists or dicts, and return"),
         (TwoInputs(), "", "does not fit the model's signature.*It said: TypeError: .*'mask'"),
     ],
 )
@@ -235,6 +235,28 @@ def test_outputs_of_an_unknown_dataclass() -> None:
 
     program = capture(Wraps(), as_batch(torch.ones(2, 4)))
     assert len(program.inputs) == 1
+
+
+def test_a_distribution_as_output() -> None:
+    """Of a policy that squashes its actions. The checks of a distribution's parameters, which read values, are off."""
+    from torch.distributions import Distribution, Independent, Normal, TanhTransform, TransformedDistribution
+
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            actions = Normal(self.linear(x), self.scale(x).exp())
+            return TransformedDistribution(Independent(actions, 1), [TanhTransform()])
+
+    before = Distribution._validate_args
+    program = capture(Policy(), as_batch(torch.ones(2, 4)))
+    assert Distribution._validate_args is before
+    (output,) = program.graph.find_nodes(op="output")
+    assert sum(str(n.target) == "aten.linear.default" for n in program.graph.nodes) == 2
+    tensors = [n for n in output.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+    assert len(tensors) == 2  # loc and scale; the others are sizes
 
 
 def test_calibration_mode_restores_when_the_body_raises() -> None:
