@@ -1,8 +1,8 @@
 """Models that cannot be one graph: their forwards are run in step."""
 
-import _thread
 import contextvars
 import copy
+import signal
 import threading
 from typing import Any
 
@@ -98,7 +98,6 @@ def dense_copy(model: nn.Module, make: Any) -> nn.Module:
 
 def test_a_branch_on_the_data(no_graph: pytest.MonkeyPatch) -> None:
     no_graph.undo()
-    threads = threading.active_count()
     model = seeded(Branching())
     batches = [randn(20, 32, seed=i) * (i + 1) for i in range(4)]
     report = replayed(model, batches)
@@ -111,7 +110,7 @@ def test_a_branch_on_the_data(no_graph: pytest.MonkeyPatch) -> None:
     dense = dense_copy(model, lambda: seeded(Branching()))
     with torch.no_grad():
         assert all(torch.equal(model(b), dense(b)) for b in batches)
-    assert threading.active_count() == threads
+    assert no_forward_is_left()
 
 
 def test_each_layer_is_solved_on_what_quantized_layers_give_it() -> None:
@@ -276,10 +275,10 @@ def test_every_batch_counts_wherever_its_experts_come_in_the_order() -> None:
     assert rows["first.up"] == sum(rows[f"first.down.{e}.weight"] for e in range(8)) == 6 * 4 * 2
     stages = {w.name: w.stage for w in report.weights}
     assert stages["first.down.7.weight"] < stages["middle.weight"] < stages["up"] < stages["last.weight"]
-    # What the forwards computed under way is what the quantized model computes: no product used a dense weight.
-    under_way = model.outputs[-len(batches) :]
+    # What the forwards computed under way is what the dequantized weights give: no product used an original weight.
+    under_way, dense = model.outputs[-len(batches) :], dense_copy(model, lambda: seeded(TwoLayers()))
     with torch.no_grad():
-        now = [model(b) for b in batches]
+        now = [dense(b) for b in batches]
     assert all(any(torch.equal(a, b) for b in now) for a in under_way)
     assert all(any(torch.equal(a, b) for b in under_way) for a in now)
 
@@ -325,29 +324,29 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.plain = nn.Linear(16, 16)
-        for name in ("tied", "whole_and_part", "masked", "table", "idle", "added"):
-            setattr(self, name, nn.Parameter(torch.zeros(16, 16)))
-        self.strided = nn.Parameter(torch.zeros(16, 16).t())
-        self.register_buffer("mask", torch.ones(16, 16).tril())
+        names = ("tied", "both", "masked", "table", "idle", "added", "strided")
+        self.odd = nn.ParameterDict({n: nn.Parameter(torch.zeros(16, 16)) for n in names})
+        self.odd["strided"] = nn.Parameter(torch.zeros(16, 16).t())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.plain(x) + F.embedding(torch.arange(16), self.table)[:1]
-        x = F.linear(F.linear(x, self.tied).relu(), self.tied.t())
-        x = F.linear(x, self.whole_and_part) + F.pad(F.linear(x, self.whole_and_part[:8]), (0, 8))
-        return F.linear(x, self.masked * self.mask) + self.added.sum(0) + F.linear(x, self.strided)
+        w = self.odd
+        x = self.plain(x) + F.embedding(torch.arange(16), w["table"])[:1]
+        x = F.linear(F.linear(x, w["tied"]).relu(), w["tied"].t())
+        x = F.linear(x, w["both"]) + F.pad(F.linear(x, w["both"][:8]), (0, 8))
+        return F.linear(x, w["masked"] * torch.ones(16, 16).tril()) + w["added"].sum(0) + F.linear(x, w["strided"])
 
 
 def test_what_is_left_out_is_listed_with_the_reason() -> None:
     report = replayed(seeded(Odd()), [randn(20, 16)])
     assert [w.name for w in report.weights] == ["plain.weight"]
     assert report.excluded == {
-        "tied": "its products read it in two ways",
-        "whole_and_part": "rows 0:16 and 0:8 of it are multiplied apart from each other",
-        "masked": "linear multiplies by what is computed from it",
-        "table": "embedding table",
-        "idle": "not used by the forward of any calibration batch",
-        "added": "not a matrix of a product, used by sum",
-        "strided": "it is not contiguous in memory",
+        "odd.tied": "its products read it in two ways",
+        "odd.both": "rows 0:16 and 0:8 of it are multiplied apart from each other",
+        "odd.masked": "linear multiplies by what is computed from it",
+        "odd.table": "embedding table",
+        "odd.idle": "not used by the forward of any calibration batch",
+        "odd.added": "not a matrix of a product, used by sum",
+        "odd.strided": "it is not contiguous in memory",
     }
     with pytest.raises(ConfigError, match=r"(?s)strict=True, and these .*tied: its products read it in two ways"):
         replayed(seeded(Odd()), [randn(20, 16)], strict=True)
@@ -410,11 +409,11 @@ def test_an_exception_in_one_forward_ends_all_threads() -> None:
 
     batches = [randn(20, 32, seed=i) for i in range(3)]
     batches[1][0, 0] = 7
-    model = seeded(Fails()).train()
+    model, threads = seeded(Fails()).train(), threading.active_count()
     with pytest.raises(RuntimeError, match="this batch is bad") as e:
         replayed(model, batches)
     assert e.value.__notes__ == ["in calibration batch 1", "4 of 4 weights have new values already: reload the model"]
-    assert no_forward_is_left()
+    assert threading.active_count() == threads
     assert model.training
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
@@ -464,7 +463,7 @@ def test_an_interrupt_ends_a_forward_that_does_not() -> None:
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
             if threading.current_thread() is not threading.main_thread() and x[0, 0].item() == 7:
-                _thread.interrupt_main()  # as if the user pressed Ctrl-C now
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # the user presses Ctrl-C
                 while True:
                     y = y + 0
             return y
