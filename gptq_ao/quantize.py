@@ -93,7 +93,7 @@ def quantize_weights(
                 "max_memory cannot be kept, since the model cannot be captured as one graph: all batches would wait in "
                 f"the middle of a forward. {e}"
             ) from e
-        return _in_step(weights, batches, config, filter_fn, run_on, e, clock)
+        return _in_step(weights, batches, config, filter_fn, run_on, str(e), clock)
     prepared.warn()
     with clock("plan"):
         weights.check(prepared.selection)
@@ -115,7 +115,7 @@ def _in_step(
     config: GPTQConfig,
     filter_fn: FilterFn | None,
     device: torch.device,
-    reason: CaptureError,
+    reason: str,
     clock: Clock,
 ) -> Report:
     """Without a graph."""
@@ -124,21 +124,39 @@ def _in_step(
             f"the model cannot be captured as one graph, so it has to run as a whole, on {device}: move it there "
             f"first, model.to({str(device)!r}). {reason}"
         )
+    if config.calibrate_all_experts:
+        raise ConfigError(
+            "calibrate_all_experts needs the model as one graph, and it cannot be captured as one: leave the setting "
+            f"out, or change the model. {reason}"
+        )
+    offloaded = next((n for n, p in weights.model.named_parameters() if p.device.type == "meta"), None)
+    if offloaded is not None:
+        raise ConfigError(
+            f"the model cannot be captured as one graph, so it has to run as a whole, and {offloaded!r} is offloaded "
+            f"or not loaded (it is on meta): load the model without offloading. {reason}"
+        )
     with clock("plan"):
         try:
-            sites, excluded = find_products(weights.model, batches, output_heads(weights.model))
-        except Exception as e:  # whatever the model's forward raises: then the capture had no chance
-            reason.add_note(f"The model's own forward failed as well: {type(e).__name__}: {e}")
-            raise reason from e
+            sites, excluded = find_products(weights.model, batches, output_heads(weights.model), device)
+        except CaptureError as e:
+            raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
         selection = choose_weights(sites, excluded, config, wanted_by(weights.model, filter_fn))
         check_support(config, selection)
         weights.check(selection)
     prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
     prepared.warn(deeper=1)
-    with clock("solve"):
-        done, notes = run_in_step(weights, batches, selection, config)
-    report = _report(done, prepared, clock)
-    return dataclasses.replace(report, stages=len(done), capture="replay", capture_reason=str(reason), notes=notes)
+    if all(c.method == "rtn" for c in selection.settings.values()):
+        report = _report(round_all(weights, selection, clock), prepared, clock)
+        return dataclasses.replace(report, capture="replay", capture_reason=reason)
+    done = run_in_step(weights, batches, selection, config, device, clock)
+    return dataclasses.replace(
+        _report(list(done.weights), prepared, clock),
+        stages=done.hessians,
+        hessians=done.hessians,
+        capture="replay",
+        capture_reason=reason,
+        notes=done.notes,
+    )
 
 
 @torch.no_grad()

@@ -1,291 +1,327 @@
 """What takes over when torch.export cannot turn a model into one graph: its own forwards, run in step.
 
-Every calibration batch runs `model(...)` once, in a thread of its own, of which only one is awake at any time. A thread
-that is about to multiply an activation by a weight that is not solved yet stops there. When all have stopped or ended,
-the weight that comes first is solved on the activations that wait for it, its new values are put in place, and the
-threads go on.
+Every calibration batch runs `model(...)` in a thread of its own, of which only one is awake at any time. A forward that
+is about to multiply an activation by a weight that is not solved yet stops there. When all have stopped or ended, the
+weight that comes first is solved on the activations that wait for it, its new values are put in place, and the forwards
+go on.
 
-So a layer sees inputs made by already quantized layers, as in the graph, each operation runs once per batch, and
-control flow may be any Python. (Replaying a model block by block would have to know its blocks, and run each of them
-twice.) What it costs: the model stays where it is, and all batches wait in the middle of a forward, with what their
-frames hold. A forward before that, without quantization, finds the weights.
+So a layer sees inputs made by already quantized layers, as in the graph, each product runs once per batch, and control
+flow may be any Python: branches on values, loops over the experts that were chosen, generators. (Replaying a model
+block by block would have to know its blocks and what is passed between them, run each of them twice, and quantize the
+weights within one block on unquantized inputs.) What it costs: one more forward per batch before, which finds the
+weights (`survey.py`); the model stays where it is; and all batches wait in the middle of a forward, with what their
+frames hold.
 
 A weight that is applied again later is solved at its first use. What the later use, or a batch that came to it too
 late, would have added is left out, and the report says so.
 """
 
-import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gptq_ao.batches import Batch
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import NonFiniteError, SolverError
+from gptq_ao.errors import CaptureError, NonFiniteError
+from gptq_ao.forwards import Forward, ModuleState, forwards
 from gptq_ao.hessian import Hessian, HessianObserver
 from gptq_ao.passes.calibration_mode import calibration_mode
 from gptq_ao.passes.eager_products import Parameters, Use, Watch
 from gptq_ao.passes.find_linears import ROUTER, left_out_by_name
-from gptq_ao.passes.records import Excluded, LinearSite, Part, Rows, Selection
-from gptq_ao.report import WeightReport
+from gptq_ao.passes.padding import Padding
+from gptq_ao.passes.records import Excluded, LinearSite, Part, Selection
+from gptq_ao.passes.survey import Survey
+from gptq_ao.preflight import linear_modules
+from gptq_ao.report import Clock, WeightReport
 from gptq_ao.run import rewrite
-from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
+from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, solve_group
 from gptq_ao.weights import ModelWeights
 
-__all__ = ["find_products", "run_in_step"]
+__all__ = ["InStep", "find_products", "run_in_step"]
+
+
+@dataclass(frozen=True)
+class InStep:
+    """What was done.
+
+    Attributes:
+        weights: in the order in which they were solved; their stages count Hessians.
+        notes: what is less than a graph would have done.
+    """
+
+    weights: tuple[WeightReport, ...]
+    hessians: int
+    notes: tuple[str, ...]
 
 
 def find_products(
-    model: nn.Module, batches: list[Batch], heads: frozenset[str]
+    model: nn.Module, batches: list[Batch], heads: frozenset[str], device: torch.device
 ) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...]]:
-    """Sites in the order in which forwards reach them, and all other matrices with the reason: what `find_linears`
-    gives of a graph. Runs batches until every matrix was seen in a product, at most all of them."""
-    parameters = Parameters(model)
-    uses: dict[Part, Use] = {}
-    embedded: set[str] = set()
-    choosing: set[str] = set()
-    problems: dict[str, str] = {}
-    with calibration_mode(model):
-        for batch in batches:
-            if {p.weight for p in uses} >= set(parameters.shapes):
-                break
-            with Watch(parameters, None, lambda use: _note(uses, use)) as watch:
-                model(*batch.args, **batch.kwargs)
-            embedded |= watch.embedded
-            choosing |= watch.choosing
-            problems |= watch.problems
-    sites = []
-    for part, use in uses.items():
-        reason = left_out_by_name(part.weight, embedded, heads)
-        reason = reason or (ROUTER if part.weight in choosing else use.note)
-        rows = (Rows(f"input of {part.weight}"),)
-        sites.append(
-            LinearSite(part.weight, part.weight, use.layout, (part.start, part.stop), rows, use.experts, reason)
-        )
-    found = {s.weight for s in sites}
-    excluded = tuple(
-        Excluded(n, "embedding table", True)
-        if n in embedded
-        else Excluded(n, problems.get(n, "no product of the forward uses it"), n not in problems)
-        for n in parameters.shapes
-        if n not in found
-    )
-    return tuple(sites), excluded
+    """Sites in the order to solve them in, and all other matrices with the reason: what `find_linears` gives of a
+    graph. The weight of an nn.Linear that no batch reaches is a site too, without rows.
+
+    Raises:
+        CaptureError: the model cannot take the first batch.
+    """
+    survey = Survey(Parameters(model))
+    with calibration_mode(model), torch.compiler.set_stance("force_eager"):
+        state = ModuleState(model)
+        for number, batch in enumerate(batches):
+            batch = _on(device, batch)
+            survey.start_batch(batch)
+            try:
+                with survey:
+                    model(*batch.args, **batch.kwargs)
+            except Exception as e:
+                if number == 0:
+                    raise CaptureError(f"the model does not run on a calibration batch: {type(e).__name__}: {e}") from e
+                e.add_note(f"in calibration batch {number}")
+                raise
+            finally:
+                state.take()
+            survey.end_batch()
+
+    def left_out(site: LinearSite) -> str | None:
+        by_name = left_out_by_name(site.weight, survey.embedded, heads)
+        return by_name or (ROUTER if site.weight in survey.routers else site.left_out)
+
+    reached = survey.sites()
+    unreached = [s for s in linear_modules(model)[0] if s.weight not in survey.seen]
+    sites = [
+        *(LinearSite(s.weight, s.node, s.layout, s.part, s.rows, s.experts, left_out(s)) for s in reached),
+        *(LinearSite(s.weight, s.node, s.layout, s.part, (), 1, s.left_out) for s in unreached),
+    ]
+    return tuple(sites), survey.excluded({s.weight for s in sites})
 
 
 def run_in_step(
-    weights: ModelWeights, batches: list[Batch], selection: Selection, config: GPTQConfig
-) -> tuple[list[WeightReport], tuple[str, ...]]:
+    weights: ModelWeights,
+    batches: list[Batch],
+    selection: Selection,
+    config: GPTQConfig,
+    device: torch.device,
+    clock: Clock,
+) -> InStep:
     """Quantize what was selected.
-
-    Returns:
-        What was done per weight, and what is less than a graph would have done.
 
     Raises:
         NonFiniteError, SolverError: as a run of a plan does. Whatever the model itself raises.
     """
-    run = _Run(weights, batches, selection, config)
+    run = _Run(weights.model, selection, config)
+    with torch.no_grad(), clock("solve"):
+        run.round_unreached(run.expected)  # first: nothing is done yet if `strict` forbids it
+    calls = [partial(_call, run, _on(device, batch)) for batch in batches]
     try:
-        with calibration_mode(weights.model):
-            run.solve_all()
+        with (
+            calibration_mode(weights.model),
+            torch.compiler.set_stance("force_eager"),
+            forwards(weights.model, calls) as under_way,
+        ):
+            run.solve_all(under_way, clock)
     except BaseException as e:
-        if run.solved:
-            e.add_note(f"{len(run.solved)} weights have new values already: reload the model")
+        if run.changed:
+            total = len(selection.settings)
+            e.add_note(f"{run.changed} of {total} weights have new values already: reload the model")
         raise
-    finally:
-        run.stop()
-    return run.finish(), run.notes
+    with torch.no_grad(), clock("solve"):
+        run.round_unreached(run.solved_on)  # experts that only the unquantized model chose
+        return InStep(tuple(run.finish(weights)), run.hessians, run.notes(len(batches)))
 
 
-class _Stop(BaseException):
-    """Ends a thread that waits for a weight nobody will solve."""
+@dataclass(frozen=True)
+class _Product:
+    """Where a forward waits."""
+
+    use: Use
+    counts: Tensor | None
 
 
-class _Forward(threading.Thread):
-    """One batch on its way through the model. `step` lets it run to the next unsolved weight, or to its end."""
+class _Stops(Watch):
+    """The mode of one forward: it stops at products with weights that are not solved."""
 
-    def __init__(self, run: "_Run", batch: Batch, settings: Callable[[], ExitStack]) -> None:
-        super().__init__(daemon=True)
-        self.use: Use | None = None
-        self._run, self._batch, self._settings = run, batch, settings
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self.start()
+    def __init__(self, run: "_Run", forward: Forward, padding: Padding) -> None:
+        super().__init__()
+        self._run, self._forward, self._padding = run, forward, padding
 
-    def step(self) -> None:
-        self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
+    def before(self, func: Any, args: Any, kwargs: Any) -> None:
+        self._forward.check()
+        use = self._run.parameters.find(func, args, kwargs)
+        if isinstance(use, Use) and self._run.wants(use.part, self._forward.number):
+            counts = self._padding.of(use.activation) if use.arrange is None else None
+            self._forward.pause(_Product(use, counts))
 
-    def run(self) -> None:
-        self._go.acquire()
-        mask = self._batch.kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        try:
-            if not self._run.stopping:
-                with self._settings(), Watch(self._run.parameters, mask, self._wait):
-                    self._run.model(*self._batch.args, **self._batch.kwargs)
-        except _Stop:
-            pass
-        except BaseException as e:  # handed to the thread that waits in `step`
-            self._error = e
-        self.use = None
-        self._stopped.release()
+    def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        self._padding.follow(func, args, out)
 
-    def _wait(self, use: Use) -> None:
-        if not self._run.wants(use.part):
-            return
-        self.use = use
-        self._stopped.release()
-        self._go.acquire()
-        if self._run.stopping:
-            raise _Stop
+
+def _call(run: "_Run", batch: Batch, forward: Forward) -> None:
+    with _Stops(run, forward, Padding(batch)):
+        run.model(*batch.args, **batch.kwargs)
 
 
 class _Run:
-    """All forwards, and what they have led to so far."""
+    """What the forwards have led to so far."""
 
-    def __init__(self, weights: ModelWeights, batches: list[Batch], selection: Selection, config: GPTQConfig) -> None:
-        self.model, self.stopping = weights.model, False
-        self.parameters = Parameters(weights.model)
-        self.solved: dict[Part, list[SolvedPart]] = {}
-        self._weights, self._selection, self._config = weights, selection, config
-        self._place = {Part(s.weight, *s.part): i for i, s in enumerate(selection.sites)}
-        self._late: dict[str, int] = {}
-        # The last Hessians, and the activations they are of: q, k and v are met one after the other.
-        self._last: tuple[list[tuple[Tensor, int]], tuple[Hessian, ...]] = ([], ())
-        settings = _settings_of_this_thread()
-        self._forwards = [_Forward(self, batch, settings) for batch in batches]
-
-    def wants(self, part: Part) -> bool:
-        """Whether a product with it has to wait."""
-        if part in self.solved:
-            self._late[part.weight] = self._late.get(part.weight, 0) + 1
-        return part in self._place and part not in self.solved
-
-    def solve_all(self) -> None:
-        for forward in self._forwards:
-            forward.step()
-        while waiting := [f for f in self._forwards if f.use is not None]:
-            uses = [f.use for f in waiting if f.use is not None]
-            part = min((u.part for u in uses), key=self._place.__getitem__)
-            mine = [f for f in waiting if f.use is not None and f.use.part == part]
-            self._solve([f.use for f in mine if f.use is not None])
-            for forward in mine:
-                forward.use = None
-                forward.step()
-
-    def stop(self) -> None:
-        """End all threads."""
-        self.stopping = True
-        for forward in self._forwards:
-            if forward.is_alive():
-                forward._go.release()
-                forward.join()
-
-    @torch.no_grad()
-    def _solve(self, uses: list[Use]) -> None:
-        first = uses[0]
-        matrix = self._matrix(first)[first.part.start : first.part.stop]
-        n = matrix.shape[0] // first.experts
-        done: list[SolvedPart] = []
-        for e, (hessian, why) in enumerate(expert_hessians(self._hessians(uses), self._config.expert_min_rows)):
-            start = first.part.start + e * n
-            rows = {Part(first.part.weight, start, start + n): matrix[e * n : (e + 1) * n]}
-            done += solve_group(rows, self._selection.settings, hessian, self._config.strict, why)
-        self.solved[first.part] = done
-        self._write(first, done)
-
-    def _hessians(self, uses: list[Use]) -> tuple[Hessian, ...]:
-        activations = [(u.activation, u.activation._version) for u in uses]
-        before, hessians = self._last
-        same = len(before) == len(activations) and all(
-            a is b and v == w for (a, v), (b, w) in zip(before, activations, strict=True)
-        )
-        if same:
-            return hessians
-        observer = HessianObserver(uses[0].layout.in_features, uses[0].experts)
-        for use in uses:
-            observer(use.rows, use.counts, use.offsets)
-            observer.end_batch()
-        hessians = observer.finish()
-        if hessians[0].first_bad_batch is not None:
-            raise NonFiniteError(
-                f"the input of {uses[0].part.weight} is NaN or infinite in one of {len(uses)} calibration batches (or "
-                "its squares exceed fp32). Check the data, or run the model in bf16 or fp32"
-            )
-        self._last = (activations, hessians)
-        return hessians
-
-    def _matrix(self, use: Use) -> Tensor:
-        return use.layout.matrix(self._weights.get(use.part.weight))
-
-    def _write(self, use: Use, done: list[SolvedPart]) -> None:
-        """The new values in the memory of the old: views that a forward holds see them too."""
-        parameter = self.model.get_parameter(use.part.weight).data
-        values = torch.cat([d.solution.dequantize() for d in done]).to(parameter.dtype)
-        whole = self._matrix(use).clone()
-        whole[use.part.start : use.part.stop] = values
-        layout = use.layout
-        stack = whole.view(layout.stack, layout.out_features, layout.in_features)
-        parameter.copy_((stack.mT if layout.transposed else stack).reshape(parameter.shape))
-
-    @torch.no_grad()
-    def finish(self) -> list[WeightReport]:
-        """Put quantized tensors in place of the parameters that have their values."""
-        by_weight: dict[str, list[SolvedPart]] = {}
-        for parts in self.solved.values():
-            by_weight.setdefault(parts[0].part.weight, []).extend(parts)
-        reports = []
-        for number, (name, layout) in enumerate(self._selection.layouts.items(), 1):
-            config = self._selection.settings[name]
-            matrix = layout.matrix(self._weights.get(name))
-            if name in by_weight:
-                whole = join_parts(by_weight[name], matrix, config)
-            else:
-                whole = _unreached(name, matrix, config, self._config.strict)
-            reports.append(rewrite(self._weights, layout, whole, self._selection.settings, number))
-        return reports
+    def __init__(self, model: nn.Module, selection: Selection, config: GPTQConfig) -> None:
+        self.model, self.parameters = model, Parameters(model)
+        self.hessians = 0
+        self._selection, self._config = selection, config
+        self.expected = {Part(s.weight, *s.part): i for i, s in enumerate(selection.sites) if s.rows}  # → order
+        self.solved_on: dict[Part, set[int]] = {}  # → numbers of batches
+        self._solved: dict[str, list[SolvedPart]] = {}
+        self._stages: dict[str, int] = {}
+        self._again: Counter[str] = Counter()
+        self._late: dict[str, set[int]] = {}
+        self._shared: list[_Shared] = []
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(
-            f"{name} was applied {count} more times after it was solved; those rows are not in its Hessian"
-            for name, count in self._late.items()
-        )
+    def changed(self) -> int:
+        """How many weights have new values, in whole or in part."""
+        return len(self._solved)
+
+    def wants(self, part: Part, batch: int) -> bool:
+        """Whether a product with it has to wait."""
+        if part in self.expected and part not in self.solved_on:
+            return True
+        if batch in self.solved_on.get(part, ()):
+            self._again[part.weight] += 1
+        elif part.weight in self._selection.settings:
+            self._late.setdefault(part.weight, set()).add(batch)
+        return False
+
+    def solve_all(self, under_way: list[Forward], clock: Clock) -> None:
+        waiting = under_way
+        bar = tqdm(total=len(self.expected), unit="weight", disable=None, file=sys.stderr)  # None: only on a terminal
+        with bar:
+            while True:
+                for forward in waiting:
+                    with clock("calibrate"):
+                        forward.step()
+                parts = [f.waits_for.use.part for f in under_way if f.waits_for is not None]
+                if not parts:
+                    return
+                part = min(parts, key=self.expected.__getitem__)
+                waiting = [f for f in under_way if f.waits_for is not None and f.waits_for.use.part == part]
+                bar.set_description(part.weight.removesuffix(".weight"))
+                with torch.no_grad():
+                    self._solve(part, waiting, clock)
+                bar.update()
+
+    def round_unreached(self, reached_parts: Iterable[Part]) -> None:
+        """Round to nearest what is in none of these parts, nor rounded already."""
+        for name, layout in self._selection.layouts.items():
+            known = {*reached_parts, *(s.part for s in self._solved.get(name, ()))}
+            reached = sorted((p.start, p.stop) for p in known if p.weight == name)
+            end = 0
+            for start, stop in (*reached, (layout.rows, layout.rows)):
+                if end < start:
+                    self._solve_rows(Part(name, end, start), None, None)
+                end = max(end, stop)
+
+    def finish(self, weights: ModelWeights) -> list[WeightReport]:
+        """Put quantized tensors in place of the parameters that have their values."""
+        reports = []
+        settings, layouts = self._selection.settings, self._selection.layouts
+        for name in sorted(settings, key=lambda n: self._stages.get(n, 0)):
+            matrix = layouts[name].matrix(weights.get(name))
+            whole = join_parts(self._solved[name], matrix, settings[name])
+            reports.append(rewrite(weights, layouts[name], whole, settings, self._stages.get(name, 0)))
+        return reports
+
+    def notes(self, batches: int) -> tuple[str, ...]:
+        again = [
+            f"{name} was applied {n} more times after it was solved; those rows are not in its Hessian"
+            for name, n in self._again.items()
+        ]
+        late = [
+            f"{name} was reached by {len(which)} of {batches} batches when (some of) its rows were solved already; "
+            "their activations are not in its Hessian"
+            for name, which in self._late.items()
+        ]
+        return (*again, *late)
+
+    def _solve(self, part: Part, waiting: list[Forward], clock: Clock) -> None:
+        with clock("calibrate"):
+            hessians = self._hessians(part, waiting)
+        with clock("solve"):
+            n = (part.stop - part.start) // len(hessians)
+            for e, (hessian, why) in enumerate(expert_hessians(hessians, self._config.expert_min_rows)):
+                start = part.start + e * n
+                self._solve_rows(Part(part.weight, start, start + n), hessian, why)
+        self.solved_on[part] = {f.number for f in waiting}
+        self._stages[part.weight] = self.hessians
+
+    def _solve_rows(self, part: Part, hessian: Hessian | None, why: str | None) -> None:
+        """Solve, and write the new values where the old are: views of the parameter in waiting frames see them too."""
+        parameter = self.model.get_parameter(part.weight).data
+        layout = self._selection.layouts[part.weight]
+        views = layout.views(parameter, part.start, part.stop)
+        if hessian is None:  # no row reached it
+            hessian = Hessian(torch.zeros(layout.in_features, layout.in_features, device=parameter.device), 0)
+        (solved,) = solve_group({part: torch.cat(views)}, self._selection.settings, hessian, self._config.strict, why)
+        values = solved.solution.dequantize().to(parameter.dtype)
+        for view, new in zip(views, values.split([len(v) for v in views]), strict=True):
+            view.copy_(new)
+        self._solved.setdefault(part.weight, []).append(solved)
+
+    def _hessians(self, part: Part, waiting: list[Forward]) -> tuple[Hessian, ...]:
+        """Of the rows that wait; once for all weights that read the same activations, one after the other."""
+        products = {f.number: f.waits_for for f in waiting}
+        self._shared = [s for s in self._shared if s.alive]
+        for shared in self._shared:
+            if shared.fits(products):
+                return shared.hessians
+        experts = next(iter(products.values())).use.experts
+        layout = self._selection.layouts[part.weight]
+        observer = HessianObserver(layout.in_features, experts)
+        for p in products.values():
+            observer(p.use.rows, p.counts, p.use.offsets)
+            observer.end_batch()
+        hessians = observer.finish()
+        bad = hessians[0].first_bad_batch
+        if bad is not None:
+            raise NonFiniteError(
+                f"the input of {part.weight} is NaN or infinite in calibration batch {waiting[bad].number} (or its "
+                "squares exceed fp32). Check that batch, or run the model in bf16 or fp32"
+            )
+        self.hessians += 1
+        self._shared.append(_Shared(products, hessians))
+        return hessians
 
 
-def _unreached(name: str, matrix: Tensor, config: GPTQConfig, strict: bool) -> SolvedPart:
-    why = "no calibration row reached it"
-    if strict and config.method == "gptq":
-        raise SolverError(f"{name}: {why}, and strict=True forbids rounding to nearest instead")
-    solved = round_matrix(name, matrix, config)
-    return solved if config.method == "rtn" else SolvedPart(solved.part, solved.solution, "rtn", fallback=why)
+class _Shared:
+    """Hessians, and the activations that they are of, by batch."""
+
+    def __init__(self, products: dict[int, _Product], hessians: tuple[Hessian, ...]) -> None:
+        self.hessians = hessians
+        self._keys = {number: _key(p.use) for number, p in products.items()}
+        tensors = [t for p in products.values() for t in (p.use.activation, p.use.offsets) if t is not None]
+        self._refs = [weakref.ref(t) for t in tensors]
+
+    @property
+    def alive(self) -> bool:
+        """Whether another weight could still read all of the activations. (Their identity means nothing afterwards.)"""
+        return all(ref() is not None for ref in self._refs)
+
+    def fits(self, products: dict[int, _Product]) -> bool:
+        counted = not any(p.use.activation.is_inference() for p in products.values())  # changes of others go unseen
+        return counted and self._keys == {number: _key(p.use) for number, p in products.items()}
 
 
-def _note(uses: dict[Part, Use], use: Use) -> None:
-    """The first use of each part, without keeping activations alive."""
-    empty = torch.empty(0)
-    uses.setdefault(use.part, Use(use.layout, use.part, use.experts, empty, empty, None, note=use.note))
+def _key(use: Use) -> tuple[Any, ...]:
+    x = use.activation
+    return id(x), None if x.is_inference() else x._version, use.arrange, id(use.offsets), use.experts
 
 
-def _settings_of_this_thread() -> Callable[[], ExitStack]:
-    """What a thread does not inherit: no gradients, autocast, the current CUDA device."""
-    kinds = [k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)]
-    autocast = {k: torch.get_autocast_dtype(k) for k in kinds}
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def enter() -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        for kind, dtype in autocast.items():
-            stack.enter_context(torch.autocast(kind, dtype))
-        if device is not None:
-            stack.enter_context(torch.cuda.device(device))
-            torch.cuda.synchronize()  # makes the device's context that of this thread, which cuBLAS asks for
-        return stack
-
-    return enter
+def _on(device: torch.device, batch: Batch) -> Batch:
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (batch.args, batch.kwargs))
+    return Batch(args, kwargs)

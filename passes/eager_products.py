@@ -1,28 +1,29 @@
 """The products of activations and parameters in a model that just runs, without a graph.
 
-A torch function mode sees every function that a forward calls. A weight is recognized by the memory of an operand, its
-rows by the operand's strides, as in `weight_views.py`. What else the graph passes know from the graph, the mode follows
-from result to result: which weights a router's choice comes from, and which gathered rows are padding.
+A torch function mode sees every function that a forward calls. One that multiplies is described as a node of a graph
+of one, so that `products.py` says what it computes; a weight is recognized by the memory of an operand, and
+`weight_views.py` says which of its rows the operand's strides read.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from gptq_ao import activation_rows
-from gptq_ao.passes.products import DEPTHWISE
+from gptq_ao.passes.products import MULTIPLYING, Product, products
 from gptq_ao.passes.records import Layout, Part
-from gptq_ao.passes.weight_views import read_matrix
+from gptq_ao.passes.weight_views import ParameterView, read_matrix
 
-__all__ = ["Parameters", "Use", "Watch"]
+__all__ = ["Parameters", "Problem", "Use", "Watch", "multiplies"]
 
 F = torch.nn.functional
+Arrange = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,9 @@ class Use:
     """One product of an activation and some rows of a parameter.
 
     Attributes:
-        part: which rows of the layout's matrix; into how many `experts` they fall.
+        layout, part: which rows of which matrix; into how many `experts` they fall.
         activation: as the function got it.
-        rows: the same with the rows along the last axis but one, as a Hessian takes them.
-        counts: zero where a row is padding, or None.
-        offsets: cumulative number of rows per expert, if they are sorted by expert, or None.
+        arrange, offsets: how its rows lie, see `records.Rows`; with the tensor of offsets itself.
         note: why such a product is not quantized unless a rule asks for it, or None.
     """
 
@@ -42,168 +41,197 @@ class Use:
     part: Part
     experts: int
     activation: Tensor
-    rows: Tensor
-    counts: Tensor | None
-    offsets: Tensor | None = None
-    note: str | None = None
+    arrange: Arrange | None
+    offsets: Tensor | None
+    note: str | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The activation as a Hessian takes it."""
+        if self.arrange is None:
+            return self.activation
+        function, arguments = self.arrange
+        return function(self.activation, *arguments)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product that a parameter takes part in, in a way that rules out to quantize it."""
+
+    weight: str
+    reason: str
 
 
 class Parameters:
-    """The matrix parameters of a model, found again in what its functions are called with."""
+    """The matrix parameters of a model, found again in what its functions are called with.
+
+    Attributes:
+        shapes: name → shape.
+        unreadable: name → why it would not be recognized.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        matrices = {n: p for n, p in model.named_parameters() if p.dim() >= 2}
-        self.shapes = {n: tuple(p.shape) for n, p in matrices.items()}
-        self._names = {
-            p.untyped_storage().data_ptr(): n
-            for n, p in matrices.items()
-            if p.is_contiguous() and p.storage_offset() == 0 and p.device.type != "meta"
-        }
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.unreadable: dict[str, str] = {}
+        # Several parameters may lie in one storage: start and stop there, name, parameter.
+        self._at: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+        for name, p in model.named_parameters():
+            if p.dim() < 2:
+                continue
+            self.shapes[name] = tuple(p.shape)
+            if not p.is_floating_point():
+                self.unreadable[name] = f"its values are {p.dtype}"
+            elif not p.is_contiguous():
+                self.unreadable[name] = "it is not contiguous in memory"
+            else:
+                start = int(p.storage_offset())
+                place = (start, start + p.numel(), name, p)
+                self._at.setdefault(p.untyped_storage().data_ptr(), []).append(place)
 
     def name_of(self, value: Any) -> str | None:
-        return self._names.get(value.untyped_storage().data_ptr()) if type(value) in (Tensor, nn.Parameter) else None
+        """The parameter in whose memory a tensor lies."""
+        if type(value) not in (Tensor, nn.Parameter):
+            return None
+        for start, stop, name, p in self._at.get(value.untyped_storage().data_ptr(), ()):
+            if start <= value.storage_offset() < stop and value.dtype == p.dtype:
+                return name
+        return None
+
+    def find(self, func: Any, args: Any, kwargs: Any) -> Use | list[Problem]:
+        """What a call multiplies, if a parameter takes part; an empty list if none does."""
+        operator = _operator(func)
+        if operator is None:
+            return []
+        node, tensors = _node(operator, args, kwargs)
+        problems, candidates = [], list(products(node))
+        for product in candidates:
+            weight, activation = tensors[product.weight], tensors[product.activation]
+            name = self.name_of(weight)
+            if name is None:
+                continue
+            if self.name_of(activation) is not None:
+                problems.append(Problem(name, f"{_title(operator)} multiplies it by other parameters"))
+                continue
+            use = self._read(name, weight, product, tensors)
+            if use is not None:
+                return use
+            problems.append(Problem(name, f"{_title(operator)} reads it across its rows and input features"))
+        if not candidates:
+            names = dict.fromkeys(n for t in tensors.values() if (n := self.name_of(t)) is not None)
+            reason = f"{_title(operator)} multiplies by it, in a form that is not supported"
+            problems = [Problem(n, reason) for n in names]
+        return problems
+
+    def _read(self, name: str, weight: Tensor, product: Product, tensors: dict[Any, Tensor]) -> Use | None:
+        matrix = product.matrix(self._on_meta(name, weight).view)
+        read = read_matrix(self.shapes[name], matrix) if matrix is not None else None
+        if read is None or (read[0].view_as is not None and not product.any_shape):
+            return None
+        layout, (start, stop), experts = read
+        return Use(
+            layout,
+            Part(name, start, stop),
+            experts if product.experts else 1,
+            tensors[product.activation],
+            product.arrange,
+            tensors[product.offsets] if product.offsets is not None else None,
+            product.note,
+        )
+
+    def _on_meta(self, name: str, value: Tensor) -> ParameterView:
+        """As if the parameter had a storage of its own."""
+        places = self._at[value.untyped_storage().data_ptr()]
+        begin = next(start for start, _, other, _ in places if other == name)
+        whole = torch.empty(self.shapes[name], device="meta")
+        view = whole.as_strided(value.shape, value.stride(), value.storage_offset() - begin)
+        return ParameterView(name, self.shapes[name], view)
+
+
+def multiplies(func: Any) -> bool:
+    """Whether a function of torch is a product in which a weight could take part."""
+    return _operator(func) is not None
 
 
 class Watch(TorchFunctionMode):
-    """Calls `on_use(use)` before a product of a parameter is computed.
+    """Tells what functions are called, in the Python functions of torch that call others too."""
 
-    Attributes:
-        embedded: parameters that were looked up by index.
-        choosing: parameters whose product was ranked (top-k, argmax) before anything else was multiplied.
-        problems: parameters that a product reads in no supported way, with the reason.
-    """
+    def before(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What is about to be computed."""
 
-    def __init__(self, parameters: Parameters, mask: Tensor | None, on_use: Callable[[Use], None]) -> None:
-        super().__init__()
-        self.embedded: set[str] = set()
-        self.choosing: set[str] = set()
-        self.problems: dict[str, str] = {}
-        self._parameters, self._mask, self._on_use = parameters, mask, on_use
-        self._origins: Any = WeakTensorKeyDictionary()  # result → the weights of the product it comes from
-        self._counts: Any = WeakTensorKeyDictionary()  # rows gathered from the mask's positions → what counts
+    def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """What was computed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        use = self._use(func, args, kwargs)
-        if use is not None:
-            self._on_use(use)
-        elif func in _EMBEDDINGS:
-            self.embedded |= {n for a in (*args, *kwargs.values()) if (n := self._parameters.name_of(a)) is not None}
+        if func in _OPENED:
+            with self:
+                return _opened(func)(*args, **kwargs)
+        self.before(func, args, kwargs)
         out = func(*args, **kwargs)
-        self._follow(func, args, out, use)
+        self.after(func, args, kwargs, out)
         return out
 
-    def _use(self, func: Any, args: Any, kwargs: Any) -> Use | None:
-        find = _FUNCTIONS.get(func) or _OPERATORS.get(str(func))
-        for o in find(*args, **kwargs) if find is not None else ():
-            name = self._parameters.name_of(o.weight)
-            if name is None or self._parameters.name_of(o.activation) is not None:
-                continue
-            read = read_matrix(self._parameters.shapes[name], o.matrix)
-            if read is not None and (o.any_shape or read[0].view_as is None):
-                layout, (start, stop), experts = read
-                counts = None if o.other_rows else self._counts.get(o.activation, self._mask)
-                experts = experts if o.separate else 1
-                part = Part(name, start, stop)
-                return Use(layout, part, experts, o.activation, o.rows(), counts, o.offsets, o.note)
-            self.problems[name] = f"{func.__name__} reads it across its rows and input features"
+
+# Written in Python, with products by weights inside: a mode is told of the whole, and not of its parts.
+_OPENED = {F.multi_head_attention_forward}
+
+
+def _opened(func: types.FunctionType) -> Callable[..., Any]:
+    """The same function, without asking modes whether they want to take over. What it calls does ask."""
+    inside = {**func.__globals__, "has_torch_function": lambda _: False}
+    copy = types.FunctionType(func.__code__, inside, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _names() -> dict[Any, str]:
+    """Function of torch → the operator of `products.py` that it is. Modules and tensors call what is listed here."""
+    found = {}
+    for name in sorted(MULTIPLYING):
+        short = name.partition("::")[2]
+        for owner, each in itertools.product((F, torch, Tensor), (short, f"__{short}__")):
+            function = getattr(owner, each, None)
+            if name.startswith("aten::") and callable(function):
+                found[function] = name
+    return found
+
+
+_NAMES = _names()
+
+
+def _operator(func: Any) -> Any:
+    """The operator that a function is, if it multiplies."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func if func._schema.name in MULTIPLYING else None
+    name = func._qualified_op_name if isinstance(func, torch._ops.OpOverloadPacket) else _NAMES.get(func)
+    if name not in MULTIPLYING:
         return None
-
-    def _follow(self, func: Any, args: Any, out: Any, use: Use | None) -> None:
-        inputs = [a for a in args if isinstance(a, Tensor)]
-        origins = {use.part.weight} if use else set().union(*(self._origins.get(i, ()) for i in inputs))
-        if func in _CHOICES:
-            self.choosing |= origins
-        for result in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(result, Tensor) and result.is_floating_point():
-                if origins:
-                    self._origins[result] = origins
-                counts = self._counts_of(func, args, inputs, result)
-                if counts is not None:
-                    self._counts[result] = counts
-
-    def _counts_of(self, func: Any, args: Any, inputs: list[Tensor], result: Tensor) -> Tensor | None:
-        if self._mask is None or result.dim() != 2:
-            return None
-        if func in _GATHERS and args[0].dim() == 2:
-            every = self._mask.reshape(-1) if args[0].shape[0] == self._mask.numel() else None
-            known, numbers = self._counts.get(args[0], every), args[1] if func is Tensor.__getitem__ else args[2]
-            plain = isinstance(numbers, Tensor) and numbers.dim() == 1
-            return known[numbers] if known is not None and plain else None
-        return next((self._counts[i] for i in inputs if i in self._counts and i.shape[0] == result.shape[0]), None)
+    namespace, _, short = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), short)
+    return getattr(packet, packet.overloads()[0])
 
 
-class _Operands(NamedTuple):
-    """`matrix`: the weight as [out, in] or [experts, out, in]. `separate`: experts have rows of their own."""
+def _node(operator: Any, args: Any, kwargs: Any) -> tuple[fx.Node, dict[Any, Tensor]]:
+    """The call as the only node of a graph, and the tensors behind its inputs."""
+    names = [a.name for a in operator._schema.arguments]
+    if operator._schema.name == "aten::einsum" and len(args) > 1 and isinstance(args[1], Tensor):
+        args = (args[0], list(args[1:]))
+    kwargs, args = dict(kwargs), list(args)
+    while len(args) < len(names) and names[len(args)] in kwargs:  # operands are looked up by position
+        args.append(kwargs.pop(names[len(args)]))
+    graph = fx.Graph()
+    tensors: dict[Any, Tensor] = {}
 
-    activation: Tensor
-    weight: Tensor
-    matrix: Tensor
-    separate: bool = False
-    any_shape: bool = False
-    rows: Callable[[], Tensor] = lambda: torch.empty(0)
-    other_rows: bool = False  # not the positions that a padding mask speaks of
-    offsets: Tensor | None = None
-    note: str | None = None
+    def placeholder(t: Tensor) -> fx.Node:
+        node = graph.placeholder(f"x{len(tensors)}")
+        # Not the tensor itself: nodes refer to each other in circles, and it would live until these are collected.
+        node.meta["val"] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        tensors[node] = t
+        return node
 
-
-def _linear(input: Tensor, weight: Tensor, bias: Any = None) -> Iterator[_Operands]:
-    yield _Operands(input, weight, weight, rows=lambda: input)
-
-
-def _matmul(a: Tensor, b: Tensor, **_: Any) -> Iterator[_Operands]:
-    if b.dim() in (2, 3) and a.dim() <= max(3, 5 - b.dim()):
-        separate = b.dim() == 3 and a.dim() == 3 and a.shape[0] != 1
-        yield _Operands(a, b, b.mT, separate, rows=lambda: a)
-    if a.dim() in (2, 3) and b.dim() <= 3:
-        separate = a.dim() == 3 and b.dim() == 3 and b.shape[0] != 1
-        yield _Operands(b, a, a, separate, rows=lambda: activation_rows.columns(b), other_rows=True)
+    args, kwargs = pytree.tree_map_only(Tensor, placeholder, (args, kwargs))
+    return graph.call_function(operator, tuple(args), kwargs), tensors
 
 
-def _addmm(_: Any, a: Tensor, b: Tensor, **__: Any) -> Iterator[_Operands]:
-    yield from _matmul(a, b)
-
-
-def _grouped_mm(input: Tensor, mat2: Tensor, offs: Tensor | None = None, **_: Any) -> Iterator[_Operands]:
-    if offs is not None and input.dim() == 2 and mat2.dim() == 3:
-        yield _Operands(input, mat2, mat2.mT, separate=True, rows=lambda: input, offsets=offs)
-
-
-def _convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Iterator[_Operands]:
-    def each(value: Any) -> tuple[int, ...]:
-        values = (value,) if isinstance(value, int) else tuple(value)
-        return values * (weight.dim() - 2) if len(values) == 1 else values
-
-    def rows() -> Tensor:
-        pads = padding if isinstance(padding, str) else each(padding)
-        kernel = tuple(weight.shape[2:])
-        return activation_rows.patches(input, kernel, each(stride), pads, each(dilation), groups)
-
-    filters = weight.reshape(groups, weight.shape[0] // groups, -1)
-    note = DEPTHWISE if weight.shape[1] == 1 and groups > 1 else None
-    yield _Operands(input, weight, filters, True, any_shape=True, rows=rows, other_rows=True, note=note)
-
-
-def _of(*names: str) -> set[Any]:
-    return {getattr(owner, n) for owner, n in itertools.product((torch, Tensor), names) if hasattr(owner, n)}
-
-
-_FUNCTIONS: dict[Any, Callable[..., Iterator[_Operands]]] = {
-    F.linear: _linear,
-    **dict.fromkeys(_of("matmul", "mm", "bmm", "__matmul__"), _matmul),
-    **dict.fromkeys(_of("addmm", "baddbmm"), _addmm),
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
-    **dict.fromkeys(_of("_grouped_mm") | {f for f in [getattr(F, "grouped_mm", None)] if f}, _grouped_mm),
-}
-_OPERATORS = {"transformers.grouped_mm_fallback": _grouped_mm}  # registered when transformers' file is imported
-_EMBEDDINGS = {F.embedding, F.embedding_bag, torch.embedding}
-_CHOICES = _of("topk", "sort", "argmax", "argsort", "multinomial")
-_GATHERS = {Tensor.__getitem__, *_of("index_select")}
+def _title(operator: Any) -> str:
+    return str(operator._schema.name)

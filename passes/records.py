@@ -155,6 +155,14 @@ class Layout:
         stack = parameter.reshape(self.stack, *self._matrix)
         return (stack.mT if self.transposed else stack).reshape(self.rows, self.in_features)
 
+    def views(self, parameter: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+        """Rows `start` to `stop` of the matrix, as views of a contiguous parameter: one for each matrix of the stack
+        that they are in."""
+        stack = parameter.view(self.stack, *self._matrix)
+        stack = stack.mT if self.transposed else stack
+        n = self.out_features
+        return [stack[i, max(start - i * n, 0) : min(stop - i * n, n)] for i in range(start // n, (stop + n - 1) // n)]
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -61,11 +61,9 @@ def test_calibration_data(calibration: Any, message: str) -> None:
 
 
 def test_a_batch_the_model_cannot_take() -> None:
-    with pytest.raises(
-        CaptureError, match=r"First check that model\(\*args, \*\*kwargs\) runs on a calibration batch"
-    ) as e:
+    said = r"(?s)First check that model\(\*args, \*\*kwargs\) runs on a calibration batch.*Nor can it run.*mat1"
+    with pytest.raises(CaptureError, match=said):
         quantize_(mlp(), gptq_config(4, 32, calibration=[torch.ones(2, 5)]))
-    assert any("The model's own forward failed as well: RuntimeError: mat1" in note for note in e.value.__notes__)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,6 +1,8 @@
 """Models that cannot be one graph: their forwards are run in step."""
 
+import contextvars
 import copy
+import signal
 import threading
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from gptq_ao import gptq_config, plan, quantize_
 from gptq_ao.errors import CaptureError, ConfigError, FusedSettingsWarning, NonFiniteError, SolverError
+from gptq_ao.forwards import Forward
 from gptq_ao.quantize import quantize_weights
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
@@ -66,11 +69,24 @@ def replayed(model: nn.Module, batches: list[Any], **settings: Any) -> Report:
     return report
 
 
-def without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def no_graph(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Capturing takes seconds, even in vain: only tests that undo this one try."""
+
     def fail(*_: Any) -> None:
         raise CaptureError("not today")
 
     monkeypatch.setattr("gptq_ao.prepare.capture", fail)
+    return monkeypatch
+
+
+def no_forward_is_left() -> bool:
+    return not any("gptq_ao forward" in t.name for t in threading.enumerate())
+
+
+def packed(model: nn.Module) -> dict[str, list[Tensor]]:
+    quantized = {n: p for n, p in model.named_parameters() if isinstance(p, GroupTensor)}
+    return {n: [getattr(p, inner) for inner in p.__tensor_flatten__()[0]] for n, p in quantized.items()}
 
 
 def dense_copy(model: nn.Module, make: Any) -> nn.Module:
@@ -80,7 +96,8 @@ def dense_copy(model: nn.Module, make: Any) -> nn.Module:
     return dense
 
 
-def test_a_branch_on_the_data() -> None:
+def test_a_branch_on_the_data(no_graph: pytest.MonkeyPatch) -> None:
+    no_graph.undo()
     model = seeded(Branching())
     batches = [randn(20, 32, seed=i) * (i + 1) for i in range(4)]
     report = replayed(model, batches)
@@ -93,7 +110,7 @@ def test_a_branch_on_the_data() -> None:
     dense = dense_copy(model, lambda: seeded(Branching()))
     with torch.no_grad():
         assert all(torch.equal(model(b), dense(b)) for b in batches)
-    assert not [t for t in threading.enumerate() if "Forward" in type(t).__name__]
+    assert no_forward_is_left()
 
 
 def test_each_layer_is_solved_on_what_quantized_layers_give_it() -> None:
@@ -117,18 +134,24 @@ def test_each_layer_is_solved_on_what_quantized_layers_give_it() -> None:
 
 
 @pytest.mark.parametrize("act_order", ["static", "group"])
-def test_it_agrees_with_the_graph_where_both_work(act_order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, step = tiny_llama(), tiny_llama()
-    config = gptq_config(4, 32, act_order=act_order, calibration=token_batches())
-    by_graph = quantize_(graph, config)
-    without_a_graph(monkeypatch)
+def test_it_agrees_with_the_graph_where_both_work(act_order: str, no_graph: pytest.MonkeyPatch) -> None:
+    graph, step = tiny_llama(layers=1), tiny_llama(layers=1)
+    batches = [{**b, "attention_mask": torch.ones(2, 40, dtype=torch.long)} for b in token_batches()]
+    batches[1]["attention_mask"][0, :7] = 0
+    config = gptq_config(4, 32, act_order=act_order, calibration=batches)
     by_step = quantize_(step, config)
+    no_graph.undo()
+    by_graph = quantize_(graph, config)
     assert by_graph is not None
     assert by_step is not None
-    assert {w.name for w in by_step.weights} == {w.name for w in by_graph.weights}
-    assert dict(by_step.excluded) == {**by_graph.excluded, "model.embed_tokens.weight": "embedding table"}
-    rows = {w.name: w.rows for w in by_graph.weights}
-    assert all(w.rows == rows[w.name] for w in by_step.weights)
+    assert (by_graph.capture, by_step.capture) == ("export", "replay")
+    assert by_step.to_dict().keys() == by_graph.to_dict().keys()
+    assert by_step.seconds.keys() == by_graph.seconds.keys()
+    assert by_step.hessians == by_graph.hessians == 4  # one for q, k and v, one for gate and up
+    assert by_step.excluded == by_graph.excluded
+    facts = [{w.name: (w.stage, w.rows, w.method, w.dead) for w in r.weights} for r in (by_graph, by_step)]
+    assert facts[0] == facts[1]
+    assert {w.rows for w in by_step.weights} == {4 * 2 * 40 - 7}
     for w in by_graph.weights:
         a, b = graph.get_parameter(w.name), step.get_parameter(w.name)
         assert isinstance(a, GroupTensor)
@@ -137,15 +160,15 @@ def test_it_agrees_with_the_graph_where_both_work(act_order: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "FalconMamba"])
-def test_products_other_than_linear_agree_with_the_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_other_than_linear_agree_with_the_graph(family: str, no_graph: pytest.MonkeyPatch) -> None:
     """Stacked experts, multiplied by one grouped product, and a depthwise convolution."""
     import transformers
 
     (graph, batches), (step, _) = (causal_lm_of(getattr(transformers, f"{family}Config")) for _ in range(2))
     config = gptq_config(4, -1, calibration=batches)
-    by_graph = quantize_(graph, config)
-    without_a_graph(monkeypatch)
     by_step = quantize_(step, config)
+    no_graph.undo()
+    by_graph = quantize_(graph, config)
     assert by_graph is not None
     assert by_step is not None
     rows = {w.name: (w.rows, w.fallback) for w in by_graph.weights}
@@ -170,12 +193,13 @@ def test_a_product_in_no_supported_form_is_named() -> None:
             return super().forward(x) @ self.stack.view(2, 32, 32)[1]
 
     report = replayed(seeded(Transposed()), [randn(6, 32)])
-    assert report.excluded["stack"] == "matmul reads it across its rows and input features"
-    with pytest.raises(ConfigError, match="stack: matmul reads it across"):
+    assert report.excluded["stack"] == "aten::matmul reads it across its rows and input features"
+    with pytest.raises(ConfigError, match="stack: aten::matmul reads it across"):
         replayed(seeded(Transposed()), [randn(6, 32)], strict=True)
 
 
-def test_experts_that_the_data_selects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_the_data_selects(no_graph: pytest.MonkeyPatch) -> None:
+    no_graph.undo()
     model = seeded(Experts())
     batches = [{"hidden": randn(2, 15, 16, seed=i)} for i in range(3)]
     report = replayed(model, batches)
@@ -209,9 +233,136 @@ def test_an_expert_that_is_never_chosen() -> None:
     with torch.no_grad():  # scores a, -a, b, -b and 0: two of the first four are always ahead of the last
         router = model.router.weight
         router[1], router[3], router[4] = -router[0], -router[2], 0
-    report = replayed(model, [{"hidden": randn(2, 15, 16, seed=i)} for i in range(2)])
-    assert report.excluded["down.4.weight"] == "no product of the forward uses it"
-    assert report.fallbacks == {"up": "rows 192:240: no product of the captured forward uses it"}
+    batches = [{"hidden": randn(2, 15, 16, seed=i)} for i in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SolverError, match="no calibration row reached it, and strict=True forbids rounding to nearest"):
+        replayed(model, batches, strict=True)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())  # found before anything is done
+    report = replayed(model, batches)
+    why = "no calibration row reached it"
+    assert report.fallbacks == {"down.4.weight": why, "up": f"rows 192:240: {why}"}
+    assert {w.name: w.method for w in report.weights}["down.4.weight"] == "rtn"
+    linear: Any = seeded(Experts(5)).down[4]
+    quantize_(linear, gptq_config(4, -1, method="rtn"))
+    assert torch.equal(linear.weight.codes(), model.get_parameter("down.4.weight").codes())  # type: ignore[attr-defined]
+
+
+class TwoLayers(nn.Module):
+    """Each batch reaches some of the experts of each layer; the second stack is stored as [experts, in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.up = Experts(8), nn.Linear(16, 16), nn.Parameter(torch.zeros(8, 16, 16))
+        self.last = nn.Linear(16, 16)
+        self.outputs: list[Tensor] = []  # a list is not taken away from a forward, as an attribute would be
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.middle(self.first(hidden)).flatten(0, 1)
+        out = x.clone()
+        for e in (x.abs().argmax(-1) % 8).unique().tolist():
+            out[e::8] += x[e::8] @ self.up[e]
+        self.outputs.append(self.last(out))
+        return self.outputs[-1]
+
+
+def test_every_batch_counts_wherever_its_experts_come_in_the_order() -> None:
+    model = seeded(TwoLayers())
+    batches = [randn(1, 4, 16, seed=i) for i in range(6)]  # the first reaches some of the experts only
+    rules = {"middle": {"bits": 8}}  # by default it is a router: argmax chooses by its result
+    report = replayed(model, batches, rules=rules)
+    rows = {w.name: w.rows for w in report.weights}
+    assert rows["middle.weight"] == rows["last.weight"] == 6 * 4
+    assert rows["first.up"] == sum(rows[f"first.down.{e}.weight"] for e in range(8)) == 6 * 4 * 2
+    stages = {w.name: w.stage for w in report.weights}
+    assert stages["first.down.7.weight"] < stages["middle.weight"] < stages["up"] < stages["last.weight"]
+    # What the forwards computed under way is what the dequantized weights give: no product used an original weight.
+    under_way, dense = model.outputs[-len(batches) :], dense_copy(model, lambda: seeded(TwoLayers()))
+    with torch.no_grad():
+        now = [dense(b) for b in batches]
+    assert all(any(torch.equal(a, b) for b in now) for a in under_way)
+    assert all(any(torch.equal(a, b) for b in under_way) for a in now)
+
+
+class Remembers(nn.Module):
+    """Keeps what belongs to one batch on its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.register_buffer("cache", torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.kept, self.cache = x, x * 2
+        y = self.first(x)
+        assert self.kept is x
+        assert self.calls == 1
+        assert torch.equal(self.cache, x * 2)
+        return self.last(y + self.kept)
+
+
+def test_what_a_forward_keeps_on_its_modules_is_its_own() -> None:
+    model = seeded(Remembers())
+    cache = model.cache
+    replayed(model, [randn(20, 32, seed=i) for i in range(3)])
+    assert model.cache is cache
+    assert model.calls == 0
+    assert not hasattr(model, "kept")
+
+
+def test_products_inside_of_torchs_attention() -> None:
+    layer = seeded(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
+    report = replayed(layer, [randn(2, 20, 32, seed=i) for i in range(2)])
+    names = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert {w.name: w.rows for w in report.weights} == dict.fromkeys(names, 80)
+
+
+class Odd(nn.Module):
+    """One ordinary weight, and others that cannot be quantized, each for another reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(16, 16)
+        names = ("tied", "both", "masked", "table", "idle", "added", "strided")
+        self.odd = nn.ParameterDict({n: nn.Parameter(torch.zeros(16, 16)) for n in names})
+        self.odd["strided"] = nn.Parameter(torch.zeros(16, 16).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.odd
+        x = self.plain(x) + F.embedding(torch.arange(16), w["table"])[:1]
+        x = F.linear(F.linear(x, w["tied"]).relu(), w["tied"].t())
+        x = F.linear(x, w["both"]) + F.pad(F.linear(x, w["both"][:8]), (0, 8))
+        return F.linear(x, w["masked"] * torch.ones(16, 16).tril()) + w["added"].sum(0) + F.linear(x, w["strided"])
+
+
+def test_what_is_left_out_is_listed_with_the_reason() -> None:
+    report = replayed(seeded(Odd()), [randn(20, 16)])
+    assert [w.name for w in report.weights] == ["plain.weight"]
+    assert report.excluded == {
+        "odd.tied": "its products read it in two ways",
+        "odd.both": "rows 0:16 and 0:8 of it are multiplied apart from each other",
+        "odd.masked": "linear multiplies by what is computed from it",
+        "odd.table": "embedding table",
+        "odd.idle": "not used by the forward of any calibration batch",
+        "odd.added": "not a matrix of a product, used by sum",
+        "odd.strided": "it is not contiguous in memory",
+    }
+    with pytest.raises(ConfigError, match=r"(?s)strict=True, and these .*tied: its products read it in two ways"):
+        replayed(seeded(Odd()), [randn(20, 16)], strict=True)
+
+
+def test_parameters_that_share_one_storage() -> None:
+    flat = randn(3 * 32 * 32) / 6
+    model = seeded(Branching())
+    for i, layer in enumerate((model.first, model.high, model.last)):
+        layer.weight = nn.Parameter(flat[i * 1024 : (i + 1) * 1024].view(32, 32))
+    twin = seeded(Branching())  # which has each in a storage of its own
+    twin.load_state_dict(model.state_dict())
+    reports = [replayed(m, [randn(20, 32, seed=i) for i in range(3)]) for m in (model, twin)]
+    assert [w.rows for w in reports[0].weights] == [w.rows for w in reports[1].weights]
+    for name, parts in packed(model).items():
+        assert all(torch.equal(a, b) for a, b in zip(parts, packed(twin)[name], strict=True))
 
 
 class Looped(nn.Module):
@@ -244,11 +395,8 @@ def test_same_inputs_same_bytes() -> None:
     models = [seeded(Experts()), seeded(Experts())]
     for model in models:
         replayed(model, [{"hidden": randn(2, 15, 16, seed=i)} for i in range(3)])
-    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
-        if isinstance(a, GroupTensor):
-            assert isinstance(b, GroupTensor)
-            assert torch.equal(a.qdata, b.qdata), name
-            assert torch.equal(a.scale_zero, b.scale_zero), name
+    for a, b in zip(*(packed(m).values() for m in models), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_an_exception_in_one_forward_ends_all_threads() -> None:
@@ -261,17 +409,21 @@ def test_an_exception_in_one_forward_ends_all_threads() -> None:
 
     batches = [randn(20, 32, seed=i) for i in range(3)]
     batches[1][0, 0] = 7
+    model, threads = seeded(Fails()).train(), threading.active_count()
     with pytest.raises(RuntimeError, match="this batch is bad") as e:
-        replayed(seeded(Fails()), batches)
-    assert any("weights have new values already: reload the model" in note for note in e.value.__notes__)
-    assert not [t for t in threading.enumerate() if "Forward" in type(t).__name__]
+        replayed(model, batches)
+    assert e.value.__notes__ == ["in calibration batch 1", "4 of 4 weights have new values already: reload the model"]
+    assert threading.active_count() == threads
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_bad_activations_and_starved_weights_are_named() -> None:
     batches = [randn(20, 32), randn(20, 32) * 1e20]
-    with pytest.raises(NonFiniteError, match=r"the input of first.weight is NaN or infinite in one of 2 calibration"):
+    with pytest.raises(NonFiniteError, match=r"the input of first.weight is NaN or infinite in calibration batch 1"):
         replayed(seeded(Branching()), batches)
-    assert not [t for t in threading.enumerate() if "Forward" in type(t).__name__]
+    assert no_forward_is_left()
 
     class Dead(Branching):
         def forward(self, x: Tensor) -> Tensor:
@@ -281,7 +433,8 @@ def test_bad_activations_and_starved_weights_are_named() -> None:
         replayed(seeded(Dead()), [randn(4, 32)], strict=True)
 
 
-def test_strict_capture_and_another_device() -> None:
+def test_strict_capture_and_another_device(no_graph: pytest.MonkeyPatch) -> None:
+    no_graph.undo()
     model = seeded(Branching())
     before = copy.deepcopy(model.state_dict())
     batches = [randn(20, 32)]
@@ -292,26 +445,83 @@ def test_strict_capture_and_another_device() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
-def test_state_is_restored() -> None:
-    model = seeded(Branching()).train()
-    replayed(model, [randn(20, 32)])
+def test_settings_that_need_a_graph_or_the_weights() -> None:
+    batches = [randn(20, 32)]
+    with pytest.raises(ConfigError, match=r"calibrate_all_experts needs the model as one graph.*not today"):
+        replayed(seeded(Branching()), batches, calibrate_all_experts=True)
+    with pytest.raises(ConfigError, match=r"'first.weight' is offloaded or not loaded .*: load the model without"):
+        quantize_weights(ModelWeights(Branching().to("meta")), gptq_config(4, -1, calibration=batches))
+    with pytest.raises(CaptureError, match=r"(?s)not today.*Nor can it run without a graph: .*RuntimeError: mat1 and"):
+        replayed(seeded(Branching()), [randn(20, 31)])
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as e:
+        replayed(seeded(Branching()), [randn(20, 32), randn(20, 31)])
+    assert e.value.__notes__ == ["in calibration batch 1"]  # and nothing was changed
+
+
+def test_an_interrupt_ends_a_forward_that_does_not() -> None:
+    class Endless(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if threading.current_thread() is not threading.main_thread() and x[0, 0].item() == 7:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # the user presses Ctrl-C
+                while True:
+                    y = y + 0
+            return y
+
+    batches = [randn(20, 32, seed=i) for i in range(3)]
+    batches[0][0, 0] = 7
+    model = seeded(Endless())
+    with pytest.raises(KeyboardInterrupt) as e:
+        replayed(model, batches)
+    assert e.value.__notes__ == ["4 of 4 weights have new values already: reload the model"]
+    assert no_forward_is_left()
+    assert torch.is_grad_enabled()
+
+
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, size = Forward.start, threading.stack_size()
+
+    def limited(self: Forward) -> None:
+        if self.number == 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(Forward, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        replayed(seeded(Branching()), [randn(20, 32)] * 3)
+    assert no_forward_is_left()
+    assert threading.stack_size() == size
+
+
+_LEVEL = contextvars.ContextVar("level", default=0)
+
+
+def test_a_forward_runs_in_the_state_of_the_thread_that_asked() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Notes(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), y.dtype, _LEVEL.get()))
+            return y
+
+    model = seeded(Notes()).train()
+    token = _LEVEL.set(3)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        replayed(model, [randn(20, 32)] * 2)
+    _LEVEL.reset(token)
+    assert seen == [(False, True, torch.bfloat16, 3)] * 4  # two to find the weights, two in step
     assert model.training
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_autocast_of_the_caller_reaches_the_forwards() -> None:
-    seen: list[torch.dtype] = []
-
-    class Notes(Branching):
-        def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
-            seen.append(y.dtype)
-            return y
-
-    with torch.autocast("cpu", torch.bfloat16):
-        replayed(seeded(Notes()), [randn(20, 32)])
-    assert set(seen[-1:]) == {torch.bfloat16}
+def test_a_part_that_is_compiled_is_seen_inside() -> None:
+    model = seeded(Branching())
+    model.low.compile()
+    report = replayed(model, [randn(20, 32, seed=i) + 1 for i in range(2)])
+    assert {w.name for w in report.weights} == {f"{n}.weight" for n in ("first", "low", "high", "last")}
+    assert report.fallbacks == {}
 
 
 def test_a_limit_that_cannot_be_kept_is_refused_and_a_plan_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:

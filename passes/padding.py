@@ -1,0 +1,53 @@
+"""Which rows of an activation are padding, in a model that just runs.
+
+Rows are positions of the model's `attention_mask` [batch, position] if an activation has its leading axes, as they are
+or flattened to one. What a mixture of experts gathers from them, `tokens[numbers]`, is followed from result to result.
+(For a graph, `token_rows.py` finds the same.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gptq_ao.batches import Batch
+
+__all__ = ["Padding"]
+
+_MASKS = ("attention_mask", "decoder_attention_mask")
+_GATHERS = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
+
+
+class Padding:
+    """`of(x)`: zero where a row of x is padding."""
+
+    def __init__(self, batch: Batch) -> None:
+        given = [batch.kwargs.get(name) for name in _MASKS]
+        self._masks = [m for m in given if isinstance(m, Tensor) and m.dim() == 2]
+        self._gathered: Any = WeakTensorKeyDictionary()
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """None if no mask speaks of these rows, or if two could."""
+        if not self._masks:
+            return None
+        if x in self._gathered:
+            return self._gathered[x]
+        fit = [m for m in self._masks if x.shape[:2] == m.shape or (x.dim() == 2 and x.shape[0] == m.numel())]
+        return fit[0] if len(fit) == 1 else None
+
+    def follow(self, func: Any, args: Any, out: Any) -> None:
+        """Note which rows a result has: those that it gathered, or those of an operand that has as many."""
+        if not self._masks or not isinstance(out, Tensor) or out.dim() != 2:
+            return
+        if func in _GATHERS:
+            x, numbers = args[0], args[-1]
+            mask = self.of(x) if x.dim() == 2 else None
+            if mask is not None and isinstance(numbers, Tensor) and numbers.dim() == 1:
+                self._gathered[out] = mask.reshape(-1)[numbers]
+            return
+        operands = [a for a in args if isinstance(a, Tensor)]
+        same = (a for a in operands if a in self._gathered and a.shape[0] == out.shape[0])
+        source = next(same, None)
+        if source is not None:
+            self._gathered[out] = self._gathered[source]
