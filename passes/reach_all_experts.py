@@ -55,8 +55,11 @@ def _all_tokens(graph: fx.Graph, site: LinearSite, sites: tuple[LinearSite, ...]
             f"calibrate_all_experts: {site.weight!r} gets its rows from {op_name(value)}, in no way known to depend on "
             "a router's choice. Leave the setting out, or exclude the weight by a rule"
         )
-    tokens = value.args[0]
-    if op_name(value) == "aten::index" and isinstance(tokens, fx.Node) and not _descends(tokens, choice):
+    gathered = value
+    while op_name(gathered) == "aten::masked_fill" and isinstance(gathered.args[0], fx.Node):
+        gathered = gathered.args[0]  # rows of experts that are elsewhere (expert parallel): with all tokens, none
+    tokens = gathered.args[0]
+    if op_name(gathered) == "aten::index" and isinstance(tokens, fx.Node) and not _descends(tokens, choice):
         every = Rows(tokens.name, mask=rows.mask, gathers=rows.gathers[:-1])
         return [dataclasses.replace(site, rows=(every,), experts=1)]
 
@@ -113,12 +116,13 @@ def _between(graph: fx.Graph, start: fx.Node, ends: tuple[fx.Node, ...]) -> list
 
 
 def _descends(node: object, ancestor: fx.Node) -> bool:
+    """Whether the values of `node` depend on those of `ancestor`; that sizes do does not count."""
     seen, todo = set(), [node]
     while todo:
         n = todo.pop()
         if n is ancestor:
             return True
-        if isinstance(n, fx.Node) and n not in seen:
+        if isinstance(n, fx.Node) and n not in seen and not isinstance(n.meta.get("val"), int | torch.SymInt):
             seen.add(n)
             todo += n.all_input_nodes
     return False
