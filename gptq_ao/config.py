@@ -18,14 +18,26 @@ from gptq_ao.errors import ConfigError
 __all__ = ["ACT_ORDERS", "BITS", "METHODS", "PRESETS", "GPTQConfig", "gptq_config"]
 
 BITS = (2, 3, 4, 8)
-ACT_ORDERS = ("static", "none", "group")
+ACT_ORDERS = ("group_aware", "static", "none", "group")
+COMPENSATIONS = ("none", "inputs", "residual")
 METHODS = ("gptq", "rtn")
 PRESETS: dict[str, dict[str, Any]] = {
     "4bit-128": {"bits": 4, "group_size": 128},
     "4bit-32-act": {"bits": 4, "group_size": 32, "act_order": "group"},
     "3bit-128-act": {"bits": 3, "group_size": 128, "act_order": "group"},
 }
-OVERRIDABLE = ("bits", "group_size", "sym", "act_order", "damp_percent", "method")
+OVERRIDABLE = (
+    "bits",
+    "group_size",
+    "sym",
+    "act_order",
+    "damp_percent",
+    "method",
+    "signed_scale",
+    "scale_candidates",
+    "refine_rounds",
+    "compensate",
+)
 
 Override = dict[str, Any] | None
 Calibration = Iterable[Any] | Callable[[], Iterable[Any]] | None
@@ -41,6 +53,10 @@ class GPTQConfig(AOBaseConfig):
     act_order: str = "static"
     damp_percent: float | None = None
     method: str = "gptq"
+    signed_scale: bool = False
+    scale_candidates: int = 1
+    refine_rounds: int = 0
+    compensate: str = "none"
     rules: dict[str, Override] = field(default_factory=dict)
     strict: bool = False
     expert_min_rows: int = 128
@@ -106,6 +122,10 @@ def gptq_config(
     act_order: str = "static",
     damp_percent: float | None = None,
     method: str = "gptq",
+    signed_scale: bool = False,
+    scale_candidates: int = 1,
+    refine_rounds: int = 0,
+    compensate: str = "none",
     calibration: Calibration = None,
     rules: Mapping[str, Mapping[str, Any] | None] | None = None,
     strict: bool = False,
@@ -171,6 +191,10 @@ def gptq_config(
         sym=sym,
         damp_percent=damp_percent,
         method=method,
+        signed_scale=signed_scale,
+        scale_candidates=scale_candidates,
+        refine_rounds=refine_rounds,
+        compensate=compensate,
         rules={p: dict(o) if isinstance(o, Mapping) else o for p, o in (rules or {}).items()},
         strict=strict,
         expert_min_rows=expert_min_rows,

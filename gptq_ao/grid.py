@@ -13,9 +13,11 @@ from torch import Tensor
 
 from gptq_ao.errors import NonFiniteError
 
-__all__ = ["choose_grid", "dequantize", "group_columns", "max_code", "round_to_grid"]
+__all__ = ["candidate_grids", "choose_grid", "dequantize", "group_columns", "max_code", "round_to_grid"]
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16: a group of zeros still needs a scale to divide by
+# The narrowest candidate, as a share of the full range: at 2 bits most weights should lie within the grid, not all.
+NARROWEST = {2: 0.2, 3: 0.3, 4: 0.4, 8: 0.8}
 
 
 def max_code(bits: int) -> int:
@@ -27,35 +29,73 @@ def group_columns(in_features: int, group_size: int) -> int:
     return in_features if group_size == -1 else group_size
 
 
-def choose_grid(weight: Tensor, group_size: int, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
+def choose_grid(
+    weight: Tensor, group_size: int, bits: int, sym: bool, signed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point from the smallest and the largest weight of each group.
 
     Symmetric: the zero point is 2^(bits−1) and the scale max|w| / (2^bits − 1) · 2, so that the grid's full width spans
-    [−max|w|, max|w|] (at 4 bits: max|w| / 7.5, as GPTQ's authors and their successors do).
+    [−max|w|, max|w|] (at 4 bits: max|w| / 7.5, as GPTQ's authors and their successors do). With `signed` the scale has
+    the sign that lets the code −2^(bits−1), which has no positive counterpart, stand for the weight of the largest
+    magnitude: max|w| / 2^(bits−1) is enough.
     Asymmetric: the grid spans [min(w, 0), max(w, 0)], so that zero stays representable.
 
     Args:
-        weight: [N, K], floating point; K is a multiple of the group's columns.
+        weight: [..., N, K], floating point; K is a multiple of the group's columns.
 
     Returns:
-        scale [N, G] fp16 and zero_point [N, G] uint8.
+        scale [..., N, G] fp16 and zero_point [..., N, G] uint8.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite, or too large for an fp16 scale.
     """
     groups = weight.float().unflatten(-1, (-1, group_columns(weight.shape[-1], group_size)))
     low, high = groups.aminmax(dim=-1)
-    levels = max_code(bits)
-    width = 2 * torch.maximum(-low, high) if sym else high.clamp(min=0) - low.clamp(max=0)
-    scale = (width / levels).clamp(min=SMALLEST_SCALE).to(torch.float16)
+    levels, half = max_code(bits), 2 ** (bits - 1)
+    if sym and signed:
+        scale = torch.where(high > -low, -high, -low) / half
+    else:
+        scale = (2 * torch.maximum(-low, high) if sym else high.clamp(min=0) - low.clamp(max=0)) / levels
+    scale = _stored(scale)
     if not torch.isfinite(scale).all():
         largest = weight.abs().max().item()
         raise NonFiniteError(f"the weights reach {largest:.3g}: a scale for them is not a finite fp16 number")
     if sym:
-        zero_point = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+        zero_point = torch.full_like(scale, half, dtype=torch.uint8)
     else:
         zero_point = (-low.clamp(max=0) / scale.float()).round().clamp(0, levels).to(torch.uint8)
     return scale, zero_point
+
+
+def candidate_grids(group: Tensor, bits: int, sym: bool, signed: bool, count: int) -> tuple[Tensor, Tensor]:
+    """`choose_grid` for one group, and narrower grids beside its own: those that cut off the largest weights.
+
+    Args:
+        group: [columns, N] fp32, transposed.
+        count: how many widths, from the full range down. Each comes with either sign if `signed`, and with both
+            integers next to its zero point if not `sym`.
+
+    Returns:
+        scale [C, N] fp16 and zero_point [C, N] uint8. A scale may be infinite where weights are too large.
+    """
+    low, high = group.aminmax(dim=0)
+    levels, half = max_code(bits), 2 ** (bits - 1)
+    shares = torch.linspace(1, NARROWEST[bits], count, device=group.device).unsqueeze(1)
+    if sym:
+        scale = shares * (2 * torch.maximum(-low, high) / levels)
+        scale = _stored(torch.cat([scale, -scale]) if signed else scale)
+        return scale, torch.full_like(scale, half, dtype=torch.uint8)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _stored(shares * ((high - low) / levels))
+    origin = shares * -low / scale.float()
+    zero_point = torch.cat([origin.floor(), origin.ceil()]).clamp(0, levels).to(torch.uint8)
+    return torch.cat([scale, scale]), zero_point
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """As fp16, no nearer to zero than the smallest one."""
+    smallest = torch.full_like(scale, SMALLEST_SCALE).copysign(scale)
+    return torch.where(scale.abs() < SMALLEST_SCALE, smallest, scale).to(torch.float16)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -27,11 +27,16 @@ class Hessian:
         matrix: [K, K] fp32, XᵀX / rows.
         rows: how many activation rows (tokens) were summed.
         first_bad_batch: index of the first batch with a NaN or infinite activation (or one whose square exceeds fp32).
+        drift: [K, K] fp32, (X₀−X)ᵀX / rows with the rows X₀ of the original model; None where it was not observed, or
+            they are the same.
+        residuals: [N, K] fp32 each, (R₀−R)ᵀX / rows with the rows R [rows, N] of a residual stream.
     """
 
     matrix: Tensor
     rows: int
     first_bad_batch: int | None = None
+    drift: Tensor | None = None
+    residuals: tuple[Tensor, ...] = ()
 
 
 class HessianObserver(nn.Module):
@@ -45,11 +50,20 @@ class HessianObserver(nn.Module):
 
     def _reset(self) -> None:
         self._sum: Tensor | None = None
+        self._drift: Tensor | None = None
+        self._residuals: tuple[Tensor, ...] = ()
         self._rows: list[Tensor] = []  # [experts] each
         self._finite: list[Tensor] = []
         self._unseen_batches = 0  # before the first call
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None) -> None:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        original: Tensor | None = None,
+        streams: tuple[tuple[Tensor, Tensor], ...] = (),
+    ) -> None:
         """Add the rows of `x`, on its device.
 
         Args:
@@ -58,6 +72,8 @@ class HessianObserver(nn.Module):
                 of T elements. One of other sizes is not used: x is then the same for all of a batch, and no row of it
                 is padding.
             offsets: [E], the cumulative number of sorted rows. Rows after the last offset belong to no expert.
+            original: what x is in the original model; not for experts.
+            streams: [..., N] each, with the leading axes of x: residual streams here and in the original model.
         """
         x = x.detach()
         keep = _kept(x, mask) if mask is not None else None
@@ -81,9 +97,33 @@ class HessianObserver(nn.Module):
             parts = [x.reshape(-1, self.in_features)]
             counts = [keep.sum()] if keep is not None else None
         for total, rows in zip(self._sum, parts, strict=True):
-            _add(total, rows)
+            _add(total, rows, rows)
+        self._add_differences(x, keep, original, streams)
         known = torch.tensor([p.shape[0] for p in parts])
         self._rows.append(known if counts is None else torch.stack(counts))
+
+    def _add_differences(
+        self, x: Tensor, keep: Tensor | None, original: Tensor | None, streams: tuple[tuple[Tensor, Tensor], ...]
+    ) -> None:
+        rows = x.reshape(-1, self.in_features)
+
+        def difference(now: Tensor, then: Tensor) -> Tensor:
+            changed = (then.detach() - now.detach()).to(x.dtype)
+            if keep is not None:
+                changed = torch.where(keep, changed, torch.zeros((), dtype=x.dtype, device=x.device))
+            return changed.reshape(len(rows), -1)
+
+        if original is not None:
+            if self._drift is None:
+                self._drift = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=x.device)
+            _add(self._drift, difference(x, original), rows)
+        changes = [difference(now, then) for now, then in streams]
+        if not self._residuals:
+            self._residuals = tuple(
+                torch.zeros(c.shape[1], self.in_features, dtype=torch.float32, device=x.device) for c in changes
+            )
+        for total, change in zip(self._residuals, changes, strict=True):
+            _add(total, change, rows)
 
     def _bounds(self, x: Tensor, offsets: Tensor) -> list[int]:
         """Where each expert's rows of `x` begin and end."""
@@ -104,11 +144,15 @@ class HessianObserver(nn.Module):
         """
         if self._sum is None:
             raise RuntimeError("a HessianObserver was never called")
+        drift, residuals = self._drift, self._residuals
         totals, rows = self._sum, torch.stack([r.cpu() for r in self._rows]).sum(0).tolist()
         finite = [True] * self._unseen_batches + (torch.stack(self._finite).tolist() if self._finite else [])
         self._reset()
         bad = finite.index(False) if False in finite else None
-        return tuple(Hessian(t.div_(max(n, 1)), n, bad) for t, n in zip(totals, rows, strict=True))
+        if drift is not None:
+            drift.div_(max(rows[0], 1))
+        residuals = tuple(r.div_(max(rows[0], 1)) for r in residuals)
+        return tuple(Hessian(t.div_(max(n, 1)), n, bad, drift, residuals) for t, n in zip(totals, rows, strict=True))
 
 
 def gathered_mask(mask: Tensor, *gathers: Tensor) -> Tensor:
@@ -138,14 +182,13 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor | None:
     return None
 
 
-def _add(total: Tensor, rows: Tensor) -> None:
-    """total += rowsᵀ·rows."""
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
-        total += torch.mm(rows.T, rows, out_dtype=torch.float32)  # tensor cores
+def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ·right."""
+    if right.is_cuda and right.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)  # tensor cores
     else:
-        rows = rows.float()
         with ieee_fp32():
-            total.addmm_(rows.T, rows)
+            total.addmm_(left.float().T, right.float())
 
 
 @contextmanager

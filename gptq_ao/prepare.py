@@ -19,6 +19,7 @@ from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.find_linears import find_linears
+from gptq_ao.passes.follow_original import follow_original
 from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.reach_all_experts import reach_all_experts
@@ -117,7 +118,10 @@ def prepare(
         bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
         calibrated = None
         if any(c.method != "rtn" for c in selection.settings.values()):
-            calibrated = Calibrated(program, observe(schedule(program, selection)), bound)
+            planned = schedule(program, selection)
+            if any(c.compensate != "none" for c in selection.settings.values()):
+                planned = follow_original(program, planned)
+            calibrated = Calibrated(program, observe(planned), bound)
     return Prepared(selection, device if calibrated else weights.device, mixed_sets(sites, selection), calibrated)
 
 

@@ -13,7 +13,7 @@ from gptq_ao.activations import ActivationStore
 from gptq_ao.config import GPTQConfig
 from gptq_ao.hessian import Hessian
 from gptq_ao.passes.calibrate import calibrate
-from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage
+from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
 from gptq_ao.report import Clock, WeightReport
 from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
 from gptq_ao.tensor import GroupTensor, tensor_class
@@ -34,16 +34,22 @@ def run_plan(
     """Quantize with the plan's stages in order; one segment's weights at a time are on `device`."""
     settings = plan.selection.settings
     done: list[WeightReport] = []
+    originals = _Originals(program, plan)
     stages = list(zip(plan.stages, plan.segments, strict=True))
     bar = tqdm(stages, unit="stage", disable=None, file=sys.stderr)  # None: only on a terminal
     try:
         for number, (stage, segment) in enumerate(bar, 1):
             bar.set_description(stage.groups[0].weights[0].removesuffix(".weight"))
             with clock("calibrate"):
-                hessians = calibrate(segment, stage, store, lambda name: _static(weights, program, name, device))
+                hessians = calibrate(
+                    segment, stage, store, lambda name: _static(weights, program, originals, name, device)
+                )
+                originals.forget(number)
             with clock("solve"), torch.no_grad():
                 for layout, matrix, parts in _solve(weights, plan, stage, hessians, device, config):
-                    whole = join_parts(parts, matrix, settings[parts[0].part.weight])
+                    name = parts[0].part.weight
+                    originals.keep(name, weights)
+                    whole = join_parts(parts, matrix, settings[name])
                     done.append(rewrite(weights, layout, whole, settings, number))
             del hessians, layout, matrix, parts, whole  # the next segment needs the room
     except BaseException as e:
@@ -117,7 +123,8 @@ def _solve(
                 matrices[name] = layouts[name].matrix(weights.get(name, device))
         for expert, (hessian, fallback) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
             rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
-            for part in solve_group(rows, settings, hessian, config.strict, fallback):
+            streams = tuple(p for p, _ in group.residuals)
+            for part in solve_group(rows, settings, hessian, config.strict, fallback, streams):
                 name = part.part.weight
                 solved.setdefault(name, []).append(part)
                 missing[name] -= 1
@@ -125,8 +132,34 @@ def _solve(
                     yield layouts[name], matrices.pop(name), solved.pop(name)
 
 
-def _static(weights: Weights, program: Program, name: str, device: torch.device) -> Any:
+class _Originals:
+    """The weights as they were, from when they are replaced until the last segment that reads them has run."""
+
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self._last: dict[str, int] = {}
+        for number, segment in enumerate(plan.segments, 1):
+            for static in segment.statics:
+                placeholder = twin_of(static)
+                if placeholder is not None:
+                    self._last[program.parameters[placeholder]] = number
+        self._kept: dict[str, Tensor] = {}
+
+    def keep(self, name: str, weights: Weights) -> None:
+        if name in self._last:
+            self._kept[name] = weights.get(name)
+
+    def forget(self, segment: int) -> None:
+        self._kept = {n: t for n, t in self._kept.items() if self._last[n] > segment}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._kept[name]
+
+
+def _static(weights: Weights, program: Program, originals: _Originals, name: str, device: torch.device) -> Any:
     """A parameter, buffer or constant of the graph, on the device that runs it."""
+    placeholder = twin_of(name)
+    if placeholder is not None:
+        return originals[program.parameters[placeholder]].to(device)
     if name in program.constants:
         value = program.constants[name]
         return value.to(device) if isinstance(value, Tensor) else value

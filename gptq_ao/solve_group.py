@@ -11,7 +11,9 @@ from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import SolverError
 from gptq_ao.hessian import Hessian, pooled
 from gptq_ao.passes.records import Part
-from gptq_ao.solver import Solution, factor, output_energy, round_to_nearest, solve
+from gptq_ao.factor import factor
+from gptq_ao.target import corrected_target
+from gptq_ao.solver import Solution, output_energy, round_to_nearest, solve
 
 __all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "settings_key", "solve_group"]
 
@@ -55,6 +57,7 @@ def solve_group(
     hessian: Hessian,
     strict: bool,
     fallback: str | None = None,
+    residual_parts: tuple[Part, ...] = (),
 ) -> Iterator[SolvedPart]:
     """Solve the rows [n, K] of `matrices` on the Hessian's device, in order of their settings.
 
@@ -65,6 +68,7 @@ def solve_group(
         SolverError: the Hessian cannot be factored, or `strict` forbids to round what no data reached.
     """
     alike: dict[tuple[object, ...], list[Part]] = {}
+    residuals = dict(zip(residual_parts, hessian.residuals, strict=False))
     for part in matrices:
         c = settings[part.weight]
         alike.setdefault(settings_key(c), []).append(part)
@@ -77,26 +81,51 @@ def solve_group(
         if why and strict:
             raise SolverError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
         dense = [matrices[part] for part in parts]
+        targets = [m.float() for m in dense]
         method, damp, dead = "rtn", None, 0
         if c.method == "rtn" or blind:
             solutions = [_nearest(m, c) for m in dense]
         else:
             try:
-                f = factor(hessian, c.act_order, c.damp_percent)
+                f = factor(hessian, c.act_order, c.group_size, c.damp_percent)
             except SolverError as e:
                 raise SolverError(f"{_names(parts)}: {e}") from e
-            stacked = solve(torch.cat(dense), f, bits=c.bits, group_size=c.group_size, sym=c.sym, act_order=c.act_order)
+            if c.compensate != "none":
+                targets = [corrected_target(t, hessian, residuals.get(p)) for t, p in zip(targets, parts, strict=True)]
+            stacked = solve(
+                torch.cat(targets),
+                f,
+                bits=c.bits,
+                group_size=c.group_size,
+                sym=c.sym,
+                act_order=c.act_order,
+                signed=c.signed_scale,
+                scale_candidates=c.scale_candidates,
+                refine_rounds=c.refine_rounds,
+                hessian=hessian,
+            )
             solutions = stacked.split([m.shape[0] for m in dense])
             method, damp, dead = "gptq", f.damp, f.dead
-        for part, matrix, solution in zip(parts, dense, solutions, strict=True):
-            changed = output_energy(matrix.float() - solution.dequantize(), hessian) * hessian.rows
-            energy = output_energy(matrix.float(), hessian) * hessian.rows
+        for part, matrix, solution in zip(parts, targets, solutions, strict=True):
+            changed = output_energy(matrix - solution.dequantize(), hessian) * hessian.rows
+            energy = output_energy(matrix, hessian) * hessian.rows
             yield SolvedPart(part, solution, method, hessian.rows, damp, dead, changed, energy, why)
 
 
 def settings_key(c: GPTQConfig) -> tuple[object, ...]:
     """Weights that agree in this, and in their Hessian, are solved together."""
-    return (c.method, c.act_order, c.damp_percent, c.bits, c.group_size, c.sym)
+    return (
+        c.method,
+        c.act_order,
+        c.damp_percent,
+        c.bits,
+        c.group_size,
+        c.sym,
+        c.signed_scale,
+        c.scale_candidates,
+        c.refine_rounds,
+        c.compensate,
+    )
 
 
 def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:

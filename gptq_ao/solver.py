@@ -1,17 +1,22 @@
 """GPTQ: round a weight matrix column by column and let the columns to come make up for each rounding error.
 
-Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022),
-algorithm 1. With H = XᵀX + damping and U the upper factor of H⁻¹ = UᵀU, for column j from left to right
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022).
+With the factor H = A·diag(pivots)·Aᵀ (`factor.py`) the column j that is solved next is rounded from
 
-    q_j = grid(w_j)          e_j = (w_j − q_j) / U_jj          w_k ← w_k − e_j·U_jk   for k > j
+    x_j = w_j + Σ_{i<j} e_i·A_ij          e_i = w_i − ŵ_i
 
-and tr((W−Ŵ)·H·(W−Ŵ)ᵀ) = Σ e_j². Rows are independent of each other: weights that share an activation are solved
-together by stacking them.
+which is the value GPTQ's updates of the weights give it, and tr(E·H·Eᵀ) = Σ pivots_j·(x_j − ŵ_j)². Earlier blocks of
+columns add their part of the sum as matrix products. Within a block (`kernels/columns.py`) all columns are first
+brought to the value that is best for them as long as none of the block is rounded,
 
-U is found without an inverse of H: reversing rows and columns turns a lower Cholesky factor into an upper one,
-H = R·Rᵀ with R upper, and U = R⁻¹ (one Cholesky, one triangular inverse, both in fp64 where that is affordable).
+    X = W + C·A_bb⁻¹          C = Σ_{i before the block} e_i·A_i
 
-Pure functions of tensors, on any device; the arguments are never changed. N = out_features, K = in_features.
+and what rounding column j changes, p_j = x_j − ŵ_j, moves the columns after it by −p_j·(A_bb⁻¹)_jk.
+
+Rows are independent of each other: weights that share an activation are solved together by stacking them.
+
+Pure functions of tensors, on any device; the arguments are never changed. N = out_features, K = in_features,
+G = groups in a row.
 """
 
 from collections.abc import Iterator
@@ -20,32 +25,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_ao.errors import NonFiniteError, SolverError
-from gptq_ao.grid import choose_grid, dequantize, group_columns, round_to_grid
+from gptq_ao.errors import NonFiniteError
+from gptq_ao.factor import Factor
+from gptq_ao.grid import candidate_grids, choose_grid, dequantize, group_columns, round_to_grid
 from gptq_ao.hessian import Hessian, ieee_fp32
+from gptq_ao.kernels.columns import MAX_COLUMNS, round_columns, score_grids
+from gptq_ao.refine import refine
 
-__all__ = ["Factor", "Solution", "factor", "output_energy", "relative_error", "round_to_nearest", "solve"]
+__all__ = ["Solution", "output_energy", "relative_error", "round_to_nearest", "solve"]
 
-BLOCK = 128  # columns between two updates of all that follows, which are matrix products
-DAMPING_TRIES = 12
-LARGEST_FP64 = 8192  # above, an fp64 factor takes more memory (3·8·K² bytes) and time than its accuracy is worth
-
-
-@dataclass(frozen=True)
-class Factor:
-    """What a Hessian contributes to the solution, the same for every weight that reads the activation.
-
-    Attributes:
-        upper: [K, K] fp32, U above, rows and columns in solving order.
-        order: [K] int64, `order[i]` is the column solved in place i; None for left to right.
-        damp: the fraction of the mean diagonal that was finally added.
-        dead: how many columns were zero in all calibration data. They are rounded to nearest.
-    """
-
-    upper: Tensor
-    order: Tensor | None
-    damp: float
-    dead: int
+OUTER = 1024  # columns between two products with all errors before them
 
 
 @dataclass(frozen=True)
@@ -75,52 +64,6 @@ class Solution:
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
 
 
-def factor(hessian: Hessian, act_order: str = "static", damp_percent: float | None = None) -> Factor:
-    """Damp, order and factor a Hessian.
-
-    Damping: `damp_percent` (None: K / rows, at least 0.01 and at most 1, since few rows determine H poorly) of the mean
-    diagonal; tripled until the Cholesky factor exists. Dead columns (zero diagonal) get the mean as their diagonal:
-    they couple to nothing and keep their weight's nearest codes.
-
-    Raises:
-        NonFiniteError: H holds NaN or infinity.
-        SolverError: no factor after the damping was tripled 12 times.
-    """
-    k = hessian.matrix.shape[-1]
-    diagonal = hessian.matrix.diagonal()
-    if not torch.isfinite(hessian.matrix).all():
-        raise NonFiniteError(f"the Hessian [{k}, {k}] holds NaN or infinity")
-    dead = diagonal <= 0
-    order = None
-    if act_order != "none":
-        order = torch.argsort(diagonal, descending=True, stable=True)
-    live = diagonal[~dead]
-    mean = live.mean().item() if live.numel() else 1.0
-
-    dtype = torch.float64 if k <= LARGEST_FP64 else torch.float32
-    # Five matrices of this size can be alive at once, of which none is kept longer than it takes.
-    H = hessian.matrix.to(dtype, copy=True) if order is None else hessian.matrix[order][:, order].to(dtype)
-    H.diagonal()[dead if order is None else dead[order]] = mean
-    damp = min(max(k / max(hessian.rows, 1), 0.01), 1.0) if damp_percent is None else damp_percent
-    added = 0.0
-    for _ in range(DAMPING_TRIES):
-        H.diagonal().add_((damp - added) * mean)
-        added = damp
-        lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-        if info.item() == 0:
-            del H
-            lower = lower.flip(0, 1)
-            eye = torch.eye(k, dtype=dtype, device=lower.device)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=True)
-            del lower, eye
-            return Factor(upper.float(), order, damp, int(dead.sum()))
-        damp *= 3
-    raise SolverError(
-        f"the Hessian [{k}, {k}] of {hessian.rows} rows is not positive definite even with {added:.3g} of its mean "
-        "diagonal added: check the calibration data, or leave the layer out with a rule"
-    )
-
-
 def solve(
     weight: Tensor,
     factor: Factor,
@@ -129,61 +72,90 @@ def solve(
     group_size: int,
     sym: bool,
     act_order: str,
+    signed: bool = False,
+    scale_candidates: int = 1,
+    refine_rounds: int = 0,
+    hessian: Hessian | None = None,
     grid: tuple[Tensor, Tensor] | None = None,
 ) -> Solution:
     """GPTQ of `weight` [N, K] under a factored Hessian.
 
     Grids: with `act_order="static"` groups are runs of neighbouring columns and their grids come from the given
-    weights, since a group's columns are met at different times. With "none" and "group" a group's columns are met
-    together, and its grid comes from the weights as updated by all errors before it.
+    weights, since a group's columns are met at different times. With the others a group's columns are met together, and
+    its grid comes from the weights as updated by all errors before it: the one of `scale_candidates` that rounding the
+    group with error feedback likes best.
 
     Args:
+        factor: made for the same `act_order` and `group_size`.
+        signed: see `grid.choose_grid`.
+        refine_rounds: see `refine.py`; 0: not refined.
+        hessian: that was factored; only to refine.
         grid: scale [N, G] fp16 and zero_point [N, G] uint8 of natural groups, to use instead of choosing; not with
             `act_order="group"`, whose groups are not natural.
 
     Returns:
         The solution; codes are on the stored (fp16) scales exactly.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite, or too large for an fp16 scale.
     """
     if grid is not None and act_order == "group":
         raise ValueError('act_order="group" makes its own groups: a given grid cannot fit them')
     weight = weight.detach()
     n, k = weight.shape
     columns = group_columns(k, group_size)
-    groups = k // columns
-    fixed = grid if grid is not None else choose_grid(weight, group_size, bits, sym) if act_order == "static" else None
+    device = weight.device
+    if grid is None and act_order == "static":
+        grid = choose_grid(weight, group_size, bits, sym, signed)
 
-    # Columns are solved one at a time: as rows of the transposed matrix they are contiguous.
+    # Columns are solved one at a time: as rows of the transposed matrix they are contiguous. In solving order:
     W = weight.float().T
     W = W[factor.order] if factor.order is not None else W.clone(memory_format=torch.contiguous_format)
-    codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
-    if fixed is not None:
-        scale, zero_point = (t.T.contiguous() for t in fixed)
+    codes = torch.empty(k, n, dtype=torch.uint8, device=device)
+    if grid is not None:
+        scale, zero_point = (t.T.contiguous() for t in grid)
     else:
-        scale = torch.empty(groups, n, dtype=torch.float16, device=weight.device)
-        zero_point = torch.empty(groups, n, dtype=torch.uint8, device=weight.device)
-    # Group of each place in solving order. Read on the host once: the loop below must not wait for the device.
-    group_of = torch.arange(k) // columns
+        scale = torch.empty(k // columns, n, dtype=torch.float16, device=device)
+        zero_point = torch.empty(k // columns, n, dtype=torch.uint8, device=device)
+    group_of = torch.arange(k, device=device) // columns  # of each place
     if factor.order is not None and act_order != "group":
-        group_of = group_of[factor.order.cpu()]
-    place_to_group = group_of.tolist()
-    s, z = scale.float(), zero_point.float()
+        group_of = factor.order // columns
 
+    A = factor.unit
+    eye = torch.eye(MAX_COLUMNS, dtype=torch.float64, device=device)
     with ieee_fp32():
-        for start, stop in _blocks(k, columns):
-            block, U = W[start:stop], factor.upper[start:stop, start:stop]
-            errors = torch.empty_like(block)
-            pivots = U.diagonal().unsqueeze(1)
-            for i in range(stop - start):
-                g = place_to_group[start + i]
-                if fixed is None and (start + i) % columns == 0:
-                    chosen = choose_grid(W[start + i : start + i + columns].T, -1, bits, sym)
-                    scale[g], zero_point[g] = (t.squeeze(1) for t in chosen)
-                    s[g], z[g] = scale[g].float(), zero_point[g].float()
-                code = round_to_grid(block[i], s[g], z[g], bits)
-                codes[start + i] = code.to(torch.uint8)
-                torch.div(block[i] - code.sub_(z[g]).mul_(s[g]), pivots[i], out=errors[i])
-                block[i + 1 :].addr_(U[i, i + 1 :], errors[i], alpha=-1)
-            W[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
+        for first, last, blocks in _blocks(k, columns if grid is None else 1):
+            # W holds the errors of all columns before these, and these as they were.
+            X = torch.addmm(W[first:last], A[:first, first:last].T, W[:first]) if first else W[first:last].clone()
+            for start, stop in blocks:
+                block, of_block = slice(start, stop), group_of[start:stop]
+                b = stop - start
+                inverse = torch.linalg.solve_triangular(
+                    A[block, block].double(), eye[:b, :b], upper=True, unitriangular=True
+                ).float()
+                x = X[start - first : stop - first]
+                x = torch.addmm(W[block], inverse.T, x - W[block])
+                if grid is None and start % columns == 0:
+                    group = x
+                    if columns > b:  # the others of the group, as long as none of it is rounded
+                        whole = slice(start, start + columns)
+                        carried = X[start - first : start - first + columns] - W[whole]
+                        group = W[whole] + torch.linalg.solve_triangular(
+                            A[whole, whole].T, carried, upper=False, unitriangular=True
+                        )
+                    g = of_block[:1]
+                    scale[g], zero_point[g] = _search(
+                        group, A, factor.pivots, start, bits, sym, signed, scale_candidates, eye
+                    )
+                s, z = scale[of_block].float(), zero_point[of_block].float()
+                codes[block] = round_columns(x, inverse, s, z, bits)
+                W[block] -= (codes[block] - z).mul_(s)
+                X[stop - first :].addmm_(A[block, stop:last].T, W[block])
+        del X, W
+        if not torch.isfinite(scale).all():
+            raise NonFiniteError(
+                f"the weights reach {weight.abs().max().item():.3g}: a scale for them is not a finite fp16 number"
+            )
 
     perm = None
     if factor.order is not None:
@@ -191,12 +163,51 @@ def solve(
             perm = factor.order.to(torch.int32)
         else:
             codes = codes[torch.argsort(factor.order)]
+    if refine_rounds:
+        assert hessian is not None
+        H, target = hessian.matrix, weight.float().T
+        if perm is not None:
+            H, target = H[factor.order][:, factor.order], target[factor.order]
+        H = H + torch.diag((H.diagonal() <= 0) + factor.added)
+        codes, scale = refine(
+            target.contiguous(), H, codes, scale, zero_point, bits=bits, signed=signed, rounds=refine_rounds
+        )
     return Solution(codes.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), perm)
 
 
-def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, sym: bool) -> Solution:
+def _search(
+    group: Tensor,
+    A: Tensor,
+    pivots: Tensor,
+    start: int,
+    bits: int,
+    sym: bool,
+    signed: bool,
+    count: int,
+    eye: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [1, N] of a group [columns, N] that begins at `start`."""
+    if count == 1:
+        scale, zero_point = choose_grid(group.T, -1, bits, sym, signed)
+        return scale.T, zero_point.T
+    scale, zero_point = candidate_grids(group, bits, sym, signed, count)
+    s, z = scale.float(), zero_point.float()
+    loss = torch.zeros_like(s)
+    # A group longer than a block is judged block by block, as if the others were not rounded.
+    for i in range(0, len(group), MAX_COLUMNS):
+        b = min(MAX_COLUMNS, len(group) - i)
+        block = slice(start + i, start + i + b)
+        inverse = torch.linalg.solve_triangular(
+            A[block, block].double(), eye[:b, :b], upper=True, unitriangular=True
+        ).float()
+        loss += score_grids(group[i : i + b], inverse, pivots[block], s, z, bits)
+    best = loss.nan_to_num_(torch.inf).argmin(0, keepdim=True)
+    return scale.gather(0, best), zero_point.gather(0, best)
+
+
+def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, sym: bool, signed: bool = False) -> Solution:
     """Each weight of `weight` [..., N, K] to its nearest code: no Hessian, the baseline."""
-    scale, zero_point = choose_grid(weight, group_size, bits, sym)
+    scale, zero_point = choose_grid(weight, group_size, bits, sym, signed)
     per_column = group_columns(weight.shape[-1], group_size)
     s, z = (t.float().repeat_interleave(per_column, -1) for t in (scale, zero_point))
     return Solution(round_to_grid(weight.float(), s, z, bits).to(torch.uint8), scale, zero_point)
@@ -215,10 +226,15 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Hessian) -> float
     return output_energy(weight.float() - quantized, hessian) / energy if energy > 0 else 0.0
 
 
-def _blocks(in_features: int, group: int) -> Iterator[tuple[int, int]]:
-    """Column ranges of at most BLOCK that never begin a group in their middle and end it in another range, unless the
-    group is longer than BLOCK: when a group's grid is chosen, all its columns are then up to date."""
-    step = max(group, BLOCK // group * group)
-    for start in range(0, in_features, step):
-        for part in range(start, min(start + step, in_features), BLOCK):
-            yield part, min(part + BLOCK, start + step, in_features)
+def _blocks(in_features: int, columns: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Column ranges (first, last) with the ranges of at most MAX_COLUMNS that make them up. Groups of `columns` begin
+    and end with one of the former, and each with one of the latter unless it is longer."""
+    outer = max(columns, OUTER // columns * columns)
+    inner = columns if columns > 1 else MAX_COLUMNS
+    for first in range(0, in_features, outer):
+        last = min(first + outer, in_features)
+        blocks = []
+        for start in range(first, last, inner):
+            stop = min(start + inner, last)
+            blocks += [(i, min(i + MAX_COLUMNS, stop)) for i in range(start, stop, MAX_COLUMNS)]
+        yield first, last, blocks

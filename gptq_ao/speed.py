@@ -8,7 +8,8 @@ import torch
 
 from gptq_ao.hessian import Hessian, ieee_fp32
 from gptq_ao.simulate import Work
-from gptq_ao.solver import factor, solve
+from gptq_ao.factor import factor
+from gptq_ao.solver import solve
 
 __all__ = ["Speed", "measure_speed"]
 

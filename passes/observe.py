@@ -8,42 +8,60 @@ activations it is made of; the values a segment computes are those it computed b
 import dataclasses
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gptq_ao.errors import PassError
 from gptq_ao.hessian import HessianObserver, gathered_mask
-from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment
+from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment, twin
 
 __all__ = ["observe"]
 
 
 def observe(plan: Plan) -> Plan:
     """A new Plan; the segments of the given one are unchanged."""
+    settings = plan.selection.settings
+
+    def compensated(group: HessianGroup) -> bool:
+        return any(settings[w].compensate != "none" for w in group.weights)
+
     segments = tuple(
-        _with_observers(segment, stage.groups) for segment, stage in zip(plan.segments, plan.stages, strict=True)
+        _with_observers(segment, stage.groups, [g.name for g in stage.groups if compensated(g)])
+        for segment, stage in zip(plan.segments, plan.stages, strict=True)
     )
     result = dataclasses.replace(plan, segments=segments)
     _check(result)
     return result
 
 
-def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...]) -> Segment:
+def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...], compensated: list[str]) -> Segment:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(segment.module.graph, copies))
     module = fx.GraphModule(segment.module, graph)  # with the attributes that the graph refers to
     by_name = {n.name: copies[n] for n in segment.module.graph.nodes if n in copies}
+    twins = {n.name: by_name[twin(n.name)] for n in segment.module.graph.nodes if twin(n.name) in by_name}
     for group in groups:
         module.add_submodule(group.name, HessianObserver(group.in_features, group.experts))
         for rows in group.rows:
-            _insert(graph, group.name, rows, by_name)
+            streams = [(by_name[r], twins[r]) for _, r in group.residuals if r in twins]
+            _insert(graph, group.name, rows, by_name, twins if group.name in compensated else {}, streams)
     graph.lint()
     module.recompile()
     return dataclasses.replace(segment, module=module)
 
 
-def _insert(graph: fx.Graph, observer: str, rows: Rows, by_name: dict[str, fx.Node]) -> None:
+def _insert(
+    graph: fx.Graph,
+    observer: str,
+    rows: Rows,
+    by_name: dict[str, fx.Node],
+    twins: dict[str, fx.Node],
+    streams: list[tuple[fx.Node, fx.Node]],
+) -> None:
     """Bring the rows into form and hand them to the observer, as soon as all they are made of is there."""
-    inputs = [by_name[v] for v in rows.values]
+    original = twins.get(rows.value) if _same_rows(by_name[rows.value], rows) else None
+    inputs = [*(by_name[v] for v in rows.values), *(n for pair in streams for n in pair)]
+    inputs += [original] if original is not None else []
     place = {n: i for i, n in enumerate(graph.nodes)}
     last_input = list(graph.find_nodes(op="placeholder"))[-1]
     with graph.inserting_after(max((*inputs, last_input), key=place.__getitem__)):
@@ -56,8 +74,15 @@ def _insert(graph: fx.Graph, observer: str, rows: Rows, by_name: dict[str, fx.No
         if rows.arrange is not None:
             function, arguments = rows.arrange
             value = graph.call_function(function, (value, *arguments))
+            if original is not None:
+                original = graph.call_function(function, (original, *arguments))
         offsets = by_name[rows.offsets] if rows.offsets is not None else None
-        call.args = (value, mask, offsets)
+        call.args = (value, mask, offsets, original, tuple(streams))
+
+
+def _same_rows(value: fx.Node, rows: Rows) -> bool:
+    """Whether row i is that of the same token in the original model, whatever a router chose there."""
+    return rows.offsets is None and not rows.gathers and not free_unbacked_symbols(value.meta["val"])
 
 
 def _check(plan: Plan) -> None:

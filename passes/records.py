@@ -32,6 +32,8 @@ __all__ = [
     "Stage",
     "dim",
     "static_size",
+    "twin",
+    "twin_of",
 ]
 
 
@@ -97,6 +99,19 @@ class Program:
     @property
     def placeholders(self) -> dict[str, fx.Node]:
         return {n.name: n for n in self.graph.find_nodes(op="placeholder")}
+
+
+_TWIN = "original__"
+
+
+def twin(name: str) -> str:
+    """The name of what the value `name` would be if nothing were quantized, see `follow_original.py`."""
+    return _TWIN + name
+
+
+def twin_of(name: str) -> str | None:
+    """The inverse of `twin`; None for any other name."""
+    return name.removeprefix(_TWIN) if name.startswith(_TWIN) else None
 
 
 def dim(node: Any) -> int:
@@ -255,6 +270,7 @@ class HessianGroup:
         rows: several if the weights are applied several times.
         parts: of weights, whole ones as a rule.
         in_features: a Hessian is [in_features, in_features].
+        residuals: of parts whose output is added to a residual stream that is to be corrected, the node of the latter.
     """
 
     name: str
@@ -262,10 +278,16 @@ class HessianGroup:
     parts: tuple[Part, ...]
     in_features: int
     experts: int = 1
+    residuals: tuple[tuple[Part, str], ...] = ()
 
     @property
     def weights(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(p.weight for p in self.parts))
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All nodes that have to be computed."""
+        return (*(v for r in self.rows for v in r.values), *(node for _, node in self.residuals))
 
     def expert(self, index: int) -> tuple[Part, ...]:
         """The parts of one expert."""

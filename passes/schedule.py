@@ -19,13 +19,14 @@ it is stale; each stage's activations are computed in its segment, or live.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import networkx as nx
 from torch import fx
 
 from gptq_ao.errors import PassError
 from gptq_ao.passes.records import HessianGroup, LinearSite, Part, Plan, Program, Rows, Segment, Selection, Stage
+from gptq_ao.passes.residual_stream import added_to
 
 __all__ = ["schedule"]
 
@@ -36,10 +37,10 @@ def schedule(program: Program, selection: Selection) -> Plan:
     level = _levels(program, selection.sites, nodes)
     last = max(level[nodes[s.node]] for s in selection.sites)
     sites_of = [[s for s in selection.sites if level[nodes[s.node]] == k] for k in range(1, last + 1)]
-    stages = tuple(_stage(sites, level, nodes, k) for k, sites in enumerate(sites_of, 1))
+    stages = tuple(_stage(sites, selection, level, nodes, k) for k, sites in enumerate(sites_of, 1))
 
     outputs = next(n for n in program.graph.nodes if n.op == "output").all_input_nodes
-    targets = [[nodes[v] for s in sites for r in s.rows for v in r.values] for sites in sites_of]
+    targets = [[nodes[v] for g in s.groups for v in g.values] for s in stages]
     targets.append(list(outputs))
     inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.inputs]
     static = set(program.graph.find_nodes(op="placeholder")) - set(inputs) | set(
@@ -88,7 +89,13 @@ def _levels(program: Program, sites: Iterable[LinearSite], nodes: dict[str, fx.N
     return {n: level[c] for n, c in components.graph["mapping"].items()}
 
 
-def _stage(sites: list[LinearSite], level: dict[fx.Node, int], nodes: dict[str, fx.Node], number: int) -> Stage:
+def _stage(
+    sites: list[LinearSite],
+    selection: Selection,
+    level: dict[fx.Node, int],
+    nodes: dict[str, fx.Node],
+    number: int,
+) -> Stage:
     by_weight: dict[str, list[LinearSite]] = {}
     for s in sites:
         by_weight.setdefault(s.weight, []).append(s)
@@ -98,9 +105,23 @@ def _stage(sites: list[LinearSite], level: dict[fx.Node, int], nodes: dict[str, 
         for part, rows, experts in _parts(uses):
             groups.setdefault((rows, experts), []).append(part)
     entangled = any(level[nodes[v]] >= number for s in sites for r in s.rows for v in r.values)
+
+    def residuals(rows: tuple[Rows, ...], experts: int, parts: list[Part]) -> Iterator[tuple[Part, str]]:
+        if len(rows) > 1 or experts > 1 or rows[0].arrange or rows[0].offsets or rows[0].gathers:
+            return
+        for part in parts:
+            uses = by_weight[part.weight]
+            if len(uses) == 1 and selection.settings[part.weight].compensate == "residual":
+                stream = added_to(nodes[uses[0].node])
+                # The sum may be of two products that are solved together: what the other will be is not known then.
+                if stream is not None and level[stream] < number:
+                    yield part, stream.name
+
     return Stage(
         tuple(
-            HessianGroup(f"hessian_{number}_{i}", rows, tuple(parts), width[rows[0]], experts)
+            HessianGroup(
+                f"hessian_{number}_{i}", rows, tuple(parts), width[rows[0]], experts, tuple(residuals(rows, experts, parts))
+            )
             for i, ((rows, experts), parts) in enumerate(groups.items())
         ),
         entangled,
@@ -181,7 +202,7 @@ def _check(
                 raise PassError(f"node {name} runs in segments {ran[name]} and {k}")
             ran[name] = k
         if k <= len(plan.stages):
-            wanted = {v for g in plan.stages[k - 1].groups for r in g.rows for v in r.values}
+            wanted = {v for g in plan.stages[k - 1].groups for v in g.values}
             if not wanted <= inside:
                 raise PassError(f"segment {k} does not reach {sorted(wanted - inside)}")
         stored = set(segment.keeps)

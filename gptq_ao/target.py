@@ -1,0 +1,48 @@
+"""The weights that a layer should have had, to make up for what goes wrong before it.
+
+A layer of the quantized model gets inputs X̃ where the original gets X. Rounding W so that Ŵ·X̃ ≈ W·X̃ leaves the
+difference W·(X − X̃) alone; the weights that make the layer's output what it is in the original model are those of
+
+    min_T |T·X̃ − W·X|² + λ|T − W|²          T = W + W·drift·(H + λ)⁻¹,  drift = (X − X̃)·X̃ᵀ / rows
+
+and GPTQ then rounds T in place of W, with the same Hessian H = X̃·X̃ᵀ / rows. If the output is added to a residual stream
+that is R̃ where the original has R, T can make up for that, too: R̃ + T·X̃ ≈ R + W·X adds (R − R̃)·X̃ᵀ / rows to W·drift.
+
+Source: least squares. Arai & Ichikawa, "Quantization Error Propagation" (2025), and Zhang et al., "Qronos" (2025), use
+the first term in other forms; Li et al., "GPTAQ" (2025), an approximation of it.
+"""
+
+import torch
+from torch import Tensor
+
+from gptq_ao.hessian import Hessian, ieee_fp32
+
+__all__ = ["corrected_target"]
+
+SMALLEST_DAMPING = 0.1  # of the mean diagonal: the correction is an estimate, and larger than rounding errors
+
+
+def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None = None, strength: float = 1.0) -> Tensor:
+    """T above, for `weight` [N, K].
+
+    Args:
+        hessian: with its `drift`.
+        residual: [N, K], (R − R̃)·X̃ᵀ / rows; None: the residual stream is not corrected.
+
+    Returns:
+        [N, K] fp32; the weight itself where the factorization fails.
+    """
+    k = weight.shape[1]
+    weight = weight.float()
+    diagonal = hessian.matrix.diagonal()
+    live = diagonal > 0
+    mean = diagonal.sum() / live.sum().clamp(min=1)
+    damp = min(max(k / max(hessian.rows, 1), SMALLEST_DAMPING), 1.0)
+    H = hessian.matrix.clone()
+    H.diagonal().add_(damp * mean + (~live))
+    with ieee_fp32():
+        wrong = weight @ hessian.drift if hessian.drift is not None else torch.zeros_like(weight)
+        if residual is not None:
+            wrong += residual
+        lower, _ = torch.linalg.cholesky_ex(H)
+        return weight + strength * torch.cholesky_solve(wrong.T, lower).T

@@ -1,0 +1,40 @@
+"""A product → the value that its output is added to: the residual stream of a transformer."""
+
+from torch import fx
+
+from gptq_ao.passes.products import op_name
+from gptq_ao.passes.records import dim
+
+__all__ = ["added_to"]
+
+# What keeps every number, and may lie between a product and the sum.
+_SAME = {
+    "aten::view",
+    "aten::reshape",
+    "aten::_unsafe_view",
+    "aten::unsqueeze",
+    "aten::squeeze",
+    "aten::contiguous",
+    "aten::clone",
+    "aten::_to_copy",
+}
+
+
+def added_to(product: fx.Node) -> fx.Node | None:
+    """The other operand of the sum, of the same shape; None if the product's output goes elsewhere, too, or is changed
+    before (scaled, normalized)."""
+    node = product
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.op != "call_function":
+            return None
+        if op_name(user) == "aten::add" and user.kwargs.get("alpha", 1) == 1 and len(user.all_input_nodes) == 2:
+            other = next(n for n in user.all_input_nodes if n is not node)
+            if dim(other) == dim(node) and other.meta["val"].shape == node.meta["val"].shape:
+                return other
+            if dim(other) != 1:  # of a bias, go on
+                return None
+        elif op_name(user) not in _SAME or user.args[0] is not node:
+            return None
+        node = user
+    return None
