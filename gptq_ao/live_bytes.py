@@ -56,13 +56,18 @@ class LiveBytes(TorchDispatchMode):
         if func.namespace == "gptq_ao":
             with self:  # written in Python: its operators count
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        out = func(*args, **kwargs)
+        # In place, and torch 2.11 cannot run it on fakes.
+        in_place = func is torch.ops.aten.addmm.dtype_out
+        out = kwargs["out"] if in_place else func(*args, **kwargs)
         made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         new = self.add(*made)
         count = flop_registry.get(_counted_as(func))
         if count is not None and given:
-            self.flops[given[0].dtype] += count(*args, **kwargs, out_val=out)
+            # The second argument is an operand in all of them; the first may be what the product is added to. Torch's
+            # formulas do not know an out_dtype.
+            operands = [a for a in args if not isinstance(a, torch.dtype)]
+            self.flops[args[1].dtype] += count(*operands, out_val=out)
         elif new or func._schema.is_mutable:
             read = sum(s.nbytes() for t in given for s in storages(t).values())
             self.moved[next(t.device.type for t in (*made, *given))] += new + read

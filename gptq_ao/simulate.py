@@ -21,7 +21,7 @@ from gptq_ao.kernels import reference
 from gptq_ao.live_bytes import LiveBytes, storages
 from gptq_ao.packing import pack_codes, pack_scale_zero
 from gptq_ao.passes.calibrate import run_segment
-from gptq_ao.passes.records import HessianGroup, Part, Program, Segment, Stage
+from gptq_ao.passes.records import HessianGroup, Part, Program, Segment, Stage, twin_of
 from gptq_ao.prepare import Calibrated, Prepared
 from gptq_ao.solve_bytes import SolveCost, result_bytes, solve_cost
 from gptq_ao.solve_group import settings_key
@@ -118,6 +118,7 @@ class _Simulation:
         self.here = {n: self.fake(t) for n, t in self.state.items() if self.is_here(n, quantized=False)}
         self.resident = self.working = self.peak = self.live
         self.waiting = 0
+        self.originals: dict[str, Tensor] = {}  # still to be read, on the device
         self.packed: dict[str, Packed] = {}  # on meta, if they are not on the device
         self.packed_bytes: dict[str, int] = {}
         self.rows: dict[str, int] = {}
@@ -185,6 +186,10 @@ class _Simulation:
 
     def static(self, program: Program, placeholder: str) -> Any:
         """See `run._static`."""
+        of_original = twin_of(placeholder)
+        if of_original is not None:
+            name = program.parameters[of_original]
+            return self.originals[name] if name in self.originals else self.fake(self.state[name])
         if placeholder in program.constants:
             value = program.constants[placeholder]
             return self.fake(value) if isinstance(value, Tensor) else value
@@ -288,9 +293,9 @@ class _Observer(HessianObserver):
         self._sum = torch.zeros((experts, in_features, in_features), device=device)
         self.seen = 0  # rows
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None) -> None:
+    def forward(self, x: Tensor, *others: Any) -> None:
         self.seen += x.numel() // self.in_features
-        super().forward(x, mask, offsets)
+        super().forward(x, *others)
 
     def _bounds(self, x: Tensor, offsets: Tensor) -> list[int]:
         return [x.shape[0] * i // self.experts for i in range(self.experts + 1)]
