@@ -13,6 +13,7 @@ FLOORS: list[set[str]] = [
     {"errors"},
     {"config"},
     {
+        "allocate",
         "packing",
         "grid",
         "hessian",
