@@ -37,7 +37,14 @@ class Method(StrEnum):
     rtn = "rtn"
 
 
+class Effort(StrEnum):
+    fast = "fast"
+    default = "default"
+    max = "max"
+
+
 class ActOrder(StrEnum):
+    group_aware = "group_aware"
     static = "static"
     none = "none"
     group = "group"
@@ -56,7 +63,8 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the unquantized model
 Model = Annotated[str, typer.Argument(help="A local Hugging Face directory or a hub id.")]
 Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
 GroupSize = Annotated[int, typer.Option(help="Input features per scale; -1: one scale per row.")]
-ActOrderOption = Annotated[ActOrder, typer.Option(help="Order in which columns are rounded.")]
+EffortOption = Annotated[Effort, typer.Option(help="How much time and memory to spend on accuracy.")]
+ActOrderOption = Annotated[ActOrder | None, typer.Option(help="Order in which columns are rounded.")]
 Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.")]
 MethodOption = Annotated[Method, typer.Option(help="GPTQ, or round to nearest as a baseline.")]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
@@ -77,7 +85,8 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
     bits: Bits = 4,
     group_size: GroupSize = 128,
-    act_order: ActOrderOption = ActOrder.static,
+    effort: EffortOption = Effort.default,
+    act_order: ActOrderOption = None,
     sym: Sym = True,
     damp_percent: Annotated[float | None, typer.Option(help="Damping; by default from the amount of data.")] = None,
     method: MethodOption = Method.gptq,
@@ -110,7 +119,8 @@ def quantize(
         bits,
         group_size,
         sym=sym,
-        act_order=act_order.value,
+        effort=effort.value,
+        act_order=None if act_order is None else act_order.value,
         damp_percent=damp_percent,
         method=method.value,
         strict=strict,
@@ -149,7 +159,8 @@ def plan_(
     model: Annotated[str, typer.Argument(help="A directory with a config.json, or a hub id. No weight is read.")],
     bits: Bits = 4,
     group_size: GroupSize = 128,
-    act_order: ActOrderOption = ActOrder.static,
+    effort: EffortOption = Effort.default,
+    act_order: ActOrderOption = None,
     sym: Sym = True,
     method: MethodOption = Method.gptq,
     num_samples: NumSamples = 128,
@@ -166,7 +177,15 @@ def plan_(
     frame = empty_model(config_directory(model), _dtype(dtype), otherwise=torch.bfloat16)
     ids = torch.empty(num_samples, seq_len, dtype=torch.int64, device="meta")
     batches = [{"input_ids": rows} for rows in ids.split(batch_size)] if method is Method.gptq else None
-    config = gptq_config(bits, group_size, sym=sym, act_order=act_order.value, method=method.value, calibration=batches)
+    config = gptq_config(
+        bits,
+        group_size,
+        sym=sym,
+        effort=effort.value,
+        act_order=None if act_order is None else act_order.value,
+        method=method.value,
+        calibration=batches,
+    )
     weights = StreamedWeights(frame) if stream else ModelWeights(frame)
     made = plan_weights(weights, config, device=device, max_memory=limits, shard_bytes=2**30 if stream else 0)
     _print({"model": model, **made.to_dict()}, str(made), as_json)
@@ -215,7 +234,7 @@ def inspect(
             "shape": list(e.shape),
             "group_size": e.shape[1] // e.groups,
             "dtype": e.dtype,
-            "act_order": "group" if e.perm else "static or none",
+            "act_order": "group" if e.perm else "natural groups",
         }
         for name, e in manifest.quantized.items()
     ]

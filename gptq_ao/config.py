@@ -15,12 +15,36 @@ from torchao.core.config import AOBaseConfig
 
 from gptq_ao.errors import ConfigError
 
-__all__ = ["ACT_ORDERS", "BITS", "METHODS", "PRESETS", "GPTQConfig", "gptq_config"]
+__all__ = ["ACT_ORDERS", "BITS", "COMPENSATIONS", "EFFORTS", "METHODS", "PRESETS", "GPTQConfig", "gptq_config"]
 
 BITS = (2, 3, 4, 8)
 ACT_ORDERS = ("group_aware", "static", "none", "group")
 COMPENSATIONS = ("none", "inputs", "residual")
 METHODS = ("gptq", "rtn")
+# What each is worth was measured, see docs/accuracy.md.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "act_order": "group_aware",
+        "signed_scale": True,
+        "scale_candidates": 20,
+        "refine_sweeps": 0,
+        "compensate": "none",
+    },
+    "default": {
+        "act_order": "group_aware",
+        "signed_scale": True,
+        "scale_candidates": 40,
+        "refine_sweeps": 4,
+        "compensate": "residual",
+    },
+    "max": {
+        "act_order": "group_aware",
+        "signed_scale": True,
+        "scale_candidates": 80,
+        "refine_sweeps": 16,
+        "compensate": "residual",
+    },
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "4bit-128": {"bits": 4, "group_size": 128},
     "4bit-32-act": {"bits": 4, "group_size": 32, "act_order": "group"},
@@ -35,7 +59,7 @@ OVERRIDABLE = (
     "method",
     "signed_scale",
     "scale_candidates",
-    "refine_rounds",
+    "refine_sweeps",
     "compensate",
 )
 
@@ -50,13 +74,13 @@ class GPTQConfig(AOBaseConfig):
     bits: int = 4
     group_size: int = 128
     sym: bool = True
-    act_order: str = "static"
+    act_order: str = EFFORTS["default"]["act_order"]
     damp_percent: float | None = None
     method: str = "gptq"
-    signed_scale: bool = False
-    scale_candidates: int = 1
-    refine_rounds: int = 0
-    compensate: str = "none"
+    signed_scale: bool = EFFORTS["default"]["signed_scale"]
+    scale_candidates: int = EFFORTS["default"]["scale_candidates"]
+    refine_sweeps: int = EFFORTS["default"]["refine_sweeps"]
+    compensate: str = EFFORTS["default"]["compensate"]
     rules: dict[str, Override] = field(default_factory=dict)
     strict: bool = False
     expert_min_rows: int = 128
@@ -78,7 +102,15 @@ class GPTQConfig(AOBaseConfig):
             raise ConfigError(
                 f"expert_min_rows is {self.expert_min_rows!r}: give a number of activation rows, 0 or more"
             )
-        for flag in ("sym", "strict", "calibrate_all_experts", "strict_capture"):
+        _one_of("compensate", self.compensate, COMPENSATIONS)
+        for name, least, meaning in (
+            ("scale_candidates", 1, "scales to try per group, 1 or more"),
+            ("refine_sweeps", 0, "sweeps, 0 or more"),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} is {value!r}: give a number of {meaning}")
+        for flag in ("sym", "signed_scale", "strict", "calibrate_all_experts", "strict_capture"):
             _one_of(flag, getattr(self, flag), (True, False))
         damp = self.damp_percent
         if damp is not None and (type(damp) not in (int, float) or not 0 < damp <= 10):
@@ -119,13 +151,14 @@ def gptq_config(
     group_size: int = 128,
     *,
     sym: bool = True,
-    act_order: str = "static",
+    effort: str = "default",
+    act_order: str | None = None,
     damp_percent: float | None = None,
     method: str = "gptq",
-    signed_scale: bool = False,
-    scale_candidates: int = 1,
-    refine_rounds: int = 0,
-    compensate: str = "none",
+    signed_scale: bool | None = None,
+    scale_candidates: int | None = None,
+    refine_sweeps: int | None = None,
+    compensate: str | None = None,
     calibration: Calibration = None,
     rules: Mapping[str, Mapping[str, Any] | None] | None = None,
     strict: bool = False,
@@ -142,9 +175,22 @@ def gptq_config(
         group_size: input features that share one scale and zero point; it must divide `in_features`.
             -1: one scale per output row.
         sym: symmetric grid, codes centred on `2**(bits-1)`; otherwise each group has its own zero point.
-        act_order: the order in which GPTQ rounds the columns. `"static"`: by decreasing Hessian diagonal, while groups
-            stay runs of neighbouring columns, so nothing is paid at run time. `"group"`: the classic `desc_act`, where
-            groups follow that order and the activation is permuted at run time. `"none"`: left to right.
+        effort: `"fast"`, `"default"` or `"max"`: a recipe for the five settings that follow, each of which may still be
+            given. All recipes lead to the same format, at the same speed in use; they differ in the time and memory
+            that quantizing takes. See docs/accuracy.md.
+        act_order: the order in which GPTQ rounds the columns, by decreasing Hessian diagonal. `"group_aware"`: within
+            each group, and the groups by their largest. `"static"`: over all columns, with scales chosen before from
+            the smallest and largest weight. `"none"`: from left to right. In all of these groups are runs of
+            neighbouring columns, so nothing is paid at run time. `"group"`: the classic `desc_act`, where groups follow
+            the order over all columns and the activation is permuted at run time.
+        signed_scale: symmetric grids have one more code below zero than above; a scale may be negative, so that it
+            serves the larger side.
+        scale_candidates: how many widths of the grid are tried per group; 1: that of the smallest and largest weight.
+            Not for `act_order="static"`.
+        refine_sweeps: how often all scales and codes are improved, one after the other, once they are chosen.
+        compensate: what a layer's weights make up for beside their own rounding. `"inputs"`: that its inputs are those
+            of an already quantized model. `"residual"`: also that the sum to which its output is added is. `"none"`.
+            It takes a second forward, of the original model, and memory for its activations.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean. None: `in_features / rows` of
             calibration data, at least 0.01 and at most 1.
         method: `"gptq"`, or `"rtn"` (round to nearest, no Hessian) as a baseline.
@@ -153,8 +199,9 @@ def gptq_config(
             Read once, never changed, never serialized.
         rules: ordered `{pattern: override}`. A pattern is a parameter or module name, or `re:` and a regular
             expression that must match all of it; the first that matches wins. An override is a dict of `bits`,
-            `group_size`, `sym`, `act_order`, `damp_percent` or `method`; None leaves the weight as it is. A rule that
-            matches nothing is an error. A rule also includes what is left out by default (an output head, a router).
+            `group_size`, `sym`, `damp_percent`, `method` or one of those that `effort` sets; None leaves the weight as
+            it is. A rule that matches nothing is an error. A rule also includes what is left out by default (an output
+            head, a router).
         strict: fail where a weight would otherwise be rounded to nearest or left out for a reason other than a rule
             or a default, instead of listing it in the report.
         expert_min_rows: an expert (of a stacked weight) that fewer activation rows reach is solved with the Hessian of
@@ -169,11 +216,12 @@ def gptq_config(
     Raises:
         ConfigError: a value is not one of those above, or two of them contradict each other.
     """
-    values = {"bits": bits, "group_size": group_size, "act_order": act_order}
+    _one_of("effort", effort, tuple(EFFORTS))
+    values: dict[str, Any] = {"bits": bits, "group_size": group_size, "act_order": act_order}
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"preset is {preset!r}: give one of {', '.join(map(repr, PRESETS))}")
-        defaults = {"bits": 4, "group_size": 128, "act_order": "static"}
+        defaults = {"bits": 4, "group_size": 128, "act_order": None}
         if values != defaults or desc_act is not None:
             raise ConfigError(
                 f"preset {preset!r} already sets bits, group_size and act_order: give it or them, not both"
@@ -181,20 +229,23 @@ def gptq_config(
         values = {**defaults, **PRESETS[preset]}
     if desc_act is not None:
         _one_of("desc_act", desc_act, (True, False))
-        if act_order != "static":
+        if act_order is not None:
             raise ConfigError(f"desc_act={desc_act} and act_order={act_order!r} name the same setting: give one")
         values["act_order"] = "group" if desc_act else "none"
     if rules is not None and not isinstance(rules, Mapping):
         raise ConfigError(f"rules must be a dict {{pattern: override or None}}, got {type(rules).__name__}")
+    recipe = {
+        "signed_scale": signed_scale,
+        "scale_candidates": scale_candidates,
+        "refine_sweeps": refine_sweeps,
+        "compensate": compensate,
+    }
+    given = {name: value for name, value in {**values, **recipe}.items() if value is not None}
     return GPTQConfig(
-        **values,  # type: ignore[arg-type]
+        **{**EFFORTS[effort], **given},
         sym=sym,
         damp_percent=damp_percent,
         method=method,
-        signed_scale=signed_scale,
-        scale_candidates=scale_candidates,
-        refine_rounds=refine_rounds,
-        compensate=compensate,
         rules={p: dict(o) if isinstance(o, Mapping) else o for p, o in (rules or {}).items()},
         strict=strict,
         expert_min_rows=expert_min_rows,

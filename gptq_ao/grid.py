@@ -29,9 +29,7 @@ def group_columns(in_features: int, group_size: int) -> int:
     return in_features if group_size == -1 else group_size
 
 
-def choose_grid(
-    weight: Tensor, group_size: int, bits: int, sym: bool, signed: bool = False
-) -> tuple[Tensor, Tensor]:
+def choose_grid(weight: Tensor, group_size: int, bits: int, sym: bool, signed: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero point from the smallest and the largest weight of each group.
 
     Symmetric: the zero point is 2^(bits−1) and the scale max|w| / (2^bits − 1) · 2, so that the grid's full width spans

@@ -19,6 +19,7 @@ from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.memory import MaxMemory, choose_budget, read_limits
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.fused_sets import mixed_sets
+from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.records import Layout
 from gptq_ao.preflight import check_unquantized, output_heads
 from gptq_ao.prepare import FilterFn, Prepared, calibration_batches, check_support, prepare, wanted_by
@@ -155,7 +156,7 @@ def _in_step(
         hessians=done.hessians,
         capture="replay",
         capture_reason=reason,
-        notes=done.notes,
+        notes=(*done.notes, *_notes(prepared)),
     )
 
 
@@ -171,6 +172,20 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
     layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
     rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
+
+
+def _notes(prepared: Prepared) -> tuple[str, ...]:
+    """Which weights are not compensated although they should be."""
+    wanted = [n for n, c in prepared.selection.settings.items() if c.method == "gptq" and c.compensate != "none"]
+    if prepared.calibrated is not None:
+        names = uncompensated(prepared.calibrated.plan)
+        why = "the original model may send other rows to them"
+    else:
+        names, why = tuple(wanted), "that needs the model as one graph"
+    if not names:
+        return ()
+    which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (f"not compensated for what was quantized before them, since {why}: {which}",)
 
 
 def _report(
@@ -192,4 +207,5 @@ def _report(
         peak_bytes=peak,
         warnings=prepared.warnings,
         capture="export" if "capture" in clock.seconds else "none",
+        notes=_notes(prepared),
     )

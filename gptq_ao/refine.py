@@ -1,131 +1,113 @@
-"""Improve a solution: better scales for the codes, better codes for the scales, in turn.
+"""Improve a solution, group by group: a better scale for the codes, then better codes for the scale.
 
-GPTQ decides each code once, without knowing those that come after it. Afterwards
+GPTQ decides each code and each scale once, without knowing what comes after it. Given everything else in a row,
+tr(E·H·Eᵀ) with E = W − Ŵ is quadratic in any one number, and its best value is known:
 
-    scales   given the codes, tr(E·H·Eᵀ) is quadratic in the scales of a row: the best ones are the solution of G linear
-             equations, then rounded to fp16;
-    codes    given the scales and all other codes of a row, the best code of one column is the nearest one to
-             ŵ_j + (E·H)_j / H_jj. Column after column, this never makes the loss larger (coordinate descent).
+    scale of a group   s + (b·v) / (b·H_gg·b)         b = the group's codes − zero_point, v = (E·H)_g
+    code of column j   the nearest one to ŵ_j + (E·H)_j / H_jj
 
-Sources: the first is least squares; the second is that of Behdin et al., "QuantEase" (2023) and Nair & Suggala,
-"CDQuant" (2024).
+A sweep passes through all groups and sets the scale, then the codes one after the other. No step makes the loss larger.
 
-Everything is transposed, as in `solver.py`: K = in_features, N = out_features, G = groups, runs of K / G columns.
+Source: coordinate descent, for codes as in Behdin et al., "QuantEase" (2023) and Nair & Suggala, "CDQuant" (2024).
 """
 
 import torch
 from torch import Tensor
 
-from gptq_ao.hessian import ieee_fp32
-from gptq_ao.kernels.columns import MAX_COLUMNS, round_columns
+from gptq_ao.factor import Factor
+from gptq_ao.hessian import Hessian, ieee_fp32
+from gptq_ao.kernels.columns import column_blocks, round_columns
+from gptq_ao.solution import Solution
 
 __all__ = ["refine"]
 
-SWEEPS = 2  # of coordinate descent between two fits of the scales
-OUTER = 1024  # columns between two products with all of H
-RIDGE = 1e-6  # of the mean diagonal of the equations for the scales: the codes of a group may all be zero
-EQUATIONS_BYTES = 2**29  # of the rows that are fitted at once
-
 
 def refine(
-    target: Tensor,
-    H: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    *,
-    bits: int,
-    signed: bool,
-    rounds: int,
-) -> tuple[Tensor, Tensor]:
-    """Fit the scales and the codes in turn, `rounds` times, and the scales once more.
+    solution: Solution, target: Tensor, hessian: Hessian, factor: Factor, *, bits: int, signed: bool, sweeps: int
+) -> Solution:
+    """Sweep over all columns `sweeps` times. Groups stay as they are, and so do zero points.
 
     Args:
-        target: [K, N] fp32, what the codes stand for.
-        H: [K, K] fp32, damped: positive definite.
-        codes: [K, N] uint8.
-        scale, zero_point: [G, N], fp16 and uint8.
+        target: [N, K], the weights that the codes stand for.
+        hessian, factor: that led to the solution.
         signed: whether a scale may change its sign.
 
     Returns:
-        codes and scale; tr(E·H·Eᵀ) is no larger than before, in any row.
+        A solution whose tr(E·H·Eᵀ), with H damped as in `factor`, is no larger, in any row.
     """
-    codes = codes.clone()
-    origin = zero_point.float()
+    if not sweeps:
+        return solution
+    H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) + factor.added)
+    W = target.float()
+    if solution.perm is not None:
+        H, W = H[solution.perm][:, solution.perm], W[:, solution.perm]
+    state = _Sweep(W.T.contiguous(), H, solution, bits, signed)
     with ieee_fp32():
-        for _ in range(rounds):
-            scale = _fit_scales(target, H, codes, scale, origin, signed)
-            for _ in range(SWEEPS):
-                _descend(target, H, codes, scale.float(), origin, bits)
-        return codes, _fit_scales(target, H, codes, scale, origin, signed)
+        for _ in range(sweeps):
+            state.run()
+    codes, scale = (t.T.contiguous() for t in (state.codes, state.scale))
+    return Solution(codes, scale, solution.zero_point, solution.perm)
 
 
-def _steps(codes: Tensor, zero_point: Tensor) -> Tensor:
-    """code − zero_point, [K, N] fp32."""
-    return codes.unflatten(0, (len(zero_point), -1)).float().sub_(zero_point.unsqueeze(1)).flatten(0, 1)
+class _Sweep:
+    """What changes in a sweep. As in `solver.py`, everything is transposed: [K, N], and [G, N] for scales.
 
+    Attributes:
+        error: W − Ŵ.
+    """
 
-def _group_sums(x: Tensor, groups: int) -> Tensor:
-    return x.unflatten(0, (groups, -1)).sum(1)
+    def __init__(self, target: Tensor, H: Tensor, solution: Solution, bits: int, signed: bool) -> None:
+        self.target, self.H, self.bits, self.signed = target, H, bits, signed
+        self.codes, self.scale = solution.codes.T.contiguous(), solution.scale.T.contiguous()
+        self.zero_point = solution.zero_point.T.float().contiguous()
+        self.columns = len(target) // len(self.scale)
+        self.error = torch.empty_like(target)
+        for g in range(len(self.scale)):
+            group = slice(g * self.columns, (g + 1) * self.columns)
+            self.error[group] = target[group] - self._steps(group) * self.scale[g].float()
 
+    def run(self) -> None:
+        for first, last, blocks in column_blocks(len(self.target), self.columns):
+            gradient = self.H[first:last] @ self.error  # kept up to date, of the columns still to come
+            for block in blocks:
+                if block.start % self.columns == 0:
+                    group = slice(block.start, block.start + self.columns)
+                    change = self._fit_scale(group, gradient[group.start - first : group.stop - first])
+                    gradient[group.start - first :].addmm_(self.H[group.start : last, group], change)
+                change = self._fit_codes(block, gradient[block.start - first : block.stop - first])
+                gradient[block.stop - first :].addmm_(self.H[block.stop : last, block], change)
 
-def _fit_scales(
-    target: Tensor, H: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, signed: bool
-) -> Tensor:
-    """[G, N] fp16: the best scales, in the rows that are better off with them."""
-    groups = len(scale)
-    step = max(1, EQUATIONS_BYTES // (8 * groups * groups))
-    fitted = []
-    for i in range(0, target.shape[1], step):
-        steps = _steps(codes[:, i : i + step], zero_point[:, i : i + step])
-        old = scale[:, i : i + step].float()
-        error = target[:, i : i + step] - steps * old.repeat_interleave(len(steps) // groups, 0)
-        fitted.append(_fit_rows(error, H, steps, old, signed))
-    return torch.cat(fitted, 1)
+    def _steps(self, block: slice) -> Tensor:
+        """code − zero_point of columns of one group."""
+        return self.codes[block] - self.zero_point[block.start // self.columns]
 
+    def _fit_scale(self, group: slice, gradient: Tensor) -> Tensor:
+        """Set it where the new one, rounded to fp16, is better. Returns what that changes in `error`.
 
-def _fit_rows(error: Tensor, H: Tensor, steps: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """Changing the scales by δ changes the loss by δᵀ·M·δ − 2·δ·v, with M and v as below."""
-    groups = len(scale)
-    size = len(steps) // groups
-    v = _group_sums((H @ error).mul_(steps), groups).T.double()  # [N, G]
-    M = torch.empty(steps.shape[1], groups, groups, dtype=torch.float64, device=steps.device)
-    for g in range(groups):
-        of_group = slice(g * size, (g + 1) * size)
-        M[:, g] = _group_sums((H[:, of_group] @ steps[of_group]).mul_(steps), groups).T
-    diagonal = M.diagonal(dim1=1, dim2=2)
-    ridged = M.clone()
-    ridged.diagonal(dim1=1, dim2=2).add_(RIDGE * diagonal.mean(1, keepdim=True) + 1e-30)
-    lower, _ = torch.linalg.cholesky_ex(ridged)
-    delta = torch.cholesky_solve(v.unsqueeze(-1), lower).squeeze(-1)
-    new = (scale + delta.T).to(torch.float16).float()
-    usable = torch.isfinite(new) & (new != 0)
-    if not signed:
-        usable &= new > 0
-    new = torch.where(usable, new, scale)
-    delta = (new - scale).T.double()
-    gain = 2 * (delta * v).sum(1) - (delta.unsqueeze(1) @ M @ delta.unsqueeze(2)).flatten()
-    return torch.where(gain > 0, new, scale).to(torch.float16)
+        A change by δ changes the loss by curvature·δ² − 2·slope·δ.
+        """
+        steps, g = self._steps(group), group.start // self.columns
+        old = self.scale[g].float()
+        slope = (steps * gradient).sum(0)
+        curvature = (steps * (self.H[group, group] @ steps)).sum(0)
+        new = (old + slope / curvature).to(torch.float16).float()
+        delta = new - old
+        better = torch.isfinite(new) & (new != 0) & (2 * slope * delta > curvature * delta * delta)
+        if not self.signed:
+            better &= new > 0
+        self.scale[g] = torch.where(better, new, old)
+        change = steps.mul_(old - self.scale[g].float())
+        self.error[group] += change
+        return change
 
-
-def _descend(target: Tensor, H: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> None:
-    """One sweep over all columns; `codes` is changed."""
-    k = len(target)
-    size = k // len(scale)
-    diagonal = H.diagonal().unsqueeze(1)
-    group_of = torch.arange(k, device=target.device) // size
-    error = target - _steps(codes, zero_point).mul_(scale.repeat_interleave(size, 0))
-    for first in range(0, k, OUTER):
-        last = min(first + OUTER, k)
-        gradient = H[first:last] @ error
-        for start in range(first, last, MAX_COLUMNS):
-            block = slice(start, min(start + MAX_COLUMNS, last))
-            s, z = scale[group_of[block]], zero_point[group_of[block]]
-            before = target[block] - error[block]
-            best = before + gradient[block.start - first : block.stop - first] / diagonal[block]
-            follow = -H[block, block] / diagonal[block].T
-            codes[block] = round_columns(best, follow, s, z, bits, before)
-            now = target[block] - (codes[block] - z).mul_(s)
-            change = now - error[block]
-            error[block] = now
-            gradient[block.stop - first :].addmm_(H[block.stop : last, block], change)
+    def _fit_codes(self, block: slice, gradient: Tensor) -> Tensor:
+        """Set them one after the other. Returns what that changes in `error`."""
+        g = block.start // self.columns
+        s, z = (t.expand_as(gradient) for t in (self.scale[g].float(), self.zero_point[g]))
+        H = self.H[block, block]
+        now = self.target[block] - self.error[block]
+        best = now + gradient / H.diagonal().unsqueeze(1)
+        self.codes[block] = round_columns(best, -H / H.diagonal(), s, z, self.bits, before=now)
+        change = now - self._steps(block).mul_(s)
+        self.error[block] += change
+        return change

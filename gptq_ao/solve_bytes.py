@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptq_ao.config import GPTQConfig
-from gptq_ao.grid import group_columns
 from gptq_ao.factor import LARGEST_FP64
+from gptq_ao.grid import group_columns
 from gptq_ao.kernels.columns import MAX_COLUMNS as BLOCK
 
 __all__ = ["SolveCost", "result_bytes", "solve_cost"]

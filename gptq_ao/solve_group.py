@@ -9,11 +9,13 @@ from torch import Tensor
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import SolverError
+from gptq_ao.factor import Factor, factor
 from gptq_ao.hessian import Hessian, pooled
 from gptq_ao.passes.records import Part
-from gptq_ao.factor import factor
+from gptq_ao.refine import refine
+from gptq_ao.solution import Solution
+from gptq_ao.solver import output_energy, round_to_nearest, solve
 from gptq_ao.target import corrected_target
-from gptq_ao.solver import Solution, output_energy, round_to_nearest, solve
 
 __all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "settings_key", "solve_group"]
 
@@ -92,24 +94,27 @@ def solve_group(
                 raise SolverError(f"{_names(parts)}: {e}") from e
             if c.compensate != "none":
                 targets = [corrected_target(t, hessian, residuals.get(p)) for t, p in zip(targets, parts, strict=True)]
-            stacked = solve(
-                torch.cat(targets),
-                f,
-                bits=c.bits,
-                group_size=c.group_size,
-                sym=c.sym,
-                act_order=c.act_order,
-                signed=c.signed_scale,
-                scale_candidates=c.scale_candidates,
-                refine_rounds=c.refine_rounds,
-                hessian=hessian,
-            )
-            solutions = stacked.split([m.shape[0] for m in dense])
+            solutions = _solve(torch.cat(targets), f, hessian, c).split([m.shape[0] for m in dense])
             method, damp, dead = "gptq", f.damp, f.dead
         for part, matrix, solution in zip(parts, targets, solutions, strict=True):
             changed = output_energy(matrix - solution.dequantize(), hessian) * hessian.rows
             energy = output_energy(matrix, hessian) * hessian.rows
             yield SolvedPart(part, solution, method, hessian.rows, damp, dead, changed, energy, why)
+
+
+def _solve(target: Tensor, factor: Factor, hessian: Hessian, c: GPTQConfig) -> Solution:
+    signed = c.sym and c.signed_scale
+    first = solve(
+        target,
+        factor,
+        bits=c.bits,
+        group_size=c.group_size,
+        sym=c.sym,
+        act_order=c.act_order,
+        signed=signed,
+        scale_candidates=c.scale_candidates,
+    )
+    return refine(first, target, hessian, factor, bits=c.bits, signed=signed, sweeps=c.refine_sweeps)
 
 
 def settings_key(c: GPTQConfig) -> tuple[object, ...]:
@@ -123,7 +128,7 @@ def settings_key(c: GPTQConfig) -> tuple[object, ...]:
         c.sym,
         c.signed_scale,
         c.scale_candidates,
-        c.refine_rounds,
+        c.refine_sweeps,
         c.compensate,
     )
 

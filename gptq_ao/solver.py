@@ -19,49 +19,19 @@ Pure functions of tensors, on any device; the arguments are never changed. N = o
 G = groups in a row.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from gptq_ao.errors import NonFiniteError
 from gptq_ao.factor import Factor
-from gptq_ao.grid import candidate_grids, choose_grid, dequantize, group_columns, round_to_grid
+from gptq_ao.grid import candidate_grids, choose_grid, group_columns, round_to_grid
 from gptq_ao.hessian import Hessian, ieee_fp32
-from gptq_ao.kernels.columns import MAX_COLUMNS, round_columns, score_grids
-from gptq_ao.refine import refine
+from gptq_ao.kernels.columns import MAX_COLUMNS, column_blocks, round_columns, score_grids
+from gptq_ao.solution import Solution
 
-__all__ = ["Solution", "output_energy", "relative_error", "round_to_nearest", "solve"]
-
-OUTER = 1024  # columns between two products with all errors before them
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A quantized weight [N, K] with G groups per row.
-
-    Attributes:
-        codes: [N, K] uint8. Column i holds input feature `perm[i]` (or i).
-        scale: [N, G] fp16.
-        zero_point: [N, G] uint8.
-        perm: [K] int32 for `act_order="group"`, else None.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    perm: Tensor | None = None
-
-    def split(self, sizes: list[int]) -> list["Solution"]:
-        """Undo a stacking of weights along N."""
-        parts = zip(self.codes.split(sizes), self.scale.split(sizes), self.zero_point.split(sizes), strict=True)
-        return [Solution(c, s, z, self.perm) for c, s, z in parts]
-
-    def dequantize(self) -> Tensor:
-        """[N, K] fp32, columns in their natural order."""
-        weight = dequantize(self.codes, self.scale, self.zero_point, torch.float32)
-        return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
+__all__ = ["output_energy", "relative_error", "round_to_nearest", "solve"]
 
 
 def solve(
@@ -74,8 +44,6 @@ def solve(
     act_order: str,
     signed: bool = False,
     scale_candidates: int = 1,
-    refine_rounds: int = 0,
-    hessian: Hessian | None = None,
     grid: tuple[Tensor, Tensor] | None = None,
 ) -> Solution:
     """GPTQ of `weight` [N, K] under a factored Hessian.
@@ -88,8 +56,6 @@ def solve(
     Args:
         factor: made for the same `act_order` and `group_size`.
         signed: see `grid.choose_grid`.
-        refine_rounds: see `refine.py`; 0: not refined.
-        hessian: that was factored; only to refine.
         grid: scale [N, G] fp16 and zero_point [N, G] uint8 of natural groups, to use instead of choosing; not with
             `act_order="group"`, whose groups are not natural.
 
@@ -108,6 +74,8 @@ def solve(
     if grid is None and act_order == "static":
         grid = choose_grid(weight, group_size, bits, sym, signed)
 
+    A = factor.unit
+    inverses = _inverses(A, columns if grid is None else MAX_COLUMNS)
     # Columns are solved one at a time: as rows of the transposed matrix they are contiguous. In solving order:
     W = weight.float().T
     W = W[factor.order] if factor.order is not None else W.clone(memory_format=torch.contiguous_format)
@@ -121,41 +89,30 @@ def solve(
     if factor.order is not None and act_order != "group":
         group_of = factor.order // columns
 
-    A = factor.unit
-    eye = torch.eye(MAX_COLUMNS, dtype=torch.float64, device=device)
     with ieee_fp32():
-        for first, last, blocks in _blocks(k, columns if grid is None else 1):
-            # W holds the errors of all columns before these, and these as they were.
+        for first, last, blocks in column_blocks(k, columns if grid is None else MAX_COLUMNS):
+            # W holds the errors of all columns before these, and these as they were; X has the errors' part added.
             X = torch.addmm(W[first:last], A[:first, first:last].T, W[:first]) if first else W[first:last].clone()
-            for start, stop in blocks:
-                block, of_block = slice(start, stop), group_of[start:stop]
-                b = stop - start
-                inverse = torch.linalg.solve_triangular(
-                    A[block, block].double(), eye[:b, :b], upper=True, unitriangular=True
-                ).float()
-                x = X[start - first : stop - first]
-                x = torch.addmm(W[block], inverse.T, x - W[block])
-                if grid is None and start % columns == 0:
-                    group = x
-                    if columns > b:  # the others of the group, as long as none of it is rounded
-                        whole = slice(start, start + columns)
-                        carried = X[start - first : start - first + columns] - W[whole]
-                        group = W[whole] + torch.linalg.solve_triangular(
-                            A[whole, whole].T, carried, upper=False, unitriangular=True
-                        )
+            for block in blocks:
+                inverse, of_block = inverses[block.start], group_of[block]
+                ahead = X[block.start - first :]
+                if grid is None and block.start % columns == 0:
+                    group = slice(block.start, block.start + columns)
+                    x = _unrounded(W[group], ahead[:columns], A[group, group], inverse)
                     g = of_block[:1]
-                    scale[g], zero_point[g] = _search(
-                        group, A, factor.pivots, start, bits, sym, signed, scale_candidates, eye
+                    scale[g], zero_point[g] = _choose(
+                        x, inverses, factor.pivots, block.start, bits, sym, signed, scale_candidates
                     )
+                x = _unrounded(W[block], ahead[: len(of_block)], A[block, block], inverse)
                 s, z = scale[of_block].float(), zero_point[of_block].float()
                 codes[block] = round_columns(x, inverse, s, z, bits)
                 W[block] -= (codes[block] - z).mul_(s)
-                X[stop - first :].addmm_(A[block, stop:last].T, W[block])
-        del X, W
-        if not torch.isfinite(scale).all():
-            raise NonFiniteError(
-                f"the weights reach {weight.abs().max().item():.3g}: a scale for them is not a finite fp16 number"
-            )
+                X[block.stop - first :].addmm_(A[block, block.stop : last].T, W[block])
+    del X, W
+    if not torch.isfinite(scale).all():
+        raise NonFiniteError(
+            f"the weights reach {weight.abs().max().item():.3g}: a scale for them is not a finite fp16 number"
+        )
 
     perm = None
     if factor.order is not None:
@@ -163,44 +120,57 @@ def solve(
             perm = factor.order.to(torch.int32)
         else:
             codes = codes[torch.argsort(factor.order)]
-    if refine_rounds:
-        assert hessian is not None
-        H, target = hessian.matrix, weight.float().T
-        if perm is not None:
-            H, target = H[factor.order][:, factor.order], target[factor.order]
-        H = H + torch.diag((H.diagonal() <= 0) + factor.added)
-        codes, scale = refine(
-            target.contiguous(), H, codes, scale, zero_point, bits=bits, signed=signed, rounds=refine_rounds
-        )
     return Solution(codes.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), perm)
 
 
-def _search(
+def _inverses(A: Tensor, columns: int) -> dict[int, Tensor]:
+    """The inverses of the blocks on the diagonal of A, by the blocks' first column."""
+    blocks = [b for *_, blocks in column_blocks(len(A), columns) for b in blocks]
+    found: dict[int, Tensor] = {}
+    for size in {b.stop - b.start for b in blocks}:
+        alike = [b for b in blocks if b.stop - b.start == size]
+        stacked = torch.stack([A[b, b] for b in alike]).double()
+        eye = torch.eye(size, dtype=torch.float64, device=A.device)
+        inverted = torch.linalg.solve_triangular(stacked, eye, upper=True, unitriangular=True).float()
+        found |= {b.start: m for b, m in zip(alike, inverted, strict=True)}
+    return found
+
+
+def _unrounded(weight: Tensor, carried: Tensor, A: Tensor, inverse: Tensor) -> Tensor:
+    """X of some columns [B, N], see above.
+
+    Args:
+        weight, carried: [B, N], W and W + C.
+        A: [B, B], the block of A on the diagonal.
+        inverse: of A, or only of its first columns if there are more than fit into a block.
+    """
+    if len(inverse) == len(A):
+        return torch.addmm(weight, inverse.T, carried - weight)
+    return weight + torch.linalg.solve_triangular(A.T, carried - weight, upper=False, unitriangular=True)
+
+
+def _choose(
     group: Tensor,
-    A: Tensor,
+    inverses: Mapping[int, Tensor],
     pivots: Tensor,
     start: int,
     bits: int,
     sym: bool,
     signed: bool,
-    count: int,
-    eye: Tensor,
+    candidates: int,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point [1, N] of a group [columns, N] that begins at `start`."""
-    if count == 1:
+    if candidates == 1:
         scale, zero_point = choose_grid(group.T, -1, bits, sym, signed)
         return scale.T, zero_point.T
-    scale, zero_point = candidate_grids(group, bits, sym, signed, count)
+    scale, zero_point = candidate_grids(group, bits, sym, signed, candidates)
     s, z = scale.float(), zero_point.float()
     loss = torch.zeros_like(s)
     # A group longer than a block is judged block by block, as if the others were not rounded.
     for i in range(0, len(group), MAX_COLUMNS):
-        b = min(MAX_COLUMNS, len(group) - i)
-        block = slice(start + i, start + i + b)
-        inverse = torch.linalg.solve_triangular(
-            A[block, block].double(), eye[:b, :b], upper=True, unitriangular=True
-        ).float()
-        loss += score_grids(group[i : i + b], inverse, pivots[block], s, z, bits)
+        inverse = inverses[start + i]
+        block = slice(i, i + len(inverse))
+        loss += score_grids(group[block], inverse, pivots[start:][block], s, z, bits)
     best = loss.nan_to_num_(torch.inf).argmin(0, keepdim=True)
     return scale.gather(0, best), zero_point.gather(0, best)
 
@@ -224,17 +194,3 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Hessian) -> float
     """tr(E·H·Eᵀ) / tr(W·H·Wᵀ) with E = W − Ŵ: the share of the output's energy that the rounding changed."""
     energy = output_energy(weight, hessian)
     return output_energy(weight.float() - quantized, hessian) / energy if energy > 0 else 0.0
-
-
-def _blocks(in_features: int, columns: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Column ranges (first, last) with the ranges of at most MAX_COLUMNS that make them up. Groups of `columns` begin
-    and end with one of the former, and each with one of the latter unless it is longer."""
-    outer = max(columns, OUTER // columns * columns)
-    inner = columns if columns > 1 else MAX_COLUMNS
-    for first in range(0, in_features, outer):
-        last = min(first + outer, in_features)
-        blocks = []
-        for start in range(first, last, inner):
-            stop = min(start + inner, last)
-            blocks += [(i, min(i + MAX_COLUMNS, stop)) for i in range(start, stop, MAX_COLUMNS)]
-        yield first, last, blocks

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from gptq_ao.factor import factor
 from gptq_ao.hessian import Hessian, ieee_fp32
 from gptq_ao.simulate import Work
-from gptq_ao.factor import factor
 from gptq_ao.solver import solve
 
 __all__ = ["Speed", "measure_speed"]

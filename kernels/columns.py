@@ -6,20 +6,42 @@ changes is passed on to the columns after it:
     ŵ_i = grid(x_i)        p_i = x_i − ŵ_i        x_j ← x_j − p_i·follow_ij   for j > i
 
 With `follow` the block of U / diag(U) (see `factor.py`) this is GPTQ's rounding with error feedback. With
-`follow`_ij = −H_ij / H_jj, x_j = ŵ_j + (E·H)_j / H_jj and p_i the change of ŵ_i, it is coordinate descent (`refine.py`).
+`follow`_ij = −H_ij / H_jj, x_j = ŵ_j + (E·H)_j / H_jj and p_i the change of ŵ_i, it is coordinate descent (see
+`refine.py`).
 
 Shapes: a block has B columns of N rows (out_features), and is stored as [B, N]: all threads of a warp then do the same
 to neighbouring rows. fp32, except for codes (uint8).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from gptq_ao.grid import max_code, round_to_grid
+from gptq_ao.grid import round_to_grid
 
-__all__ = ["MAX_COLUMNS", "round_columns", "score_grids"]
+__all__ = ["MAX_COLUMNS", "column_blocks", "round_columns", "score_grids"]
 
 MAX_COLUMNS = 128  # of a block: more do not fit in registers
+OUTER = 1024  # columns between two products with all of the columns before them, or of the matrix
+
+
+def column_blocks(in_features: int, columns: int) -> Iterator[tuple[int, int, list[slice]]]:
+    """Ranges (first, last) of about OUTER columns, with the blocks of at most MAX_COLUMNS that they consist of. A group
+    of `columns` is one block, or several if it is longer, in one range.
+    """
+    outer = max(columns, OUTER // columns * columns)
+    for first in range(0, in_features, outer):
+        last = min(first + outer, in_features)
+        yield (
+            first,
+            last,
+            [
+                slice(i, min(i + MAX_COLUMNS, start + columns, last))
+                for start in range(first, last, columns)
+                for i in range(start, min(start + columns, last), MAX_COLUMNS)
+            ],
+        )
 
 
 def round_columns(
@@ -51,9 +73,7 @@ def round_columns(
     return codes
 
 
-def score_grids(
-    x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> Tensor:
+def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Σ importance_i·p_i² of rounding the block with each of C grids, the same for all of its columns.
 
     Args:

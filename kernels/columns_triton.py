@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """`columns.py` on a GPU: one thread per row, which keeps its part of the block in registers.
 
 A row's columns are walked through in order, so what parallelism there is comes from rows (and, for scores, from grids).
@@ -65,8 +66,18 @@ def _round_one(tile, i, first, row, rows, column, scale, zero_point, before, cod
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def _round_columns(
-    x, follow, scale, zero_point, before, codes, rows, columns, LEVELS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+    x,
+    follow,
+    scale,
+    zero_point,
+    before,
+    codes,
+    rows,
+    columns,
+    LEVELS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, TILE)
     x0 = _load(x, 0, column, columns, row, rows)
@@ -117,8 +128,18 @@ def _lose(tile, i, first, column, scale, zero_point, importance, loss, LEVELS: t
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def _score_grids(
-    x, follow, importance, scale, zero_point, loss, rows, columns, LEVELS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+    x,
+    follow,
+    importance,
+    scale,
+    zero_point,
+    loss,
+    rows,
+    columns,
+    LEVELS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * rows + row
     column = tl.arange(0, TILE)
@@ -185,9 +206,7 @@ def round_columns(
     return codes
 
 
-def score_grids(
-    x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> Tensor:
+def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """See `columns.score_grids`."""
     columns, rows = x.shape
     loss = torch.empty_like(scale)

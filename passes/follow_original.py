@@ -73,9 +73,7 @@ def _doubled(segment: Segment, twice: set[str], stored: set[str]) -> Segment:
     outputs = [first[by_name[n]] for n in segment.writes] + [second[by_name[n]] for n in segment.writes if n in twice]
     graph.output(tuple(outputs))
     graph.lint()
-    return Segment(
-        fx.GraphModule(segment.module, graph), reads, statics, writes, _with_twins(segment.keeps, kept)
-    )
+    return Segment(fx.GraphModule(segment.module, graph), reads, statics, writes, _with_twins(segment.keeps, kept))
 
 
 def _with_twins(names: tuple[str, ...], twice: set[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from gptq_ao.errors import PassError
 from gptq_ao.hessian import HessianObserver, gathered_mask
 from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment, twin
 
-__all__ = ["observe"]
+__all__ = ["observe", "uncompensated"]
 
 
 def observe(plan: Plan) -> Plan:
@@ -22,7 +22,7 @@ def observe(plan: Plan) -> Plan:
     settings = plan.selection.settings
 
     def compensated(group: HessianGroup) -> bool:
-        return any(settings[w].compensate != "none" for w in group.weights)
+        return group.experts == 1 and any(settings[w].compensate != "none" for w in group.weights)
 
     segments = tuple(
         _with_observers(segment, stage.groups, [g.name for g in stage.groups if compensated(g)])
@@ -31,6 +31,19 @@ def observe(plan: Plan) -> Plan:
     result = dataclasses.replace(plan, segments=segments)
     _check(result)
     return result
+
+
+def uncompensated(plan: Plan) -> tuple[str, ...]:
+    """The weights that cannot be compensated although they should be: which rows reach them, the original model may
+    have decided otherwise (experts)."""
+    settings = plan.selection.settings
+    names: dict[str, None] = {}
+    for segment, stage in zip(plan.segments, plan.stages, strict=True):
+        nodes = {n.name: n for n in segment.module.graph.nodes}
+        for group in stage.groups:
+            if not all(_same_rows(nodes[r.value], r) for r in group.rows) or group.experts > 1:
+                names |= dict.fromkeys(w for w in group.weights if settings[w].compensate != "none")
+    return tuple(names)
 
 
 def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...], compensated: list[str]) -> Segment:

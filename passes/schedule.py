@@ -120,7 +120,12 @@ def _stage(
     return Stage(
         tuple(
             HessianGroup(
-                f"hessian_{number}_{i}", rows, tuple(parts), width[rows[0]], experts, tuple(residuals(rows, experts, parts))
+                f"hessian_{number}_{i}",
+                rows,
+                tuple(parts),
+                width[rows[0]],
+                experts,
+                tuple(residuals(rows, experts, parts)),
             )
             for i, ((rows, experts), parts) in enumerate(groups.items())
         ),
