@@ -8,6 +8,7 @@ Numerics: sums are kept in fp32. Products of bf16 or fp16 numbers are exact in f
 precision (no TF32). The division by the number of rows happens once, at the end.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,13 +194,18 @@ def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @contextmanager
 def ieee_fp32() -> Iterator[None]:
-    """fp32 matrix products in full precision, whatever the user allows elsewhere. The flags are restored."""
+    """fp32 matrix products in full precision, whatever the user allows elsewhere (TF32, autocast). The flags are
+    restored."""
     owners = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [o.fp32_precision for o in owners]
     for o in owners:
         o.fp32_precision = "ieee"
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         for o, precision in zip(owners, before, strict=True):
             o.fp32_precision = precision

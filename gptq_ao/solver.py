@@ -186,7 +186,7 @@ def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, sym: bool, s
 def output_energy(matrix: Tensor, hessian: Hessian) -> float:
     """tr(M·H·Mᵀ): the mean square of the outputs of M [N, K] over the rows of H, summed over the N outputs."""
     matrix = matrix.float()
-    with ieee_fp32(), torch.autocast(matrix.device.type, enabled=False):
+    with ieee_fp32():
         return torch.sum((matrix @ hessian.matrix) * matrix, dtype=torch.float64).item()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchao.core.config as torchao_config
 
-from gptq_ao.config import PRESETS, GPTQConfig, gptq_config
+from gptq_ao.config import EFFORTS, PRESETS, GPTQConfig, gptq_config
 from gptq_ao.errors import ConfigError, GPTQError
 
 
@@ -22,7 +22,15 @@ from gptq_ao.errors import ConfigError, GPTQError
         ({"group_size": True}, r"group_size is True: "),
         ({"group_size": "x"}, r"group_size is 'x': "),
         ({"group_size": 32.0}, r"group_size is 32\.0: "),
-        ({"act_order": "desc"}, r"act_order is 'desc': give one of 'static', 'none', 'group'"),
+        ({"act_order": "desc"}, r"act_order is 'desc': give one of 'group_aware', 'static', 'none', 'group'"),
+        ({"effort": "slow"}, r"effort is 'slow': give one of 'fast', 'default', 'max'"),
+        ({"compensate": True}, r"compensate is True: give one of 'none', 'inputs', 'residual'"),
+        ({"signed_scale": 1}, r"signed_scale is 1: give one of True, False"),
+        ({"scale_candidates": 0}, r"scale_candidates is 0: give a number of scales to try per group, 1 or more"),
+        ({"scale_candidates": True}, r"scale_candidates is True: "),
+        ({"refine_sweeps": -1}, r"refine_sweeps is -1: give a number of sweeps, 0 or more"),
+        ({"refine_sweeps": 1.0}, r"refine_sweeps is 1\.0: "),
+        ({"rules": {"a": {"effort": "max"}}}, r"rule 'a' sets 'effort': a rule may set bits, "),
         ({"act_order": True}, r"act_order is True: give one of"),
         ({"method": "awq"}, r"method is 'awq': give one of 'gptq', 'rtn'"),
         ({"damp_percent": 0.0}, r"damp_percent is 0\.0: give a fraction of the Hessian's mean diagonal"),
@@ -71,20 +79,29 @@ def test_limits_are_accepted() -> None:
 
 
 def test_defaults() -> None:
-    assert gptq_config() == GPTQConfig(4, 128, True, "static", None, "gptq", {}, False)
+    assert gptq_config() == GPTQConfig(4, 128, True, "group_aware", None, "gptq", True, 40, 4, "residual", {}, False)
+    assert gptq_config() == GPTQConfig()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_is_the_same_as_its_settings(preset: str) -> None:
     bits, group_size, *act = preset.split("-")
-    expected = gptq_config(int(bits[0]), int(group_size), act_order="group" if act else "static")
+    expected = gptq_config(int(bits[0]), int(group_size), act_order="group" if act else "group_aware")
     assert gptq_config(preset=preset) == expected
     assert gptq_config(preset=preset, sym=False, method="rtn") == dataclasses.replace(expected, sym=False, method="rtn")
 
 
-@pytest.mark.parametrize(("desc_act", "act_order"), [(True, "group"), (False, "none"), (None, "static")])
+@pytest.mark.parametrize(("desc_act", "act_order"), [(True, "group"), (False, "none"), (None, "group_aware")])
 def test_desc_act(desc_act: bool | None, act_order: str) -> None:
     assert gptq_config(desc_act=desc_act).act_order == act_order
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_effort_is_the_same_as_its_settings(effort: str) -> None:
+    assert gptq_config(effort=effort) == gptq_config(**EFFORTS[effort])
+    for name, other in {"act_order": "static", "signed_scale": False, "refine_sweeps": 7}.items():
+        changed = gptq_config(effort=effort, **{name: other})
+        assert changed == dataclasses.replace(gptq_config(effort=effort), **{name: other})
 
 
 def test_frozen() -> None:

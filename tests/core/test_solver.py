@@ -8,11 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq_ao import solver
+from gptq_ao import factor as factor_module
 from gptq_ao.errors import NonFiniteError, SolverError
+from gptq_ao.factor import factor
 from gptq_ao.grid import choose_grid, round_to_grid
 from gptq_ao.hessian import Hessian
-from gptq_ao.solver import Solution, factor, relative_error, round_to_nearest, solve
+from gptq_ao.kernels.columns import MAX_COLUMNS
+from gptq_ao.solution import Solution
+from gptq_ao.solver import relative_error, round_to_nearest, solve
 
 # [N, K] and group size: one block and a part, two blocks, one group longer than a block, groups that do not divide one.
 SHAPES = [(40, 160, 32), (24, 256, 128), (33, 130, -1), (21, 144, 48)]
@@ -20,7 +23,7 @@ GRIDS = [(2, True), (3, False), (4, True), (8, False)]
 shapes = pytest.mark.parametrize(("n", "k", "group"), SHAPES, ids=[f"{n}x{k}g{g}" for n, k, g in SHAPES])
 grids = pytest.mark.parametrize(("bits", "sym"), GRIDS, ids=[f"{b}bit-{'sym' if s else 'asym'}" for b, s in GRIDS])
 kinds = pytest.mark.parametrize("kind", ["random", "correlated", "ill-conditioned"])
-orders = pytest.mark.parametrize("act_order", ["static", "none", "group"])
+orders = pytest.mark.parametrize("act_order", ["static", "none", "group", "group_aware"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +53,7 @@ def make_hessian(kind: str, k: int) -> Hessian:
 
 
 def quantize(weight: Tensor, hessian: Hessian, damp: float, bits: int, group: int, sym: bool, order: str) -> Solution:
-    f = factor(hessian, order, damp)
+    f = factor(hessian, order, group, damp)
     return solve(weight, f, bits=bits, group_size=group, sym=sym, act_order=order)
 
 
@@ -69,11 +72,23 @@ class Textbook:
     inverse: Tensor
 
 
+def solving_order(diagonal: Tensor, act_order: str, columns: int) -> Tensor:
+    """One column after the other, from the description."""
+    if act_order == "none":
+        return torch.arange(len(diagonal))
+    size, place = diagonal.tolist(), range(len(diagonal))
+    if act_order != "group_aware":
+        return torch.tensor(sorted(place, key=lambda i: -size[i]))
+    groups = [list(place[i : i + columns]) for i in range(0, len(diagonal), columns)]
+    groups = [sorted(g, key=lambda i: -size[i]) for g in groups]
+    return torch.tensor([i for g in sorted(groups, key=lambda g: -size[g[0]]) for i in g])
+
+
 @functools.cache
-def eliminate(kind: str, k: int, act_order: str, damp: float) -> Textbook:
+def eliminate(kind: str, k: int, act_order: str, damp: float, columns: int) -> Textbook:
     H = make_hessian(kind, k).matrix.double()
     H = H + damp * H.diagonal().mean() * torch.eye(k, dtype=torch.float64)
-    order = torch.arange(k) if act_order == "none" else torch.argsort(H.diagonal(), descending=True, stable=True)
+    order = solving_order(make_hessian(kind, k).matrix.diagonal(), act_order, columns)
     inverse, rows = torch.linalg.inv(H[order][:, order]), torch.zeros_like(H)
     for i in range(k):
         rows[i, i:] = inverse[0]
@@ -105,7 +120,7 @@ def replay(book: Textbook, weight: Tensor, s: Solution, bits: int, group: int, s
     columns = k if group == -1 else group
     group_of = torch.arange(k) // columns
     given = s.codes
-    if act_order == "static":
+    if act_order != "group":
         group_of, given = group_of[book.order], given[:, book.order]
     step, origin = s.scale.double()[:, group_of], s.zero_point.double()[:, group_of]
     quantized = (given - origin) * step
@@ -115,7 +130,7 @@ def replay(book: Textbook, weight: Tensor, s: Solution, bits: int, group: int, s
     scale, zero = choose_grid(weight, group, bits, sym)
     for i in range(k):
         if act_order != "static" and i % columns == 0:
-            g = i // columns
+            g = int(group_of[i])
             scale[:, g], zero[:, g] = (t.squeeze(1) for t in choose_grid(W[:, i : i + columns], -1, bits, sym))
         W[:, i + 1 :].addr_(W[:, i] - quantized[:, i], follow[i, i + 1 :], alpha=-1)
     # Nothing changes a column once its turn has come.
@@ -125,7 +140,7 @@ def replay(book: Textbook, weight: Tensor, s: Solution, bits: int, group: int, s
 
 def check_against_textbook(kind: str, n: int, k: int, group: int, bits: int, sym: bool, act_order: str) -> None:
     damp = 0.01
-    weight, book = random(n, k, seed=5), eliminate(kind, k, act_order, damp)
+    weight, book = random(n, k, seed=5), eliminate(kind, k, act_order, damp, k if group == -1 else group)
     solution = quantize(weight, make_hessian(kind, k), damp, bits, group, sym, act_order)
     r = replay(book, weight, solution, bits, group, sym, act_order)
 
@@ -207,7 +222,7 @@ def test_codes_are_those_of_llm_compressor(name: str, layer: int, act_order: str
     matrix = load_file(PEER_HESSIANS)[f"layers.{layer}.{name}"]
     weight = 0.08 * random(OUT_FEATURES[name], len(matrix), seed=layer)
     grid = choose_grid(weight, 32, 4, sym)
-    f = factor(Hessian(matrix, 1), act_order, 0.01)
+    f = factor(Hessian(matrix, 1), act_order, 32, 0.01)
     ours = solve(weight, f, bits=4, group_size=32, sym=sym, act_order=act_order, grid=grid)
     theirs = llm_compressor(weight, matrix, *grid, act_order)
     assert (ours.codes == theirs).double().mean() >= 0.999
@@ -236,7 +251,7 @@ def with_dead_columns(k: int, dead: list[int]) -> Hessian:
 def test_dead_columns_are_rounded_to_nearest(act_order: str) -> None:
     dead = [0, 31, 32, 63, 100, 140, 159]
     weight, hessian = random(24, 160, seed=5), with_dead_columns(160, dead)
-    f = factor(hessian, act_order, 0.01)
+    f = factor(hessian, act_order, 32, 0.01)
     assert f.dead == len(dead)
     s = solve(weight, f, bits=4, group_size=32, sym=False, act_order=act_order)
     place = torch.arange(160) if s.perm is None else torch.argsort(s.perm)
@@ -264,7 +279,7 @@ def test_dead_columns_change_nothing_for_the_others(act_order: str) -> None:
 @orders
 def test_all_columns_dead(act_order: str) -> None:
     weight = random(9, 96)
-    f = factor(Hessian(torch.zeros(96, 96), 0), act_order)
+    f = factor(Hessian(torch.zeros(96, 96), 0), act_order, 32)
     assert f.dead == 96
     s = solve(weight, f, bits=3, group_size=32, sym=True, act_order=act_order)
     nearest = round_to_nearest(weight, bits=3, group_size=32, sym=True)
@@ -282,9 +297,9 @@ def test_default_damping_follows_the_amount_of_data(rows: int, damp: float) -> N
 
 @pytest.mark.parametrize("dead", [[], [3, 17]], ids=["live", "dead"])
 @orders
-def test_factor_is_that_of_the_damped_inverse(act_order: str, dead: list[int]) -> None:
+def test_factor_is_that_of_the_damped_hessian(act_order: str, dead: list[int]) -> None:
     hessian = with_dead_columns(40, dead)
-    f = factor(hessian, act_order, 0.05)
+    f = factor(hessian, act_order, 20, 0.05)
     diagonal = hessian.matrix.diagonal()
     mean = diagonal[diagonal > 0].mean().item()
     damped = hessian.matrix.double()
@@ -292,12 +307,14 @@ def test_factor_is_that_of_the_damped_inverse(act_order: str, dead: list[int]) -
     damped.diagonal().add_(0.05 * mean)
     order = torch.arange(40) if f.order is None else f.order
     assert (f.order is None) == (act_order == "none")
-    assert (diagonal[order].diff() <= 0).all() == (act_order != "none")
-    U = f.upper.double()
-    assert torch.equal(U, U.triu())
-    inverse = torch.linalg.inv(damped[order][:, order])
-    # U is rounded to fp32 once: two factors, each within 2^-24.
-    assert ((U.T @ U - inverse).abs() <= 2.01 * 2.0**-24 * (U.abs().T @ U.abs())).all()
+    assert torch.equal(order, solving_order(diagonal, act_order, 20))
+    A, D = f.unit.double(), f.pivots.double()
+    assert torch.equal(A, A.triu())
+    assert (A.diagonal() == 1).all()
+    assert f.added == pytest.approx(0.05 * mean)
+    # A and the pivots are rounded to fp32 once: three factors, each within 2^-24.
+    bound = 3.01 * 2.0**-24 * (A.abs() * D @ A.abs().T)
+    assert (((A * D) @ A.T - damped[order][:, order]).abs() <= bound).all()
 
 
 def indefinite(coupling: float) -> Hessian:
@@ -311,9 +328,10 @@ def test_damping_is_tripled_until_the_factor_exists() -> None:
     f = factor(hessian, "none")
     assert f.damp == pytest.approx(0.01 * 3**4)  # 0.27 is too little for 0.5, 0.81 is enough
     damped = before.double() + f.damp * torch.eye(6)
-    assert torch.allclose(f.upper.double().T @ f.upper.double(), torch.linalg.inv(damped), rtol=1e-6, atol=1e-6)
+    A, D = f.unit.double(), f.pivots.double()
+    assert torch.allclose((A * D) @ A.T, damped, rtol=1e-6, atol=1e-6)
     assert torch.equal(hessian.matrix, before)
-    assert factor(hessian, "none", 0.6).damp == 0.6
+    assert factor(hessian, "none", damp_percent=0.6).damp == 0.6
 
 
 def test_hopeless_hessian() -> None:
@@ -334,7 +352,7 @@ def test_non_finite_hessian(where: tuple[int, int], value: float) -> None:
 def test_fp32_factor_of_a_large_hessian_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = random(64, 160, seed=5), make_hessian("correlated", 160)
     precise = quantize(weight, hessian, 0.01, 4, 32, True, "static")
-    monkeypatch.setattr(solver, "LARGEST_FP64", 100)
+    monkeypatch.setattr(factor_module, "LARGEST_FP64", 100)
     coarse = quantize(weight, hessian, 0.01, 4, 32, True, "static")
     assert (precise.codes == coarse.codes).double().mean() >= 0.99
     errors = [relative_error(weight, s.dequantize(), hessian) for s in (precise, coarse)]
@@ -350,12 +368,13 @@ def test_arguments_are_unchanged(act_order: str) -> None:
     grid = choose_grid(weight, 32, 4, sym=False) if act_order != "group" else None
     arguments = [weight, hessian.matrix, *(grid or ())]
     before = [t.clone() for t in arguments]
-    f = factor(hessian, act_order)
-    upper = f.upper.clone()
+    f = factor(hessian, act_order, 32)
+    factored = [f.unit.clone(), f.pivots.clone()]
     solve(weight, f, bits=4, group_size=32, sym=False, act_order=act_order, grid=grid)
     round_to_nearest(weight, bits=4, group_size=32, sym=False)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
-    assert torch.equal(f.upper, upper)
+    assert torch.equal(f.unit, factored[0])
+    assert torch.equal(f.pivots, factored[1])
 
 
 def same(a: Solution, b: Solution) -> bool:
@@ -408,7 +427,7 @@ def test_rows_are_independent(k: int, act_order: str) -> None:
     for weight, part in zip(weights, stacked, strict=True):
         alone = quantize(weight, hessian, 0.01, 4, 32, False, act_order)
         assert part.codes.shape == weight.shape
-        if k <= solver.BLOCK:  # beyond a block, matrix products of another height may sum in another order
+        if k <= MAX_COLUMNS:  # beyond a block, matrix products of another height may sum in another order
             assert same(alone, part)
         else:
             assert (alone.dequantize() - part.dequantize()).abs().max() <= 2 * alone.scale.max()
@@ -416,7 +435,7 @@ def test_rows_are_independent(k: int, act_order: str) -> None:
 
 
 def test_solution_shapes() -> None:
-    for order in ("static", "none", "group"):
+    for order in ("static", "none", "group", "group_aware"):
         s = quantize(random(7, 96), make_hessian("random", 96), 0.01, 3, 48, True, order)
         assert (s.codes.dtype, s.scale.dtype, s.zero_point.dtype) == (torch.uint8, torch.float16, torch.uint8)
         assert (s.codes.shape, s.scale.shape, s.zero_point.shape) == ((7, 96), (7, 2), (7, 2))
@@ -425,7 +444,7 @@ def test_solution_shapes() -> None:
         assert (s.perm is None) == (order != "group")
 
 
-@pytest.mark.parametrize("act_order", ["static", "none"])
+@pytest.mark.parametrize("act_order", ["static", "none", "group_aware"])
 def test_groups_are_neighbouring_columns(act_order: str) -> None:
     weight = random(12, 160, seed=5)
     s = quantize(weight, make_hessian("correlated", 160), 0.01, 4, 32, False, act_order)
