@@ -1,9 +1,10 @@
-"""Perplexity and KL of a language model quantized in several formats, round-to-nearest beside GPTQ.
+"""Perplexity and KL of a language model quantized in several formats, recipe by recipe.
 
     python benchmarks/accuracy.py MODEL --calibration calibration.jsonl --data eval.jsonl --seq-len 512
 
-MODEL is a local Hugging Face directory. Prints the device, the versions and one row per format: perplexity,
-KL(original ‖ quantized) per token in nats, seconds to quantize, and the peak resident memory of the process so far.
+MODEL is a local Hugging Face directory. Prints the device, the versions and one row per format and recipe: perplexity
+and KL(original ‖ quantized) per token in nats, both as mean and, over several seeds of the choice of calibration
+sequences, standard deviation; stored bits per weight; seconds to quantize; peak memory of the process so far.
 """
 
 import argparse
@@ -20,12 +21,45 @@ from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.evaluate import evaluate
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
 
-FORMATS: list[dict[str, Any]] = [
-    {"bits": 4, "group_size": 128},
-    {"bits": 4, "group_size": 32},
-    {"bits": 3, "group_size": 128},
-    {"bits": 2, "group_size": 64},
+FORMATS = {
+    "W4 g128": {"bits": 4, "group_size": 128},
+    "W4 g32": {"bits": 4, "group_size": 32},
+    "W3 g128": {"bits": 3, "group_size": 128},
+    "W2 g64": {"bits": 2, "group_size": 64},
+}
+PLAIN: dict[str, Any] = {
+    "act_order": "static",
+    "signed_scale": False,
+    "scale_candidates": 1,
+    "refine_sweeps": 0,
+    "compensate": "none",
+}
+# One setting more from row to row, from what others do by default to the default recipe.
+STEPS: list[tuple[str, dict[str, Any]]] = [
+    ("static order", {}),
+    ("group-aware order", {"act_order": "group_aware"}),
+    ("+ signed scales", {"signed_scale": True}),
+    ("+ searched scales", {"scale_candidates": 40}),
+    ("+ refinement", {"refine_sweeps": 4}),
+    ("+ inputs compensated", {"compensate": "inputs"}),
+    ("+ residual compensated", {"compensate": "residual"}),
 ]
+
+
+def recipes(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Name → settings: "rtn", an effort, or "steps" for all of STEPS."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name == "rtn":
+            found["round to nearest"] = {"method": "rtn"}
+        elif name == "steps":
+            settings = dict(PLAIN)
+            for step, change in STEPS:
+                settings |= change
+                found[step] = dict(settings)
+        else:
+            found[name] = {"effort": name}
+    return found
 
 
 def main() -> None:
@@ -38,8 +72,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-chunks", type=int, default=10**9)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--act-order", nargs="*", default=["static"])
-    parser.add_argument("--damp-percent", nargs="*", type=float, default=[None])
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--recipes", nargs="*", default=["rtn", "fast", "default", "max"])
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     args = parser.parse_args()
@@ -53,15 +87,10 @@ def main() -> None:
     original = load_model(args.model, device=args.device)
     chunks = spaced(token_chunks(tokenizer, read_documents(args.data), args.seq_len), args.max_chunks)
     print(f"original: perplexity {evaluate(original, chunks).perplexity:.4f} on {len(chunks)} chunks")
-    for settings in FORMATS:
-        variants: list[dict[str, Any]] = [{"method": "rtn", "sym": not args.asym}]
-        for act_order in args.act_order:
-            variants += [
-                {"act_order": act_order, "damp_percent": d if d is None or d > 0 else None, "sym": not args.asym}
-                for d in args.damp_percent
-            ]
-        for variant in variants:
-            for seed in args.seeds if variant.get("method") != "rtn" else args.seeds[:1]:
+    for format_ in args.formats:
+        for recipe, settings in recipes(args.recipes).items():
+            kls, perplexities, seconds = [], [], []
+            for seed in args.seeds if settings.get("method") != "rtn" else args.seeds[:1]:
                 batches = text_batches(
                     tokenizer,
                     args.calibration,
@@ -71,17 +100,29 @@ def main() -> None:
                     seed=seed,
                 )
                 model = copy.deepcopy(original)
-                report = quantize_(model, gptq_config(**settings, **variant, calibration=batches))
+                config = gptq_config(**FORMATS[format_], **settings, sym=not args.asym, calibration=batches)
+                report = quantize_(model, config)
                 assert report is not None
                 score = evaluate(model, chunks, original)
-                peak = ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in report.peak_bytes.items())
-                phases = ", ".join(f"{phase} {s:.1f}" for phase, s in report.seconds.items())
-                print(
-                    f"W{settings['bits']} g{settings['group_size']:<4} {variant} seed {seed}: perplexity "
-                    f"{score.perplexity:.4f}, KL {score.kl:.4f}, {report.bits_per_weight:.3f} bits/weight, "
-                    f"{sum(report.seconds.values()):.1f} s ({phases}), peak {peak}",
-                    flush=True,
-                )
+                assert score.kl is not None
+                kls.append(score.kl)
+                perplexities.append(score.perplexity)
+                seconds.append(sum(report.seconds.values()))
+            peak = ", ".join(
+                f"{k} {report.peak_bytes[k] / 2**30:.2f} GiB" for k in ("host", "cuda") if k in report.peak_bytes
+            )
+            print(
+                f"{format_:8} {recipe:24} KL {spread(kls, 4)}, perplexity {spread(perplexities, 3)}, "
+                f"{report.bits_per_weight:.3f} bits/weight, {sum(seconds) / len(seconds):.1f} s, peak {peak}",
+                flush=True,
+            )
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and standard deviation of several."""
+    t = torch.tensor(values, dtype=torch.float64)
+    deviation = f" ± {t.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{t.mean():.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_search_and_refinement_on_cuda_are_as_good_as_on_cpu(bits: int, group: i
     for device in ("cpu", "cuda", "cuda"):
         h, w = Hessian(hessian.matrix.to(device), hessian.rows), weight.to(device)
         f = factor(h, "group_aware", group)
-        how = {"bits": bits, "signed": True}
+        how: dict[str, Any] = {"bits": bits, "signed": True}
         first = solve(w, f, group_size=group, sym=True, act_order="group_aware", scale_candidates=20, **how)
         s = refine(first, w, h, f, sweeps=4, **how)
         errors.append(relative_error(w, s.dequantize(), h))
