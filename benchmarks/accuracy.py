@@ -21,7 +21,7 @@ from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.evaluate import evaluate
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
 
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "W4 g128": {"bits": 4, "group_size": 128},
     "W4 g32": {"bits": 4, "group_size": 32},
     "W3 g128": {"bits": 3, "group_size": 128},
@@ -105,6 +105,7 @@ def main() -> None:
                 assert report is not None
                 score = evaluate(model, chunks, original)
                 assert score.kl is not None
+                peak = report.peak_bytes
                 kls.append(score.kl)
                 perplexities.append(score.perplexity)
                 seconds.append(sum(report.seconds.values()))
@@ -113,7 +114,7 @@ def main() -> None:
             )
             print(
                 f"{format_:8} {recipe:24} KL {spread(kls, 4)}, perplexity {spread(perplexities, 3)}, "
-                f"{report.bits_per_weight:.3f} bits/weight, {sum(seconds) / len(seconds):.1f} s, peak {peak}",
+                f"{stored:.3f} bits/weight, {sum(seconds) / len(seconds):.1f} s, peak {memory}",
                 flush=True,
             )
 

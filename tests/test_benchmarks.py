@@ -14,16 +14,28 @@ ROOT = Path(__file__).parents[1]
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("\n".join(documents("heldout")[:4]))
     text = str(tmp_path / "text.txt")
-    options = ["--seq-len", "64", "--num-samples", "8", "--max-chunks", "4"]
+    options = [
+        "--seq-len",
+        "64",
+        "--num-samples",
+        "8",
+        "--max-chunks",
+        "4",
+        "--formats",
+        "W4 g128",
+        "--recipes",
+        "rtn",
+        "default",
+    ]
     script = runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"))
-    script["FORMATS"][:] = [{"bits": 4, "group_size": 128}]
     monkeypatch.setattr(
         sys, "argv", ["x", str(ROOT / "examples/tiny_lm"), "--calibration", text, "--data", text, *options]
     )
     script["main"]()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("original: perplexity")
-    assert [line.split()[0] for line in lines[3:]] == ["W4", "W4"]
+    assert [line[:17].rstrip() for line in lines[3:]] == ["W4 g128  round to", "W4 g128  default"]
+    assert {step for step, _ in script["STEPS"]} < set(script["recipes"](["steps", "max"]))
 
 
 def test_linear(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
