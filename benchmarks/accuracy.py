@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--num-samples", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences that run together")
     parser.add_argument("--max-chunks", type=int, default=10**9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
@@ -103,15 +103,14 @@ def main() -> None:
                 config = gptq_config(**FORMATS[format_], **settings, sym=not args.asym, calibration=batches)
                 report = quantize_(model, config)
                 assert report is not None
-                score = evaluate(model, chunks, original)
+                score = evaluate(model, chunks, original, batch_size=args.batch_size)
                 assert score.kl is not None
                 peak = report.peak_bytes
                 kls.append(score.kl)
                 perplexities.append(score.perplexity)
                 seconds.append(sum(report.seconds.values()))
-            peak = ", ".join(
-                f"{k} {report.peak_bytes[k] / 2**30:.2f} GiB" for k in ("host", "cuda") if k in report.peak_bytes
-            )
+                stored = report.bits_per_weight
+            memory = ", ".join(f"{k} {peak[k] / 2**30:.2f} GiB" for k in ("host", "cuda") if k in peak)
             print(
                 f"{format_:8} {recipe:24} KL {spread(kls, 4)}, perplexity {spread(perplexities, 3)}, "
                 f"{stored:.3f} bits/weight, {sum(seconds) / len(seconds):.1f} s, peak {memory}",

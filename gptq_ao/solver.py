@@ -88,6 +88,7 @@ def solve(
     group_of = torch.arange(k, device=device) // columns  # of each place
     if factor.order is not None and act_order != "group":
         group_of = factor.order // columns
+    groups_met = group_of[::columns].tolist()  # read on the host once: the loop must not wait for the device
 
     with ieee_fp32():
         for first, last, blocks in column_blocks(k, columns if grid is None else MAX_COLUMNS):
@@ -99,11 +100,13 @@ def solve(
                 if grid is None and block.start % columns == 0:
                     group = slice(block.start, block.start + columns)
                     x = _unrounded(W[group], ahead[:columns], A[group, group], inverse)
-                    g = of_block[:1]
+                    g = groups_met[block.start // columns]
                     scale[g], zero_point[g] = _choose(
                         x, inverses, factor.pivots, block.start, bits, sym, signed, scale_candidates
                     )
-                x = _unrounded(W[block], ahead[: len(of_block)], A[block, block], inverse)
+                    x = x[: len(of_block)]
+                else:
+                    x = _unrounded(W[block], ahead[: len(of_block)], A[block, block], inverse)
                 s, z = scale[of_block].float(), zero_point[of_block].float()
                 codes[block] = round_columns(x, inverse, s, z, bits)
                 W[block] -= (codes[block] - z).mul_(s)
@@ -159,10 +162,10 @@ def _choose(
     signed: bool,
     candidates: int,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [1, N] of a group [columns, N] that begins at `start`."""
+    """Scale and zero point [N] of a group [columns, N] that begins at `start`."""
     if candidates == 1:
         scale, zero_point = choose_grid(group.T, -1, bits, sym, signed)
-        return scale.T, zero_point.T
+        return scale.squeeze(1), zero_point.squeeze(1)
     scale, zero_point = candidate_grids(group, bits, sym, signed, candidates)
     s, z = scale.float(), zero_point.float()
     loss = torch.zeros_like(s)
@@ -172,7 +175,7 @@ def _choose(
         block = slice(i, i + len(inverse))
         loss += score_grids(group[block], inverse, pivots[start:][block], s, z, bits)
     best = loss.nan_to_num_(torch.inf).argmin(0, keepdim=True)
-    return scale.gather(0, best), zero_point.gather(0, best)
+    return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
 
 
 def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, sym: bool, signed: bool = False) -> Solution:
@@ -186,7 +189,7 @@ def round_to_nearest(weight: Tensor, *, bits: int, group_size: int, sym: bool, s
 def output_energy(matrix: Tensor, hessian: Hessian) -> float:
     """tr(M·H·Mᵀ): the mean square of the outputs of M [N, K] over the rows of H, summed over the N outputs."""
     matrix = matrix.float()
-    with ieee_fp32():
+    with ieee_fp32(cuda="tf32"):
         return torch.sum((matrix @ hessian.matrix) * matrix, dtype=torch.float64).item()
 
 
