@@ -37,6 +37,8 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
     """
     k = weight.shape[1]
     weight = weight.float()
+    if hessian.drift is None and residual is None:
+        return weight
     diagonal = hessian.matrix.diagonal()
     live = diagonal > 0
     mean = diagonal.sum() / live.sum().clamp(min=1)
