@@ -74,7 +74,7 @@ class HessianObserver(nn.Module):
                 is padding.
             offsets: [E], the cumulative number of sorted rows. Rows after the last offset belong to no expert.
             original: what x is in the original model; not for experts.
-            streams: [..., N] each, with the leading axes of x: residual streams here and in the original model.
+            streams: [..., N] each, of as many rows as x: residual streams here and in the original model.
         """
         x = x.detach()
         keep = _kept(x, mask) if mask is not None else None
@@ -109,10 +109,11 @@ class HessianObserver(nn.Module):
         rows = x.reshape(-1, self.in_features)
 
         def difference(now: Tensor, then: Tensor) -> Tensor:
-            changed = (then.detach() - now.detach()).to(x.dtype)
-            if keep is not None:
-                changed = torch.where(keep, changed, torch.zeros((), dtype=x.dtype, device=x.device))
-            return changed.reshape(len(rows), -1)
+            # A stream may have other leading axes than x: [batch, position] where x has rows.
+            changed = (then.detach() - now.detach()).to(x.dtype).reshape(len(rows), -1)
+            if keep is None:
+                return changed
+            return torch.where(keep.reshape(-1, 1), changed, torch.zeros((), dtype=x.dtype, device=x.device))
 
         if original is not None:
             if self._drift is None:

@@ -194,7 +194,7 @@ def _peak(
     weights: Weights, prepared: Prepared, footprint: Footprint, limits: Limits, device: torch.device
 ) -> dict[str, int]:
     """Where the predicted bytes will be."""
-    waiting = footprint.activations
+    waiting, originals = footprint.activations, footprint.originals
     if device.type == "cpu":
         on_disk = 0 if limits.host is None else max(0, waiting - limits.host)
         peak = min(footprint.peak, footprint.working + waiting - on_disk)
@@ -207,7 +207,7 @@ def _peak(
     host = sum(t.nbytes for batch in batches for t in batch.values()) + _model_bytes(weights, torch.device("cpu"))
     return {
         "device": min(footprint.peak, footprint.working + on_device),
-        "host": host + offloaded - on_disk,
+        "host": host + originals + offloaded - on_disk,
         "disk": on_disk,
     }
 

@@ -13,6 +13,7 @@ from gptq_ao.activations import ActivationStore
 from gptq_ao.config import GPTQConfig
 from gptq_ao.hessian import Hessian
 from gptq_ao.passes.calibrate import calibrate
+from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
 from gptq_ao.report import Clock, WeightReport
 from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
@@ -136,12 +137,7 @@ class _Originals:
     """The weights as they were, from when they are replaced until the last segment that reads them has run."""
 
     def __init__(self, program: Program, plan: Plan) -> None:
-        self._last: dict[str, int] = {}
-        for number, segment in enumerate(plan.segments, 1):
-            for static in segment.statics:
-                placeholder = twin_of(static)
-                if placeholder is not None:
-                    self._last[program.parameters[placeholder]] = number
+        self._last = last_reads(program, plan)
         self._kept: dict[str, Tensor] = {}
 
     def keep(self, name: str, weights: Weights) -> None:

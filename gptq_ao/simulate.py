@@ -6,12 +6,12 @@ nothing is computed or allocated. What solving takes comes from `solve_bytes.py`
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptq_ao.activations import compact
@@ -21,6 +21,7 @@ from gptq_ao.kernels import reference
 from gptq_ao.live_bytes import LiveBytes, storages
 from gptq_ao.packing import pack_codes, pack_scale_zero
 from gptq_ao.passes.calibrate import run_segment
+from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import HessianGroup, Part, Program, Segment, Stage, twin_of
 from gptq_ao.prepare import Calibrated, Prepared
 from gptq_ao.solve_bytes import SolveCost, result_bytes, solve_cost
@@ -35,11 +36,13 @@ Packed = tuple[Tensor | None, ...]  # qdata, scale_zero, high_plane, perm
 
 @dataclass
 class Work:
-    """Operations in products by dtype, bytes read and written by other operators, steps that follow one another."""
+    """Operations in products by dtype, bytes read and written by other operators, steps that follow one another, and
+    weights that are rounded column by column (`SolveCost.rounded`)."""
 
     flops: Counter[torch.dtype] = field(default_factory=Counter)
     moved: int = 0
     steps: int = 0
+    rounded: int = 0
 
     def add(self, tracker: LiveBytes, times: int) -> None:
         """What was seen since `tracker.restart`, several times."""
@@ -51,6 +54,7 @@ class Work:
         self.flops[torch.float64] += times * cost.fp64
         self.flops[torch.float32] += times * cost.fp32
         self.steps += times * cost.columns
+        self.rounded += times * cost.rounded
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Footprint:
         working: at most, if waiting activations are elsewhere: all but the batch that runs and the one that follows.
         peak: at most, if all activations wait on the device.
         activations: that wait, when they are most.
+        originals: of weights in files that are quantized and whose original values are still to be read, at most.
         rows: group → rows of calibration data, of one expert on average.
         packed: weight → bytes in memory when it is quantized.
         calibrate, solve: the work of both phases.
@@ -71,6 +76,7 @@ class Footprint:
     working: int
     peak: int
     activations: int
+    originals: int
     rows: dict[str, int]
     packed: dict[str, int]
     calibrate: Work
@@ -90,7 +96,15 @@ def simulate(weights: Weights, prepared: Prepared, device: torch.device) -> Foot
         else:
             run.run(prepared.calibrated)
         return Footprint(
-            run.resident, run.working, run.peak, run.waiting, run.rows, run.packed_bytes, run.calibration, run.solving
+            run.resident,
+            run.working,
+            run.peak,
+            run.waiting,
+            run.from_files,
+            run.rows,
+            run.packed_bytes,
+            run.calibration,
+            run.solving,
         )
 
 
@@ -118,7 +132,8 @@ class _Simulation:
         self.here = {n: self.fake(t) for n, t in self.state.items() if self.is_here(n, quantized=False)}
         self.resident = self.working = self.peak = self.live
         self.waiting = 0
-        self.originals: dict[str, Tensor] = {}  # still to be read, on the device
+        self.originals: dict[str, Tensor] = {}  # still to be read; on meta, if they are not on the device
+        self.from_files = 0  # bytes of those, at most
         self.packed: dict[str, Packed] = {}  # on meta, if they are not on the device
         self.packed_bytes: dict[str, int] = {}
         self.rows: dict[str, int] = {}
@@ -151,10 +166,13 @@ class _Simulation:
         for shape, batch in zip(self.turns, calibrated.batches, strict=True):
             if shape not in self.values:
                 self.values[shape] = {n: self.fake(t) for n, t in batch.items()}
-        for stage, segment in zip(calibrated.plan.stages, calibrated.plan.segments, strict=True):
+        last = last_reads(calibrated.program, calibrated.plan)
+        stages = zip(calibrated.plan.stages, calibrated.plan.segments, strict=True)
+        for number, (stage, segment) in enumerate(stages, 1):
             with _observers(stage, segment, self.device):
                 self.calibrate(calibrated.program, stage, segment)
-                self.solve(stage)
+                self.originals = {n: t for n, t in self.originals.items() if last[n] > number}
+                self.solve(stage, segment, last)
 
     def calibrate(self, program: Program, stage: Stage, segment: Segment) -> None:
         times = Counter(self.turns)
@@ -188,8 +206,8 @@ class _Simulation:
         """See `run._static`."""
         of_original = twin_of(placeholder)
         if of_original is not None:
-            name = program.parameters[of_original]
-            return self.originals[name] if name in self.originals else self.fake(self.state[name])
+            original = self.originals[program.parameters[of_original]]
+            return self.fake(original) if original.is_meta else original
         if placeholder in program.constants:
             value = program.constants[placeholder]
             return self.fake(value) if isinstance(value, Tensor) else value
@@ -209,7 +227,15 @@ class _Simulation:
     def dense(self, name: str) -> Tensor:
         return self.here[name] if name in self.here else self.fake(self.state[name])
 
-    def solve(self, stage: Stage) -> None:
+    def keep_original(self, name: str) -> None:
+        """See `run._Originals`. What is in files is read into host memory."""
+        home, dense = self.weights.home(name), self.dense(name)
+        here = (home or torch.device("cpu")).type == self.real_device.type
+        self.originals[name] = dense if here else dense.to("meta")
+        files = (n for n in self.originals if self.weights.home(n) is None)
+        self.from_files = max(self.from_files, sum(self.originals[n].nbytes for n in files))
+
+    def solve(self, stage: Stage, segment: Segment, last: Mapping[str, int]) -> None:
         """See `run._solve` and `solve_group`."""
         stored, samples = sum(_bytes(self.values[shape]) for shape in self.turns), self.samples
         left = Counter(name for group in stage.groups for name in group.weights)
@@ -221,7 +247,7 @@ class _Simulation:
                     matrices[name] = self.layouts[name].matrix(self.dense(name))
             pooled = 4 * group.in_features**2 if group.experts > 1 else 0
             kept = 0
-            for cost in self.costs(group):
+            for cost in self.costs(group, segment):
                 self.need(self.live - samples + pooled + kept + codes.total() + cost.peak, stored)
                 kept = cost.kept
                 self.solving.add_solve(cost, group.experts)
@@ -232,18 +258,22 @@ class _Simulation:
             for name in group.weights:
                 left[name] -= 1
                 if not left[name]:
+                    if name in last:
+                        self.keep_original(name)
                     packing = self.pack(name)
                     self.need(packing - samples + pooled + kept + codes.total(), stored)
                     del matrices[name], codes[name]
 
-    def costs(self, group: HessianGroup) -> Iterator[SolveCost]:
+    def costs(self, group: HessianGroup, segment: Segment) -> Iterator[SolveCost]:
+        compensated = cast(_Observer, segment.module.get_submodule(group.name)).compares
         alike: dict[tuple[object, ...], list[Part]] = {}
         for part in group.expert(0):
             alike.setdefault(settings_key(self.settings[part.weight]), []).append(part)
         for parts in alike.values():
             name = parts[0].weight
             rows = [p.stop - p.start for p in parts]
-            yield solve_cost(rows, group.in_features, self.state[name].dtype.itemsize, self.settings[name])
+            itemsize = self.state[name].dtype.itemsize
+            yield solve_cost(rows, group.in_features, itemsize, self.settings[name], compensated)
 
     def pack(self, name: str) -> int:
         """Put the quantized weight in place; the bytes that were alive at most."""
@@ -286,12 +316,23 @@ class _Simulation:
 
 
 class _Observer(HessianObserver):
-    """Its sum is there from the beginning, and rows that are sorted by expert fall to them evenly."""
+    """Its sums are there from the beginning, and rows that are sorted by expert fall to them evenly."""
 
-    def __init__(self, in_features: int, experts: int, device: torch.device) -> None:
-        super().__init__(in_features, experts)
-        self._sum = torch.zeros((experts, in_features, in_features), device=device)
+    def __init__(self, group: HessianGroup, calls: Sequence[fx.Node], device: torch.device) -> None:
+        super().__init__(group.in_features, group.experts)
+        k = group.in_features
+        self._sum = torch.zeros((group.experts, k, k), device=device)
+        originals, streams = zip(*(call.args[3:] for call in calls), strict=True)  # see `observe`
+        if any(node is not None for node in originals):
+            self._drift = torch.zeros((k, k), device=device)
+        widths = [now.meta["val"].shape[-1] for now, _ in streams[0]]
+        self._residuals = tuple(torch.zeros((width, k), device=device) for width in widths)
         self.seen = 0  # rows
+
+    @property
+    def compares(self) -> bool:
+        """Whether it sees what is otherwise in the original model."""
+        return self._drift is not None or bool(self._residuals)
 
     def forward(self, x: Tensor, *others: Any) -> None:
         self.seen += x.numel() // self.in_features
@@ -306,7 +347,8 @@ def _observers(stage: Stage, segment: Segment, device: torch.device) -> Iterator
     """Within, the segment's observers take fakes."""
     real = {group.name: segment.module.get_submodule(group.name) for group in stage.groups}
     for group in stage.groups:
-        setattr(segment.module, group.name, _Observer(group.in_features, group.experts, device))
+        calls = segment.module.graph.find_nodes(op="call_module", target=group.name)
+        setattr(segment.module, group.name, _Observer(group, calls, device))
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""How much memory, and work, solving takes: `solver` and `solve_group`, counted.
+"""How much memory, and work, solving takes: `solve_group` and what it calls, counted.
 
 A simulation would loop over the columns of every matrix. What is alive at once does not depend on the column, so a
-formula says the same. N = rows that are solved together, n = rows of one part, K = in_features.
+formula says the same. N = rows that are solved together, n = rows of the largest part, K = in_features.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gptq_ao.config import GPTQConfig
 from gptq_ao.factor import LARGEST_FP64
 from gptq_ao.grid import group_columns
-from gptq_ao.kernels.columns import MAX_COLUMNS as BLOCK
+from gptq_ao.kernels.columns import MAX_COLUMNS, OUTER, SCRATCH
 
 __all__ = ["SolveCost", "result_bytes", "solve_cost"]
 
@@ -24,6 +24,7 @@ class SolveCost:
         kept: bytes until the last of the weights is in its place.
         columns: steps that follow one another.
         fp64, fp32: operations in products, of the factor and of the rest.
+        rounded: how many weights are rounded in the loops over columns; each once for every grid that is tried.
     """
 
     peak: int
@@ -31,38 +32,94 @@ class SolveCost:
     columns: int
     fp64: int
     fp32: int
+    rounded: int
 
 
-def solve_cost(rows: Sequence[int], k: int, itemsize: int, c: GPTQConfig) -> SolveCost:
-    """Of parts with these numbers of rows, [n, K] each, of a dtype of `itemsize` bytes."""
-    total, largest = sum(rows), max(rows)
-    result = result_bytes(total, k, c)
-    widened = 0 if itemsize == 4 else 4  # bytes per weight of an fp32 copy
-    errors = 2 * 2 * total * k * k  # the output energy of weight and error
+def solve_cost(rows: Sequence[int], k: int, itemsize: int, c: GPTQConfig, compensated: bool = False) -> SolveCost:
+    """Of parts with these numbers of rows, [n, K] each, of a dtype of `itemsize` bytes.
+
+    Args:
+        compensated: whether the Hessian has a drift, or residuals, for `target.corrected_target`.
+    """
+    N, n = sum(rows), max(rows)
+    result = result_bytes(N, k, c)
+    weights = 4 * N * k  # in fp32
+    widened = weights if itemsize != 4 else 0
+    energies = 2 * 2 * N * k * k  # of weight and error
     if c.method == "rtn":
-        # One part after the other: scale and zero point per weight, the weight in fp32, the quotient, the codes.
-        rounding = result + largest * k * (8 + widened + 4)
-        return SolveCost(max(rounding, result + _energy(largest, k)), result, 0, 0, errors)
+        # One part after the other: scale and zero point per weight, the weight once more, the quotient, the codes.
+        rounding = n * k * (8 + (4 if widened else 0) + 4)
+        return SolveCost(widened + result + max(rounding, _energy(n, k)), widened + result, 0, 0, energies, 0)
+    compensated = compensated and c.compensate != "none"
+    targets = weights if compensated else widened
+    square = 4 * k * k
     fp64 = k <= LARGEST_FP64
-    square = (8 if fp64 else 4) * k * k
-    # H, H reversed and its factor; or the factor, the identity and the inverse.
-    factor = 3 * square
-    upper = 4 * k * k
-    # The stacked weights, and W in solving order in fp32: first beside a copy in natural order, then beside the codes
-    # and a block of errors, then beside the codes in both orders.
-    codes = total * k
-    beside = max(widened * codes, codes + 4 * BLOCK * total, 2 * codes)
-    solve = itemsize * codes + 4 * codes + beside + 11 * total * (k // group_columns(k, c.group_size))
-    peak = max(factor, upper + solve, upper + result + _energy(largest, k))
-    operations = 2 * k**3 // 3
+    peak = max(
+        widened + 2 * (2 if fp64 else 1) * square,  # H reversed and its factor, or two copies of the factor
+        compensated * (widened + 3 * square + weights + 2 * 4 * n * k),  # the factor, H damped, its Cholesky factor
+        targets + weights + square + _solve(N, k, c),
+        (c.refine_sweeps > 0) * (targets + weights + square + _refine(N, k, c)),
+        targets + square + result + _energy(n, k),
+    )
+    passes = 1 + _grids(c) + c.refine_sweeps
+    cholesky = k**3 // 3
+    products = N * k * k * (1 + 2 * c.refine_sweeps) + energies
+    if compensated:
+        products += len(rows) * cholesky + 4 * N * k * k
     return SolveCost(
-        peak, upper + result, k, operations if fp64 else 0, total * k * k + errors + (0 if fp64 else operations)
+        peak,
+        targets + square + result,
+        k * (1 + (_grids(c) > 0) + c.refine_sweeps),
+        cholesky if fp64 else 0,
+        products + (0 if fp64 else cholesky),
+        N * k * passes,
     )
 
 
 def result_bytes(rows: int, k: int, c: GPTQConfig) -> int:
     """Codes uint8, scale fp16, zero point uint8."""
     return rows * (k + 3 * (k // group_columns(k, c.group_size)))
+
+
+def _grids(c: GPTQConfig) -> int:
+    """How many are tried for each group, see `grid.candidate_grids`."""
+    if c.act_order == "static" or c.scale_candidates == 1:
+        return 0
+    return c.scale_candidates * (1 if c.sym and not c.signed_scale else 2)
+
+
+def _solve(n: int, k: int, c: GPTQConfig) -> int:
+    """`solver.solve`: first the inverses of blocks, in fp64. Then W in solving order and the codes; inside the loop
+    besides them the inverses, a range X of columns (and the one before it), and what a group takes; at the end the
+    codes in both orders."""
+    columns = MAX_COLUMNS if c.act_order == "static" else group_columns(k, c.group_size)
+    columns, block, span = min(columns, k), min(columns, MAX_COLUMNS, k), _span(k, columns)
+    inverses = 4 * k * block
+    # The group; grids in fp16 and fp32, with zero points, and two sums; some rows of the block, for every grid.
+    grids = _grids(c)
+    at_once = min(n, SCRATCH // (4 * block * grids)) if grids else 0
+    choose = 4 * columns * n + 19 * grids * n + 4 * (block + 4) * grids * at_once
+    rounding = 5 * 4 * block * n  # the block three times, its scales and zero points
+    loop = inverses + 4 * n * span + max(choose, rounding, 2 * 4 * columns * n)
+    codes = result_bytes(n, k, c)
+    return max(5 * inverses + 8 * block * block, 4 * n * k + codes + loop, n * k + codes)
+
+
+def _refine(n: int, k: int, c: GPTQConfig) -> int:
+    """`refine.refine`: codes before and after, target and error in fp32, the Hessian, a range of gradients (and the one
+    before it), and what a group or a block of it takes."""
+    columns = group_columns(k, c.group_size)
+    permuted = 4 * n * k if c.act_order == "group" else 0
+    matrices = (3 if permuted else 2) * 4 * k * k  # while it is made
+    loop = 4 * n * _span(k, columns) + max(3 * 4 * columns * n, 5 * 4 * min(columns, MAX_COLUMNS) * n)
+    codes = result_bytes(n, k, c)
+    return codes + permuted + max(matrices, 4 * k * k + 2 * 4 * n * k + codes + loop)
+
+
+def _span(k: int, columns: int) -> int:
+    """Columns of a range of `column_blocks`, or of two where one follows another."""
+    outer = max(columns, OUTER // columns * columns)
+    return k if k <= outer else 2 * outer
 
 
 def _energy(n: int, k: int) -> int:

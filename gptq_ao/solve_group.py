@@ -65,12 +65,13 @@ def solve_group(
 
     Args:
         fallback: why `hessian` is not that of the parts' own rows, if it is not.
+        residual_parts: of which parts the Hessian's `residuals` are, in order.
 
     Raises:
         SolverError: the Hessian cannot be factored, or `strict` forbids to round what no data reached.
     """
     alike: dict[tuple[object, ...], list[Part]] = {}
-    residuals = dict(zip(residual_parts, hessian.residuals, strict=False))
+    residuals = dict(zip(residual_parts, hessian.residuals, strict=True))
     for part in matrices:
         c = settings[part.weight]
         alike.setdefault(settings_key(c), []).append(part)

@@ -8,6 +8,7 @@ import torch
 
 from gptq_ao.factor import factor
 from gptq_ao.hessian import Hessian, ieee_fp32
+from gptq_ao.kernels.columns import MAX_COLUMNS, score_grids
 from gptq_ao.simulate import Work
 from gptq_ao.solver import solve
 
@@ -22,16 +23,19 @@ class Speed:
         flops: dtype → operations of large products per second.
         bandwidth: bytes read and written per second.
         step: seconds per column that is solved, however short.
+        rounding: seconds per weight that is rounded in the loops over columns.
     """
 
     flops: Mapping[torch.dtype, float]
     bandwidth: float
     step: float
+    rounding: float
 
     def seconds(self, work: Work) -> float:
         """As if nothing overlapped."""
         products = sum(count / self.flops.get(dtype, min(self.flops.values())) for dtype, count in work.flops.items())
-        return products + work.moved / self.bandwidth + work.steps * self.step
+        solving = work.steps * self.step + work.rounded * self.rounding
+        return products + work.moved / self.bandwidth + solving
 
 
 def measure_speed(device: torch.device, dtypes: Iterable[torch.dtype]) -> Speed:
@@ -41,14 +45,18 @@ def measure_speed(device: torch.device, dtypes: Iterable[torch.dtype]) -> Speed:
         a = torch.ones(side, side, dtype=dtype, device=device)
         flops[dtype] = 2 * side**3 / _shortest(lambda a=a: a @ a, device)  # type: ignore[misc]
     large = torch.ones(16 * side * side, device=device)
-    columns = 128
-    f = factor(Hessian(torch.eye(columns, device=device), columns))
+    columns = MAX_COLUMNS
+    eye = torch.eye(columns, device=device)
+    f = factor(Hessian(eye, columns))
     weight = torch.ones(16, columns, device=device)
     setting = {"bits": 4, "group_size": columns, "sym": True, "act_order": "static"}
+    grids = torch.ones(32, 64 if device.type == "cpu" else 8192, device=device)
+    block = torch.ones(columns, grids.shape[1], device=device)
     return Speed(
         flops,
         2 * large.nbytes / _shortest(lambda: large + 1, device),
         _shortest(lambda: solve(weight, f, **setting), device) / columns,  # type: ignore[arg-type]
+        _shortest(lambda: score_grids(block, eye, f.pivots, grids, grids, 4), device) / (columns * grids.numel()),
     )
 
 

@@ -37,6 +37,8 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
     """
     k = weight.shape[1]
     weight = weight.float()
+    if hessian.drift is None and residual is None:
+        return weight
     diagonal = hessian.matrix.diagonal()
     live = diagonal > 0
     mean = diagonal.sum() / live.sum().clamp(min=1)
@@ -49,5 +51,5 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
             wrong.addmm_(weight, hessian.drift, alpha=OF_INPUTS)
         if residual is not None:
             wrong.add_(residual, alpha=OF_RESIDUAL)
-        lower, _ = torch.linalg.cholesky_ex(H)
-        return weight + torch.cholesky_solve(wrong.T, lower).T
+        lower, failed = torch.linalg.cholesky_ex(H)
+        return weight if failed.item() else weight + torch.cholesky_solve(wrong.T, lower).T

@@ -24,6 +24,7 @@ __all__ = ["MAX_COLUMNS", "column_blocks", "round_columns", "score_grids"]
 
 MAX_COLUMNS = 128  # of a block: more do not fit in registers
 OUTER = 1024  # columns between two products with all of the columns before them, or of the matrix
+SCRATCH = 2**23  # bytes that trying grids takes on the CPU: more would not stay in its caches
 
 
 def column_blocks(in_features: int, columns: int) -> Iterator[tuple[int, int, list[slice]]]:
@@ -89,6 +90,12 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
         from gptq_ao.kernels import columns_triton
 
         return columns_triton.score_grids(x, follow, importance, scale, zero_point, bits)
+    rows = max(1, SCRATCH // (4 * len(x) * len(scale)))
+    parts = zip(x.split(rows, 1), scale.split(rows, 1), zero_point.split(rows, 1), strict=True)
+    return torch.cat([_score(*part, follow, importance, bits) for part in parts], 1)
+
+
+def _score(x: Tensor, scale: Tensor, zero_point: Tensor, follow: Tensor, importance: Tensor, bits: int) -> Tensor:
     loss = torch.zeros_like(scale)
     each = x.unsqueeze(1).repeat(1, len(scale), 1)  # [B, C, N]
     flat = each.view(len(x), -1)

@@ -12,9 +12,9 @@ import dataclasses
 
 from torch import fx
 
-from gptq_ao.passes.records import Plan, Program, Segment, twin
+from gptq_ao.passes.records import Plan, Program, Segment, twin, twin_of
 
-__all__ = ["follow_original"]
+__all__ = ["follow_original", "last_reads"]
 
 
 def follow_original(program: Program, plan: Plan) -> Plan:
@@ -30,6 +30,15 @@ def follow_original(program: Program, plan: Plan) -> Plan:
         segments.append(_doubled(segment, twice, stored))
         stored = {n for n in segment.keeps if n in (twice if n in segment.writes else stored)}
     return dataclasses.replace(plan, segments=tuple(segments))
+
+
+def last_reads(program: Program, plan: Plan) -> dict[str, int]:
+    """Parameter → number of the last segment that reads its original value, for those that one does read."""
+    found: dict[str, int] = {}
+    for number, segment in enumerate(plan.segments, 1):
+        placeholders = (twin_of(static) for static in segment.statics)
+        found |= {program.parameters[p]: number for p in placeholders if p is not None}
+    return found
 
 
 def _differing(segment: Segment, sources: set[str]) -> set[str]:

@@ -2,7 +2,8 @@
 that stage's Hessian.
 
 Invariant: each Hessian of a stage has one observer module in that stage's segment, called once for each of the
-activations it is made of; the values a segment computes are those it computed before.
+activations it is made of; the values a segment computes are those it computed before. A stage names only those residual
+streams that are observed.
 """
 
 import dataclasses
@@ -12,23 +13,25 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gptq_ao.errors import PassError
 from gptq_ao.hessian import HessianObserver, gathered_mask
-from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment, twin
+from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment, Stage, twin
 
 __all__ = ["observe", "uncompensated"]
 
 
 def observe(plan: Plan) -> Plan:
     """A new Plan; the segments of the given one are unchanged."""
-    settings = plan.selection.settings
+    stages = tuple(
+        _with_differing_residuals(segment, stage) for segment, stage in zip(plan.segments, plan.stages, strict=True)
+    )
 
     def compensated(group: HessianGroup) -> bool:
-        return group.experts == 1 and any(settings[w].compensate != "none" for w in group.weights)
+        return group.experts == 1 and any(_wants_compensation(plan, w) for w in group.weights)
 
     segments = tuple(
         _with_observers(segment, stage.groups, [g.name for g in stage.groups if compensated(g)])
-        for segment, stage in zip(plan.segments, plan.stages, strict=True)
+        for segment, stage in zip(plan.segments, stages, strict=True)
     )
-    result = dataclasses.replace(plan, segments=segments)
+    result = dataclasses.replace(plan, segments=segments, stages=stages)
     _check(result)
     return result
 
@@ -36,14 +39,29 @@ def observe(plan: Plan) -> Plan:
 def uncompensated(plan: Plan) -> tuple[str, ...]:
     """The weights that cannot be compensated although they should be: which rows reach them, the original model may
     have decided otherwise (experts)."""
-    settings = plan.selection.settings
     names: dict[str, None] = {}
     for segment, stage in zip(plan.segments, plan.stages, strict=True):
         nodes = {n.name: n for n in segment.module.graph.nodes}
         for group in stage.groups:
             if not all(_same_rows(nodes[r.value], r) for r in group.rows) or group.experts > 1:
-                names |= dict.fromkeys(w for w in group.weights if settings[w].compensate != "none")
+                names |= dict.fromkeys(w for w in group.weights if _wants_compensation(plan, w))
     return tuple(names)
+
+
+def _wants_compensation(plan: Plan, weight: str) -> bool:
+    c = plan.selection.settings[weight]
+    return c.method == "gptq" and c.compensate != "none"
+
+
+def _with_differing_residuals(segment: Segment, stage: Stage) -> Stage:
+    """Only those residual streams stay that are otherwise in the original model: each is then one of
+    `Hessian.residuals`, in order."""
+    names = {n.name for n in segment.module.graph.nodes}
+    groups = (
+        dataclasses.replace(g, residuals=tuple((part, r) for part, r in g.residuals if twin(r) in names))
+        for g in stage.groups
+    )
+    return dataclasses.replace(stage, groups=tuple(groups))
 
 
 def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...], compensated: list[str]) -> Segment:
@@ -56,7 +74,7 @@ def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...], compensa
     for group in groups:
         module.add_submodule(group.name, HessianObserver(group.in_features, group.experts))
         for rows in group.rows:
-            streams = [(by_name[r], twins[r]) for _, r in group.residuals if r in twins]
+            streams = [(by_name[r], twins[r]) for _, r in group.residuals]
             _insert(graph, group.name, rows, by_name, twins if group.name in compensated else {}, streams)
     graph.lint()
     module.recompile()

@@ -113,8 +113,9 @@ def _stage(
             uses = by_weight[part.weight]
             if len(uses) == 1 and selection.settings[part.weight].compensate == "residual":
                 stream = added_to(nodes[uses[0].node])
-                # The sum may be of two products that are solved together: what the other will be is not known then.
-                if stream is not None and level[stream] < number:
+                # An input or a parameter is what it is. The sum may be of two products that are solved together: what
+                # the other will be is not known then.
+                if stream is not None and stream.op == "call_function" and level[stream] < number:
                     yield part, stream.name
 
     return Stage(

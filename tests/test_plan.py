@@ -60,6 +60,7 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "convolutions": (convolutions, {"group_size": -1, "calibration": images()}),
     "experts": (mixture, {"calibration": token_batches()}),
     "wide": (wide, {"calibration": [torch.randn(50, 64, generator=torch.Generator().manual_seed(0))]}),
+    "alone": (gpt2, {"compensate": "none", "refine_sweeps": 0, "calibration": token_batches()}),
     "rtn": (tiny_llama, {"method": "rtn"}),
 }
 
