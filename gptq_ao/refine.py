@@ -37,7 +37,7 @@ def refine(
     """
     if not sweeps:
         return solution
-    H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) + factor.added)
+    H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) * factor.mean + factor.added)
     W = target.float()
     if solution.perm is not None:
         H, W = H[solution.perm][:, solution.perm], W[:, solution.perm]

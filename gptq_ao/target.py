@@ -49,5 +49,5 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
             wrong.addmm_(weight, hessian.drift, alpha=OF_INPUTS)
         if residual is not None:
             wrong.add_(residual, alpha=OF_RESIDUAL)
-        lower, _ = torch.linalg.cholesky_ex(H)
-        return weight + torch.cholesky_solve(wrong.T, lower).T
+        lower, info = torch.linalg.cholesky_ex(H)
+        return torch.where(info == 0, weight + torch.cholesky_solve(wrong.T, lower).T, weight)
