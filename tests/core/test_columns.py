@@ -257,7 +257,7 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 # Every number of tiles, full and not, ends of a program's rows, every width. The interpreter is slow.
-INTERPRETED = [(1, 1, 8), (7, 33, 2), (32, 70, 4), (33, 1, 3), (48, 31, 8), (64, 5, 2), (100, 2, 4), (128, 33, 3)]
+INTERPRETED = [(1, 1, 8), (7, 33, 2), (32, 34, 4), (33, 1, 3), (48, 5, 8), (64, 5, 2), (100, 33, 4), (128, 1, 3)]
 WITH_GAPS = (7, 33, 2)
 
 
@@ -270,12 +270,15 @@ def interpret(folder: Path) -> None:
         change = strided if case == WITH_GAPS else Tensor.clone
         columns, rows, bits = case
         key = f"{columns}x{rows}"
-        r = [change(given[f"{key}.round.{n}"]) for n in ("x", "follow", "scale", "zero_point", "before")]
-        s = [change(given[f"{key}.score.{n}"]) for n in ("x", "follow", "importance", "scale", "zero_point")]
+        r, s = (
+            {n.rpartition(".")[2]: change(t) for n, t in given.items() if n.startswith(f"{key}.{kind}.")}
+            for kind in ("round", "score")
+        )
+        before = r.pop("before")
         with poisoned_outputs():
-            results[f"{key}.own"] = columns_triton.round_columns(*r[:4], bits)
-            results[f"{key}.before"] = columns_triton.round_columns(*r[:4], bits, r[4])
-            results[f"{key}.score"] = columns_triton.score_grids(*s, bits)
+            results[f"{key}.own"] = columns_triton.round_columns(**r, bits=bits)
+            results[f"{key}.before"] = columns_triton.round_columns(**r, bits=bits, before=before)
+            results[f"{key}.score"] = columns_triton.score_grids(**s, bits=bits)
     save_file(results, folder / "results.safetensors")
 
 
