@@ -257,7 +257,7 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 # Every number of tiles, full and not, ends of a program's rows, every width. The interpreter is slow.
-INTERPRETED = [(1, 1, 8), (7, 33, 2), (32, 34, 4), (33, 1, 3), (48, 5, 8), (64, 5, 2), (100, 33, 4), (128, 1, 3)]
+INTERPRETED = [(1, 1, 8), (7, 33, 2), (32, 34, 4), (33, 1, 3), (48, 5, 8), (64, 5, 2), (100, 5, 4), (128, 1, 3)]
 WITH_GAPS = (7, 33, 2)
 
 
