@@ -21,7 +21,13 @@ GROUPS = [32, 64, 128, -1, 48, 160]
 every_group = pytest.mark.parametrize("group", GROUPS, ids=[f"g{g}" for g in GROUPS])
 every_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8], ids=["2bit", "3bit", "4bit", "8bit"])
 KINDS = [(True, True), (True, False), (False, False)]
+GRIDS = [(2, True, True), (2, False, False), (3, True, False), (4, False, False), (4, True, True), (8, True, False)]
 kinds = pytest.mark.parametrize(("sym", "signed"), KINDS, ids=["signed", "sym", "asym"])
+grids = pytest.mark.parametrize(
+    ("bits", "sym", "signed"),
+    GRIDS,
+    ids=[f"{b}bit-{'signed' if signed else 'sym' if sym else 'asym'}" for b, sym, signed in GRIDS],
+)
 starts = pytest.mark.parametrize("start", ["nearest", "gptq"])
 
 
@@ -103,8 +109,7 @@ def begin(
 
 
 @starts
-@kinds
-@every_bits
+@grids
 @every_group
 def test_no_row_gets_worse(group: int, bits: int, sym: bool, signed: bool, start: str) -> None:
     # 480 columns are no multiple of 64 or 128.
