@@ -38,6 +38,7 @@ class Factor:
         damp: the fraction of the mean diagonal that was finally added.
         added: what that is, to every element of the diagonal.
         dead: how many columns were zero in all calibration data. They are rounded to nearest.
+        mean: of the diagonal without them, and their diagonal before damping.
     """
 
     unit: Tensor
@@ -46,6 +47,7 @@ class Factor:
     damp: float
     added: float
     dead: int
+    mean: float
 
 
 def factor(
@@ -84,7 +86,7 @@ def factor(
             del H
             root = lower.diagonal().clone()
             unit = lower.div_(root).float().flip(0, 1)
-            return Factor(unit, root.square().float().flip(0), order, damp, damp * mean, int(dead.sum()))
+            return Factor(unit, root.square().float().flip(0), order, damp, damp * mean, int(dead.sum()), mean)
         damp *= 3
     raise SolverError(
         f"the Hessian [{k}, {k}] of {hessian.rows} rows is not positive definite even with {before:.3g} of its mean "

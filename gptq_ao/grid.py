@@ -91,8 +91,8 @@ def candidate_grids(group: Tensor, bits: int, sym: bool, signed: bool, count: in
 
 
 def _stored(scale: Tensor) -> Tensor:
-    """As fp16, no nearer to zero than the smallest one."""
-    smallest = torch.full_like(scale, SMALLEST_SCALE).copysign(scale)
+    """As fp16, no nearer to zero than the smallest one. Zero has no sign: that of a group of zeros is accidental."""
+    smallest = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
     return torch.where(scale.abs() < SMALLEST_SCALE, smallest, scale).to(torch.float16)
 
 

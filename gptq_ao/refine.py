@@ -37,7 +37,7 @@ def refine(
     """
     if not sweeps:
         return solution
-    H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) + factor.added)
+    H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) * factor.mean + factor.added)
     W = target.float()
     if solution.perm is not None:
         H, W = H[solution.perm][:, solution.perm], W[:, solution.perm]
@@ -58,7 +58,10 @@ class _Sweep:
 
     def __init__(self, target: Tensor, H: Tensor, solution: Solution, bits: int, signed: bool) -> None:
         self.target, self.H, self.bits, self.signed = target, H, bits, signed
-        self.codes, self.scale = solution.codes.T.contiguous(), solution.scale.T.contiguous()
+        # Copies, where a transpose of one row or column would be none.
+        self.codes, self.scale = (
+            t.T.clone(memory_format=torch.contiguous_format) for t in (solution.codes, solution.scale)
+        )
         self.zero_point = solution.zero_point.T.float().contiguous()
         self.columns = len(target) // len(self.scale)
         self.error = torch.empty_like(target)

@@ -1,7 +1,7 @@
 """Solve the parts of weights that share a Hessian: stacked where their settings agree, rounded to nearest where they
 must be."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,18 +84,22 @@ def solve_group(
         if why and strict:
             raise SolverError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
         dense = [matrices[part] for part in parts]
-        targets = [m.float() for m in dense]
+        sizes = [m.shape[0] for m in dense]
+        targets: Sequence[Tensor] = [m.float() for m in dense]
         method, damp, dead = "rtn", None, 0
         if c.method == "rtn" or blind:
             solutions = [_nearest(m, c) for m in dense]
         else:
             try:
                 f = factor(hessian, c.act_order, c.group_size, c.damp_percent)
+                target = torch.cat(targets)
+                if c.compensate != "none":
+                    streams = [residuals.get(p, torch.zeros_like(t)) for p, t in zip(parts, targets, strict=True)]
+                    target = corrected_target(target, hessian, torch.cat(streams) if residuals else None)
             except SolverError as e:
                 raise SolverError(f"{_names(parts)}: {e}") from e
-            if c.compensate != "none":
-                targets = [corrected_target(t, hessian, residuals.get(p)) for t, p in zip(targets, parts, strict=True)]
-            solutions = _solve(torch.cat(targets), f, hessian, c).split([m.shape[0] for m in dense])
+            solutions = _solve(target, f, hessian, c).split(sizes)
+            targets = target.split(sizes)
             method, damp, dead = "gptq", f.damp, f.dead
         for part, matrix, solution in zip(parts, targets, solutions, strict=True):
             changed = output_energy(matrix - solution.dequantize(), hessian) * hessian.rows

@@ -15,6 +15,7 @@ the first term in other forms; Li et al., "GPTAQ" (2025), an approximation of it
 import torch
 from torch import Tensor
 
+from gptq_ao.errors import SolverError
 from gptq_ao.hessian import Hessian, ieee_fp32
 
 __all__ = ["corrected_target"]
@@ -33,7 +34,10 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
         residual: [N, K], (R − R̃)·X̃ᵀ / rows; None: the residual stream is not corrected.
 
     Returns:
-        [N, K] fp32; the weight itself where the factorization fails.
+        [N, K] fp32.
+
+    Raises:
+        SolverError: H has no factor even when damped.
     """
     k = weight.shape[1]
     weight = weight.float()
@@ -51,5 +55,10 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
             wrong.addmm_(weight, hessian.drift, alpha=OF_INPUTS)
         if residual is not None:
             wrong.add_(residual, alpha=OF_RESIDUAL)
-        lower, failed = torch.linalg.cholesky_ex(H)
-        return weight if failed.item() else weight + torch.cholesky_solve(wrong.T, lower).T
+        lower, info = torch.linalg.cholesky_ex(H)
+        if info.item():
+            raise SolverError(
+                f"the Hessian [{k}, {k}] of {hessian.rows} rows is not positive definite even with {damp:.3g} of its "
+                'mean diagonal added: check the calibration data, or set compensate="none" for the layer with a rule'
+            )
+        return weight + torch.cholesky_solve(wrong.T, lower).T

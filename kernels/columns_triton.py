@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["round_columns", "score_grids"]
 
 ROWS = 32  # of a program, which is one warp: neighbouring threads work on neighbouring rows
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}  # of the compiler; Triton 3.9 warns if fusion is left to it
 TILE = tl.constexpr(32)  # columns
 # Added and subtracted again, it rounds any number below 2^22 to the nearest integer, ties to even.
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2^23
@@ -201,7 +202,7 @@ def round_columns(
         LEVELS=float(2**bits - 1),
         TILES=_tiles(columns),
         ROWS=ROWS,
-        num_warps=1,
+        **OPTIONS,
     )
     return codes
 
@@ -209,7 +210,7 @@ def round_columns(
 def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """See `columns.score_grids`."""
     columns, rows = x.shape
-    loss = torch.empty_like(scale)
+    loss = torch.empty_like(scale, memory_format=torch.contiguous_format)
     _score_grids[(triton.cdiv(rows, ROWS), len(scale))](
         *(t.contiguous() for t in (x, follow, importance, scale, zero_point)),
         loss,
@@ -218,7 +219,7 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
         LEVELS=float(2**bits - 1),
         TILES=_tiles(columns),
         ROWS=ROWS,
-        num_warps=1,
+        **OPTIONS,
     )
     return loss
 
