@@ -51,24 +51,23 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, c: GPTQConfig, compen
         rounding = n * k * (8 + (4 if widened else 0) + 4)
         return SolveCost(widened + result + max(rounding, _energy(n, k)), widened + result, 0, 0, energies, 0)
     compensated = compensated and c.compensate != "none"
-    targets = weights if compensated else widened
     square = 4 * k * k
     fp64 = k <= LARGEST_FP64
     peak = max(
         widened + 2 * (2 if fp64 else 1) * square,  # H reversed and its factor, or two copies of the factor
-        compensated * (widened + 3 * square + weights + 2 * 4 * n * k),  # the factor, H damped, its Cholesky factor
-        targets + weights + square + _solve(N, k, c),
-        (c.refine_sweeps > 0) * (targets + weights + square + _refine(N, k, c)),
-        targets + square + result + _energy(n, k),
+        compensated * (widened + 3 * square + 4 * weights),  # the factor, H damped, its Cholesky factor
+        widened + weights + square + _solve(N, k, c),
+        (c.refine_sweeps > 0) * (widened + weights + square + _refine(N, k, c)),
+        weights + square + result + _energy(n, k),
     )
     passes = 1 + _grids(c) + c.refine_sweeps
     cholesky = k**3 // 3
     products = N * k * k * (1 + 2 * c.refine_sweeps) + energies
     if compensated:
-        products += len(rows) * cholesky + 4 * N * k * k
+        products += cholesky + 4 * N * k * k
     return SolveCost(
         peak,
-        targets + square + result,
+        weights + square + result,
         k * (1 + (_grids(c) > 0) + c.refine_sweeps),
         cholesky if fp64 else 0,
         products + (0 if fp64 else cholesky),

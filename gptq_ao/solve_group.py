@@ -1,7 +1,7 @@
 """Solve the parts of weights that share a Hessian: stacked where their settings agree, rounded to nearest where they
 must be."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def solve_group(
             raise SolverError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
         dense = [matrices[part] for part in parts]
         sizes = [m.shape[0] for m in dense]
-        targets: Sequence[Tensor] = [m.float() for m in dense]
+        targets = [m.float() for m in dense]
         method, damp, dead = "rtn", None, 0
         if c.method == "rtn" or blind:
             solutions = [_nearest(m, c) for m in dense]
@@ -94,17 +94,23 @@ def solve_group(
                 f = factor(hessian, c.act_order, c.group_size, c.damp_percent)
                 target = torch.cat(targets)
                 if c.compensate != "none":
-                    streams = [residuals.get(p, torch.zeros_like(t)) for p, t in zip(parts, targets, strict=True)]
-                    target = corrected_target(target, hessian, torch.cat(streams) if residuals else None)
+                    target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
             except SolverError as e:
                 raise SolverError(f"{_names(parts)}: {e}") from e
             solutions = _solve(target, f, hessian, c).split(sizes)
-            targets = target.split(sizes)
+            targets = list(target.split(sizes))
             method, damp, dead = "gptq", f.damp, f.dead
         for part, matrix, solution in zip(parts, targets, solutions, strict=True):
             changed = output_energy(matrix - solution.dequantize(), hessian) * hessian.rows
             energy = output_energy(matrix, hessian) * hessian.rows
             yield SolvedPart(part, solution, method, hessian.rows, damp, dead, changed, energy, why)
+
+
+def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[Tensor]) -> Tensor | None:
+    """Zero for parts that add to no residual stream; None if none does."""
+    if not residuals:
+        return None
+    return torch.cat([residuals.get(p, torch.zeros_like(w)) for p, w in zip(parts, weights, strict=True)])
 
 
 def _solve(target: Tensor, factor: Factor, hessian: Hessian, c: GPTQConfig) -> Solution:

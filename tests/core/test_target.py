@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq_ao.errors import SolverError
 from gptq_ao.hessian import Hessian, HessianObserver
 from gptq_ao.target import OF_INPUTS, OF_RESIDUAL, SMALLEST_DAMPING, corrected_target
 
@@ -152,12 +153,13 @@ def test_singular_hessian() -> None:
     assert torch.allclose(change[:, 2], 2 * change[:, 0], rtol=1e-3, atol=1e-5)
 
 
-def test_a_hessian_without_a_factor_leaves_the_weight() -> None:
+def test_a_hessian_without_a_factor() -> None:
     """Eigenvalues 1 ± 5, of which damping makes up for 0.3 only."""
     matrix = torch.eye(K) + 5 * torch.eye(K).flip(0)
     weight = random(N, K)
-    target = corrected_target(weight, Hessian(matrix, 1000, None, random(K, K)), random(N, K))
-    assert torch.equal(target, weight)
+    message = r"the Hessian \[\d+, \d+\] of 1000 rows is not positive definite even with 0\.3 of its mean diagonal"
+    with pytest.raises(SolverError, match=message):
+        corrected_target(weight, Hessian(matrix, 1000, None, random(K, K)), random(N, K))
 
 
 @cases

@@ -1,6 +1,7 @@
 """follow_original, and what it is for: the original model is computed beside the quantized one, the differences are
 summed, and layers make up for them."""
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -233,14 +234,14 @@ def operands(node: fx.Node | None) -> list[fx.Node]:
     ids=["llama", "gpt2-conv1d", "opt"],
 )
 def test_what_is_added_to_the_residual_stream(make: Callable[[], Any], ends: tuple[str, str]) -> None:
-    found, used, program = streams(make(), token_batches(1)[0])
+    found, used, _ = streams(make(), token_batches(1)[0])
     assert {n for n, stream in found.items() if stream is not None} == set(used)
     assert {n for n in found if n.endswith(ends)} == set(used)
     assert len(used) == 4
     # Each block's stream is the sum that the block before it ended in: a chain.
     chain = [found[n] for n in found if n in used]
     assert all(stream is not None for stream in chain)
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in itertools.pairwise(chain):
         assert before in operands(after)
         assert after.meta["val"].shape[-1] == 64  # type: ignore[union-attr]
 
