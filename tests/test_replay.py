@@ -138,7 +138,7 @@ def test_it_agrees_with_the_graph_where_both_work(act_order: str, no_graph: pyte
     graph, step = tiny_llama(layers=1), tiny_llama(layers=1)
     batches = [{**b, "attention_mask": torch.ones(2, 40, dtype=torch.long)} for b in token_batches()]
     batches[1]["attention_mask"][0, :7] = 0
-    config = gptq_config(4, 32, act_order=act_order, calibration=batches)
+    config = gptq_config(4, 32, act_order=act_order, compensate="none", calibration=batches)
     by_step = quantize_(step, config)
     no_graph.undo()
     by_graph = quantize_(graph, config)
@@ -165,7 +165,7 @@ def test_products_other_than_linear_agree_with_the_graph(family: str, no_graph: 
     import transformers
 
     (graph, batches), (step, _) = (causal_lm_of(getattr(transformers, f"{family}Config")) for _ in range(2))
-    config = gptq_config(4, -1, calibration=batches)
+    config = gptq_config(4, -1, compensate="none", calibration=batches)
     by_step = quantize_(step, config)
     no_graph.undo()
     by_graph = quantize_(graph, config)
@@ -381,7 +381,7 @@ class Looped(nn.Module):
 
 def test_a_weight_applied_again_slices_and_a_convolution() -> None:
     model = seeded(Looped())
-    report = replayed(model, [randn(3, 10, 24, seed=i) for i in range(2)])
+    report = replayed(model, [randn(3, 10, 24, seed=i) for i in range(2)], compensate="none")
     assert {w.name: w.rows for w in report.weights} == {"block.weight": 60, "qk": 120, "conv.weight": 60}
     assert report.notes == (
         "block.weight was applied 2 more times after it was solved; those rows are not in its Hessian",

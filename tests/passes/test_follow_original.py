@@ -441,15 +441,14 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize("compensate", ["inputs", "residual"])
 def test_the_result_is_the_same_every_time_and_wherever_the_weights_are(compensate: str, tmp_path: Path) -> None:
     directory = saved("llama", tmp_path / "model")
-    config = gptq_config(3, 32, compensate=compensate, calibration=token_batches(2, vocabulary=60))
+    data = token_batches(2, vocabulary=60)
+    config = gptq_config(3, 32, compensate=compensate, calibration=data)
     models = [load_model(str(directory)) for _ in range(4)]
     accelerate.cpu_offload(models[2], "cpu")
     reports: list[Any] = [quantize_(m, config) for m in models[:3]]
     streamed = quantize_checkpoint(directory, tmp_path / "stream", config, max_shard_bytes=9_000)
     assert all(r.weights == streamed.weights and r.notes == () for r in (*reports, streamed))
-    alone: Any = quantize_(
-        models[3], gptq_config(3, 32, compensate="none", calibration=token_batches(2, vocabulary=60))
-    )
+    alone: Any = quantize_(models[3], gptq_config(3, 32, compensate="none", calibration=data))
     assert [w.error for w in alone.weights[3:]] != [w.error for w in streamed.weights[3:]]
     for other in (models[1], models[2], load_quantized(tmp_path / "stream")):
         assert_same_weights(models[0], other)
@@ -515,9 +514,10 @@ def output_error(compensate: str, seed: int) -> float:
 
 
 def test_the_output_is_closer_to_the_original() -> None:
-    errors = {c: sum(output_error(c, seed) for seed in range(5)) / 5 for c in ("none", "inputs", "residual")}
-    assert errors["inputs"] < 0.97 * errors["none"]
-    assert errors["residual"] < 0.97 * errors["none"]
+    """By a third and by a half, and in every of these cases; 10 % is asked for."""
+    errors = {c: sum(output_error(c, seed) for seed in range(3)) for c in ("none", "inputs", "residual")}
+    assert errors["inputs"] < 0.9 * errors["none"]
+    assert errors["residual"] < 0.9 * errors["none"]
 
 
 def test_originals_go_when_nothing_reads_them_anymore(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,14 +530,13 @@ def test_originals_go_when_nothing_reads_them_anymore(monkeypatch: pytest.Monkey
     calibrate = run.calibrate
 
     def spy(*args: Any) -> Any:
-        found = calibrate(*args)
         seen.append({w for w, ref in alive.items() if ref() is not None})
-        return found
+        return calibrate(*args)
 
     monkeypatch.setattr(run, "calibrate", spy)
     del program, plan
     quantize_(model, gptq_config(4, 32, calibration=data))
     assert len(seen) == 8
     for number, there in enumerate(seen, 1):
-        needed = {w for w in alive if solved_in[w] >= number or last.get(w, 0) > number}
+        needed = {w for w in alive if solved_in[w] >= number or last.get(w, 0) >= number}
         assert there == needed, number
