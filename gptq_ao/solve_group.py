@@ -115,18 +115,17 @@ def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[
 
 def _solve(target: Tensor, factor: Factor, hessian: Hessian, c: GPTQConfig) -> Solution:
     signed = c.sym and c.signed_scale
-    with torch.autocast(target.device.type, enabled=False):  # which the caller may be in
-        first = solve(
-            target,
-            factor,
-            bits=c.bits,
-            group_size=c.group_size,
-            sym=c.sym,
-            act_order=c.act_order,
-            signed=signed,
-            scale_candidates=c.scale_candidates,
-        )
-        return refine(first, target, hessian, factor, bits=c.bits, signed=signed, sweeps=c.refine_sweeps)
+    first = solve(
+        target,
+        factor,
+        bits=c.bits,
+        group_size=c.group_size,
+        sym=c.sym,
+        act_order=c.act_order,
+        signed=signed,
+        scale_candidates=c.scale_candidates,
+    )
+    return refine(first, target, hessian, factor, bits=c.bits, signed=signed, sweeps=c.refine_sweeps)
 
 
 def settings_key(c: GPTQConfig) -> tuple[object, ...]:

@@ -285,9 +285,10 @@ def interpret(folder: Path) -> None:
             for kind in ("round", "score")
         )
         before = r.pop("before")
-        before = before if case in WITH_BEFORE else None
         with poisoned_outputs():
-            results[f"{key}.codes"] = columns_triton.round_columns(**r, bits=bits, before=before)
+            results[f"{key}.codes"] = columns_triton.round_columns(
+                **r, bits=bits, before=before if case in WITH_BEFORE else None
+            )
             results[f"{key}.score"] = columns_triton.score_grids(**s, bits=bits)
     save_file(results, folder / "results.safetensors")
 
