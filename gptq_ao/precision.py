@@ -1,21 +1,20 @@
 """Automatic precision: the bits of every weight, so that all of them fit `target_bits` and harm the model least.
 
-    sensitivity of every product → cost of every weight at every candidate → the cheapest choice that fits
+    GPTQ of every weight at every candidate → the harm that its errors do → the cheapest choice that fits
 
-A weight's cost at some bits is the expected KL divergence in nats per token (see `passes/sensitivity.py`) of the error
-E = W − Ŵ that GPTQ leaves with them, with H of the original model's activations:
-
-    ½ · Σ_n s_n · (E·H·Eᵀ)_nn
+Candidates are solved under the original model's activations, with few tries for scales and without refinement. Of the
+candidate nearest the target, the expected harm of the errors is measured by gradients (`passes/expected_harm.py`): for a
+language model, the KL divergence in nats per token. That of the others is in proportion to their squared output error
+tr(E·H·Eᵀ), since all errors of a weight are alike but for their size.
 
 Weights that engines fuse are one unit, which gets the same bits. `allocate.py` chooses among all units' candidates.
 
-Source: Dong et al., "HAWQ-V2" (2020), which weighs the squared error of a layer's weights by the mean curvature there;
-here the curvature is that of the layer's outputs, and exact in the directions that the data takes.
+Source: Dong et al., "HAWQ-V2" (2020), which weighs the squared error of a layer's weights by the mean of the curvature.
+Here the curvature is taken along the errors themselves.
 """
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -29,14 +28,13 @@ from gptq_ao.grid import group_columns
 from gptq_ao.memory import Limits, waiting_budget
 from gptq_ao.packing import packed_bytes
 from gptq_ao.passes.calibrate import calibrate
+from gptq_ao.passes.expected_harm import expected_harm
 from gptq_ao.passes.fused_sets import fused_sets
 from gptq_ao.passes.records import Excluded, Layout, Selection
-from gptq_ao.passes.sensitivity import sensitivity
 from gptq_ao.prepare import Prepared, with_selection
 from gptq_ao.report import Decision
 from gptq_ao.run import static_value
 from gptq_ao.solve_group import expert_hessians, solve_group
-from gptq_ao.solver import output_energy
 from gptq_ao.weights import ModelWeights, Weights
 
 __all__ = ["check_possible", "choose_precision"]
@@ -75,7 +73,7 @@ def choose_precision(
 
     Raises:
         ConfigError: nothing is left to choose for, or to quantize; the target is smaller than the smallest candidates
-            take; there are no gradients (see `sensitivity`).
+            take; there are no gradients (see `expected_harm`).
         NonFiniteError, SolverError: see each message.
     """
     settings = {n: c for n, c in prepared.selection.settings.items() if c.target_bits is not None}
@@ -143,7 +141,8 @@ def _budget(config: GPTQConfig, units: Sequence[Unit], count: int) -> int:
     if smallest > budget:
         raise ConfigError(
             f"target_bits={config.target_bits} counts scales, zero points and padding, with which the smallest "
-            f"candidates take {least:.4f} bits per weight: give {math.ceil(1000 * least) / 1000} or more, allow fewer bits or use a larger group_size"
+            f"candidates take {least:.4f} bits per weight: give {math.ceil(1000 * least) / 1000} or more, allow "
+            "fewer bits, or use a larger group_size"
         )
     return budget
 
@@ -162,46 +161,71 @@ def _with_bits(selection: Selection, bits: Mapping[str, int]) -> Selection:
 def _costs(
     weights: Weights, prepared: Prepared, selection: Selection, config: GPTQConfig, limits: Limits
 ) -> dict[tuple[str, int], float]:
-    """(weight, bits) → cost. Runs the segments once, all with the original weights."""
-    fast = {
-        name: dataclasses.replace(
-            c,
-            scale_candidates=min(c.scale_candidates, EFFORTS["fast"]["scale_candidates"]),
-            refine_sweeps=0,
-            compensate="none",
-        )
-        for name, c in selection.settings.items()
-    }
-    measured = with_selection(prepared, dataclasses.replace(selection, settings=fast))
-    calibrated, found, device = measured.calibrated, measured.found, measured.device
-    assert calibrated is not None
-    assert found is not None
-    reacts = sensitivity(
-        found.program,
-        [s for s in found.sites if s.weight in fast],
-        calibrated.batches,
-        lambda name: static_value(weights, found.program, name, device),
+    """(weight, bits) → cost."""
+    assert config.target_bits is not None
+    target = config.target_bits
+    typical = min((b for b in config.candidates if b != UNCHANGED), key=lambda b: abs(b - target))
+    measured = with_selection(prepared, dataclasses.replace(selection, settings=_cheap(selection.settings)))
+    energies, errors = _round(weights, measured, config, limits, typical)
+    assert measured.found is not None
+    assert measured.calibrated is not None
+    program, device = measured.found.program, measured.device
+    harm = expected_harm(
+        program,
+        selection.layouts,
+        errors,
+        measured.calibrated.batches,
+        lambda name: static_value(weights, program, name, device),
         device,
     )
-    costs: dict[tuple[str, int], float] = defaultdict(float)
+    # A weight that no data reached has energy and harm of zero.
+    return {
+        (name, bits): harm[name] * energy / (energies[name, typical] or 1.0)
+        for (name, bits), energy in energies.items()
+    }
+
+
+def _cheap(settings: Mapping[str, GPTQConfig]) -> dict[str, GPTQConfig]:
+    most = EFFORTS["fast"]["scale_candidates"]
+    return {
+        name: dataclasses.replace(c, scale_candidates=min(c.scale_candidates, most), refine_sweeps=0, compensate="none")
+        for name, c in settings.items()
+    }
+
+
+def _round(
+    weights: Weights, measured: Prepared, config: GPTQConfig, limits: Limits, typical: int
+) -> tuple[dict[tuple[str, int], float], dict[str, Tensor]]:
+    """Solve every weight at every candidate, with the original model's activations.
+
+    Returns:
+        (weight, bits) → tr(E·H·Eᵀ) over all rows, and weight → E [rows, in_features] at `typical` bits, in the dtype and
+        on the device of the weight.
+    """
+    calibrated, settings, layouts = measured.calibrated, measured.selection.settings, measured.selection.layouts
+    assert calibrated is not None
+    device, program, plan = measured.device, calibrated.program, calibrated.plan
     by_bits = {
-        bits: {name: dataclasses.replace(c, bits=bits, target_bits=None) for name, c in fast.items()}
+        bits: {name: dataclasses.replace(c, bits=bits, target_bits=None) for name, c in settings.items()}
         for bits in config.candidates
         if bits != UNCHANGED
     }
-    program, plan = calibrated.program, calibrated.plan
+    energies = dict.fromkeys(((name, bits) for name in settings for bits in config.candidates), 0.0)
+    errors: dict[str, Tensor] = {}
     budget = waiting_budget(weights, measured, limits, device)
     with ActivationStore(calibrated.batches, device, budget) as store, torch.no_grad():
         for stage, segment in zip(plan.stages, plan.segments, strict=True):
             hessians = calibrate(segment, stage, store, lambda name: static_value(weights, program, name, device))
             for group, of_group in zip(stage.groups, hessians, strict=True):
-                matrices = {n: selection.layouts[n].matrix(weights.get(n, device)) for n in group.weights}
+                matrices = {n: layouts[n].matrix(weights.get(n, device)) for n in group.weights}
+                for n, matrix in matrices.items():
+                    errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
                 for expert, (hessian, why) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
                     rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
-                    for bits, settings in by_bits.items():
-                        for solved in solve_group(rows, settings, hessian, config.strict, why):
+                    for bits, chosen in by_bits.items():
+                        for solved in solve_group(rows, chosen, hessian, config.strict, why):
                             p = solved.part
-                            error = rows[p].float() - solved.solution.dequantize()
-                            weighed = error * reacts[p.weight][p.start : p.stop, None].sqrt()
-                            costs[p.weight, bits] += output_energy(weighed, hessian) / 2
-    return costs
+                            energies[p.weight, bits] += solved.changed or 0.0
+                            if bits == typical:
+                                errors[p.weight][p.start : p.stop] = rows[p] - solved.solution.dequantize()
+    return energies, errors

@@ -48,7 +48,7 @@ class Decision:
 
     Attributes:
         unit: with the size and the cost of every candidate: the expected KL divergence, in nats per token (or the
-            relative squared error of the outputs, see `passes/sensitivity.py`).
+            relative squared error of the outputs, see `passes/expected_harm.py`).
         weights: how many numbers these are.
     """
 

@@ -54,7 +54,7 @@ FLOORS: list[set[str]] = [
         "passes.schedule",
         "passes.observe",
         "passes.calibrate",
-        "passes.sensitivity",
+        "passes.expected_harm",
         "passes.padding",
         "passes.rewrite",
     },
