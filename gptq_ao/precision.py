@@ -3,8 +3,8 @@
     GPTQ of every weight at every candidate → the harm that its errors do → the cheapest choice that fits
 
 Candidates are solved under the original model's activations, with few tries for scales and without refinement. Of the
-candidate nearest the target, the expected harm of the errors is measured by gradients (`passes/expected_harm.py`): for a
-language model, the KL divergence in nats per token. That of the others is in proportion to their squared output error
+candidate nearest the target, the expected harm of the errors is measured by gradients (`passes/expected_harm.py`): for
+a language model, the KL divergence in nats per token. That of the others is in proportion to their squared output error
 tr(E·H·Eᵀ), since all errors of a weight are alike but for their size.
 
 Weights that engines fuse are one unit, which gets the same bits. `allocate.py` chooses among all units' candidates.
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
 from gptq_ao.activations import ActivationStore
 from gptq_ao.allocate import Choice, Unit, allocate
@@ -178,11 +179,8 @@ def _costs(
         lambda name: static_value(weights, program, name, device),
         device,
     )
-    # A weight that no data reached has energy and harm of zero.
-    return {
-        (name, bits): harm[name] * energy / (energies[name, typical] or 1.0)
-        for (name, bits), energy in energies.items()
-    }
+    # Of a weight that no data reached, all are zero.
+    return {(name, b): harm[name] * e / (energies[name, typical] or 1.0) for (name, b), e in energies.items()}
 
 
 def _cheap(settings: Mapping[str, GPTQConfig]) -> dict[str, GPTQConfig]:
@@ -199,8 +197,8 @@ def _round(
     """Solve every weight at every candidate, with the original model's activations.
 
     Returns:
-        (weight, bits) → tr(E·H·Eᵀ) over all rows, and weight → E [rows, in_features] at `typical` bits, in the dtype and
-        on the device of the weight.
+        (weight, bits) → tr(E·H·Eᵀ) over all rows, and weight → E [rows, in_features] at `typical` bits, in the dtype
+        and on the device of the weight.
     """
     calibrated, settings, layouts = measured.calibrated, measured.selection.settings, measured.selection.layouts
     assert calibrated is not None

@@ -1,8 +1,8 @@
 """Program, errors of its weights → how much each of them would harm the model, as gradients tell.
 
 A loss L is drawn so that its gradient has mean zero, and as its covariance the curvature of what quantization should
-keep. An error E of a weight then does the harm ½·⟨∂L/∂W, E⟩², to second order and in the mean over draws. Rounding errors
-of different rows are independent of each other, so that rows can be told apart, which takes fewer draws:
+keep. An error E of a weight then does the harm ½·⟨∂L/∂W, E⟩², to second order and in the mean over draws. Errors of
+different rows n are rounded independently of each other, so that rows can be told apart, which takes fewer draws:
 
     harm = ½ · Σ_sequences Σ_n ( Σ_k ∂L/∂W_nk · E_nk )² / tokens
 
