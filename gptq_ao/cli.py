@@ -63,6 +63,9 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the unquantized model
 Model = Annotated[str, typer.Argument(help="A local Hugging Face directory or a hub id.")]
 Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
 GroupSize = Annotated[int, typer.Option(help="Input features per scale; -1: one scale per row.")]
+TargetBits = Annotated[
+    float | None, typer.Option(help="Stored bits per weight on average, such as 3.5; each weight's bits are chosen.")
+]
 EffortOption = Annotated[Effort, typer.Option(help="How much time and memory to spend on accuracy.")]
 ActOrderOption = Annotated[ActOrder | None, typer.Option(help="Order in which columns are rounded.")]
 Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.")]
@@ -84,6 +87,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
     bits: Bits = 4,
+    target_bits: TargetBits = None,
     group_size: GroupSize = 128,
     effort: EffortOption = Effort.default,
     act_order: ActOrderOption = None,
@@ -122,6 +126,7 @@ def quantize(
         effort=effort.value,
         act_order=None if act_order is None else act_order.value,
         damp_percent=damp_percent,
+        target_bits=target_bits,
         method=method.value,
         strict=strict,
         strict_capture=strict_capture,

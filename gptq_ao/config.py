@@ -15,9 +15,20 @@ from torchao.core.config import AOBaseConfig
 
 from gptq_ao.errors import ConfigError
 
-__all__ = ["ACT_ORDERS", "BITS", "COMPENSATIONS", "EFFORTS", "METHODS", "PRESETS", "GPTQConfig", "gptq_config"]
+__all__ = [
+    "ACT_ORDERS",
+    "BITS",
+    "COMPENSATIONS",
+    "EFFORTS",
+    "METHODS",
+    "PRESETS",
+    "UNCHANGED",
+    "GPTQConfig",
+    "gptq_config",
+]
 
 BITS = (2, 3, 4, 8)
+UNCHANGED = 16  # a candidate of automatic precision: the weight stays as it is
 ACT_ORDERS = ("group_aware", "static", "none", "group")
 COMPENSATIONS = ("none", "inputs", "residual")
 METHODS = ("gptq", "rtn")
@@ -81,6 +92,8 @@ class GPTQConfig(AOBaseConfig):
     scale_candidates: int = EFFORTS["default"]["scale_candidates"]
     refine_sweeps: int = EFFORTS["default"]["refine_sweeps"]
     compensate: str = EFFORTS["default"]["compensate"]
+    target_bits: float | None = None
+    candidates: tuple[int, ...] = (*BITS, UNCHANGED)
     rules: dict[str, Override] = field(default_factory=dict)
     strict: bool = False
     expert_min_rows: int = 128
@@ -118,12 +131,35 @@ class GPTQConfig(AOBaseConfig):
                 f"damp_percent is {self.damp_percent!r}: give a fraction of the Hessian's mean diagonal, such as 0.01, "
                 "or None to derive it from the amount of calibration data"
             )
+        self._check_target()
         if not isinstance(self.rules, dict):
             raise ConfigError(f"rules must be a dict {{pattern: override or None}}, got {type(self.rules).__name__}")
         for pattern, override in self.rules.items():
             if not isinstance(pattern, str) or not (override is None or isinstance(override, dict)):
                 raise ConfigError(f"rule {pattern!r}: {override!r} is not a pattern and a dict of settings or None")
             _check_rule(self, pattern, override)
+
+    def _check_target(self) -> None:
+        allowed = (*BITS, UNCHANGED)
+        object.__setattr__(self, "candidates", _ascending(self.candidates, allowed))
+        target, low, high = self.target_bits, self.candidates[0], self.candidates[-1]
+        if target is None:
+            return
+        if type(target) not in (int, float) or not low <= target <= high:
+            raise ConfigError(
+                f"target_bits is {target!r}: give a number between the smallest and the largest of candidates, "
+                f"{low} and {high}"
+            )
+        if self.bits != 4:
+            raise ConfigError(
+                f"bits={self.bits} and target_bits={target} contradict each other: target_bits chooses the bits of "
+                "each weight. Give one of them; a rule may fix the bits of single weights"
+            )
+        if self.method != "gptq":
+            raise ConfigError(
+                f'target_bits needs method="gptq", not {self.method!r}: it chooses by the error of GPTQ. A rule that '
+                "sets another method has to set bits too"
+            )
 
     @property
     def calibration(self) -> Calibration:
@@ -143,7 +179,7 @@ class GPTQConfig(AOBaseConfig):
         if rule is None:
             return self
         override = self.rules[rule]
-        return None if override is None else dataclasses.replace(self, **override)
+        return None if override is None else _overridden(self, override)
 
 
 def gptq_config(
@@ -159,6 +195,8 @@ def gptq_config(
     scale_candidates: int | None = None,
     refine_sweeps: int | None = None,
     compensate: str | None = None,
+    target_bits: float | None = None,
+    candidates: Iterable[int] = (*BITS, UNCHANGED),
     calibration: Calibration = None,
     rules: Mapping[str, Mapping[str, Any] | None] | None = None,
     strict: bool = False,
@@ -194,6 +232,12 @@ def gptq_config(
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean. None: `in_features / rows` of
             calibration data, at least 0.01 and at most 1.
         method: `"gptq"`, or `"rtn"` (round to nearest, no Hessian) as a baseline.
+        target_bits: stored bits per weight, codes, scales and zero points, to be reached as nearly as possible from
+            below, in place of `bits`: each weight gets one of `candidates`, so that the model's outputs change least
+            (automatic precision, see `precision.py`). Weights that engines fuse get the same, and a weight that a rule
+            gives bits or leaves as it is has no part in it. It needs a model that can be captured as one graph, in the
+            memory of the device that computes, with room for a backward of one batch.
+        candidates: two or more of 2, 3, 4, 8 and 16, which leaves the weight as it is.
         calibration: batches of the model's own inputs: a list or other iterable, a DataLoader, or a callable that
             returns one. A batch is a tensor, a tuple (positional arguments) or a dict (keyword arguments).
             Read once, never changed, never serialized.
@@ -222,7 +266,7 @@ def gptq_config(
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"preset is {preset!r}: give one of {', '.join(map(repr, PRESETS))}")
         defaults = {"bits": 4, "group_size": 128, "act_order": None}
-        if values != defaults or desc_act is not None:
+        if values != defaults or desc_act is not None or target_bits is not None:
             raise ConfigError(
                 f"preset {preset!r} already sets bits, group_size and act_order: give it or them, not both"
             )
@@ -246,6 +290,8 @@ def gptq_config(
         sym=sym,
         damp_percent=damp_percent,
         method=method,
+        target_bits=target_bits,
+        candidates=candidates,  # type: ignore[arg-type]  # checked and made a tuple there
         rules={p: dict(o) if isinstance(o, Mapping) else o for p, o in (rules or {}).items()},
         strict=strict,
         expert_min_rows=expert_min_rows,
@@ -260,6 +306,23 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
 
 
+def _ascending(candidates: Any, allowed: tuple[int, ...]) -> tuple[int, ...]:
+    values = tuple(candidates) if isinstance(candidates, Iterable) and not isinstance(candidates, str) else ()
+    right = all(type(b) is int and b in allowed for b in values)
+    if not right or len(values) < 2 or len(set(values)) < len(values):
+        raise ConfigError(
+            f"candidates is {candidates!r}: give two or more of {', '.join(map(repr, allowed))}, each once; "
+            f"{UNCHANGED} leaves a weight as it is"
+        )
+    return tuple(sorted(values))
+
+
+def _overridden(config: GPTQConfig, override: dict[str, Any]) -> GPTQConfig:
+    """Bits given by a rule are not up to automatic precision."""
+    fixed = {"target_bits": None} if "bits" in override else {}
+    return dataclasses.replace(config, **{**fixed, **override})
+
+
 def _check_rule(config: GPTQConfig, pattern: str, override: Override) -> None:
     if pattern.startswith("re:"):
         try:
@@ -272,7 +335,7 @@ def _check_rule(config: GPTQConfig, pattern: str, override: Override) -> None:
     if unknown:
         raise ConfigError(f"rule {pattern!r} sets {unknown[0]!r}: a rule may set {', '.join(OVERRIDABLE)}, or be None")
     try:
-        dataclasses.replace(config, rules={}, **override)
+        _overridden(dataclasses.replace(config, rules={}), override)
     except ConfigError as e:
         raise ConfigError(f"rule {pattern!r}: {e}") from e
 

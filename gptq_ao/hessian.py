@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Hessian", "HessianObserver", "gathered_mask", "ieee_fp32", "pooled"]
+__all__ = ["Hessian", "HessianObserver", "gathered_mask", "ieee_fp32", "kept_rows", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class HessianObserver(nn.Module):
             streams: [..., N] each, of as many rows as x: residual streams here and in the original model.
         """
         x = x.detach()
-        keep = _kept(x, mask) if mask is not None else None
+        keep = kept_rows(x, mask) if mask is not None else None
         if keep is not None:
             # A product with zero would keep a NaN that sits in the padding.
             x = torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -174,8 +174,8 @@ def pooled(hessians: tuple[Hessian, ...]) -> Hessian:
     return Hessian(matrix, rows)
 
 
-def _kept(x: Tensor, mask: Tensor) -> Tensor | None:
-    """[..., 1]: which rows count, if the mask speaks of the rows of x."""
+def kept_rows(x: Tensor, mask: Tensor) -> Tensor | None:
+    """[..., 1]: which rows of x are no padding, if the mask speaks of them; see `HessianObserver.forward`."""
     if x.dim() == 2 and mask.numel() == x.shape[0]:
         return mask.reshape(-1, 1) != 0
     if mask.dim() < x.dim() and x.shape[: mask.dim()] == mask.shape:

@@ -9,9 +9,11 @@ import torch
 
 from gptq_ao.activations import Budget
 from gptq_ao.errors import ConfigError
-from gptq_ao.simulate import Footprint
+from gptq_ao.prepare import Prepared
+from gptq_ao.simulate import Footprint, simulate
+from gptq_ao.weights import Weights
 
-__all__ = ["Limits", "MaxMemory", "choose_budget", "free_bytes", "read_limits", "readable"]
+__all__ = ["Limits", "MaxMemory", "choose_budget", "free_bytes", "read_limits", "readable", "waiting_budget"]
 
 MaxMemory = Mapping[str | int, int | str]
 
@@ -77,6 +79,17 @@ def choose_budget(limits: Limits, footprint: Footprint, device: torch.device) ->
         available = free_bytes(torch.device("cpu"))
         host = None if available is None else int(HOST_SHARE * available)
     return Budget(None if allowed is None else max(0, allowed - footprint.working), host)
+
+
+def waiting_budget(weights: Weights, prepared: Prepared, limits: Limits, device: torch.device) -> Budget:
+    """What the activations of a plan that is about to run may take.
+
+    Raises:
+        ConfigError: as `choose_budget`.
+    """
+    if device.type == "cpu":
+        return Budget(device=limits.host)
+    return choose_budget(limits, simulate(weights, prepared, device), device)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -36,6 +36,7 @@ __all__ = [
     "pack_bits",
     "pack_codes",
     "pack_scale_zero",
+    "packed_bytes",
     "tile_columns",
     "unpack_bits",
     "unpack_codes",
@@ -113,6 +114,15 @@ def unpack_scale_zero(scale_zero: Tensor, out_features: int) -> tuple[Tensor, Te
     word = scale_zero.transpose(-1, -2).flatten(-3, -2)[..., :out_features, :]
     scale = (word & 0xFFFF).to(torch.int16).view(torch.float16)
     return scale, (word >> 16).to(torch.uint8)
+
+
+def packed_bytes(shape: tuple[int, ...], bits: int, groups: int) -> int:
+    """Of codes [..., N, K] with so many groups per row in the run-time layout, scales and zero points included."""
+    *lead, n, k = shape
+    columns = tile_columns(bits)
+    rows = -(-n // TILE_ROWS) * TILE_ROWS
+    codes = rows * (-(-k // columns) * columns) * bits // 8
+    return torch.Size(lead).numel() * (codes + 4 * rows * groups)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -140,7 +140,8 @@ def plan(
     Raises:
         CalibrationError, NoLinearError: as `quantize_`.
         CaptureError: the model cannot be captured as one graph.
-        ConfigError: as `quantize_`; or it would take more memory or disk than there is.
+        ConfigError: as `quantize_`; or it would take more memory or disk than there is; or with `target_bits`, whose
+            choice takes the values of weights and data.
     """
     if not isinstance(config, GPTQConfig):
         raise ConfigError(f"plan takes a config of gptq_config(), got {type(config).__name__}")
@@ -157,6 +158,11 @@ def plan_weights(
     shard_bytes: int = 0,
 ) -> QuantizationPlan:
     """`plan` for a model whose weights are anywhere. `shard_bytes`: of the result that are held in memory besides."""
+    if config.target_bits is not None:
+        raise ConfigError(
+            "target_bits chooses the bits by measuring the model, and a plan reads no weight: plan with bits instead, "
+            "in which quantizing takes about as much"
+        )
     clock = Clock()
     run_on = torch.device(device) if device is not None else weights.device
     limits = read_limits(max_memory, run_on)

@@ -5,6 +5,7 @@ batches → capture → canonicalize → find_linears → choose_weights → sch
 `quantize_` carries it out, `plan` describes it. No weight is read here.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from gptq_ao.passes.follow_original import follow_original
 from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.reach_all_experts import reach_all_experts
-from gptq_ao.passes.records import Plan, Program, Selection
+from gptq_ao.passes.records import LinearSite, Plan, Program, Selection
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.preflight import linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock
@@ -32,15 +33,25 @@ from gptq_ao.weights import Weights
 __all__ = [
     "Calibrated",
     "FilterFn",
+    "Found",
     "Prepared",
     "calibration_batches",
     "check_support",
     "prepare",
     "wanted_by",
     "whole_model",
+    "with_selection",
 ]
 
 FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The graph as the model computes it, and all products in it, those that will not be quantized included."""
+
+    program: Program
+    sites: tuple[LinearSite, ...]
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,14 @@ class Prepared:
         device: where it computes.
         mixed: sets of weights that engines fuse and whose settings differ, see `passes/fused_sets.py`.
         calibrated: None if every weight is rounded to nearest, for which nothing runs.
+        found: None without data.
     """
 
     selection: Selection
     device: torch.device
     mixed: tuple[str, ...]
     calibrated: Calibrated | None
+    found: Found | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -111,18 +124,33 @@ def prepare(
         program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), device)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
+        found = Found(program, sites)
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
         selection = choose_weights(sites, excluded, config, wanted)
         check_support(config, selection)
         bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
-        calibrated = None
-        if any(c.method != "rtn" for c in selection.settings.values()):
-            planned = schedule(program, selection)
-            if any(c.compensate != "none" for c in selection.settings.values()):
-                planned = follow_original(program, planned)
-            calibrated = Calibrated(program, observe(planned), bound)
-    return Prepared(selection, device if calibrated else weights.device, mixed_sets(sites, selection), calibrated)
+        calibrated = _calibrated(program, selection, bound)
+    where = device if calibrated else weights.device
+    return Prepared(selection, where, mixed_sets(sites, selection), calibrated, found)
+
+
+def with_selection(prepared: Prepared, selection: Selection) -> Prepared:
+    """The same graph and data, for another selection of its sites or other settings."""
+    assert prepared.calibrated is not None
+    assert prepared.found is not None
+    calibrated = _calibrated(prepared.calibrated.program, selection, prepared.calibrated.batches)
+    mixed = mixed_sets(prepared.found.sites, selection)
+    return dataclasses.replace(prepared, selection=selection, mixed=mixed, calibrated=calibrated)
+
+
+def _calibrated(program: Program, selection: Selection, batches: tuple[dict[str, Tensor], ...]) -> Calibrated | None:
+    if all(c.method == "rtn" for c in selection.settings.values()):
+        return None
+    planned = schedule(program, selection)
+    if any(c.compensate != "none" for c in selection.settings.values()):
+        planned = follow_original(program, planned)
+    return Calibrated(program, observe(planned), batches)
 
 
 def wanted_by(model: nn.Module, filter_fn: FilterFn | None) -> Callable[[str], bool]:

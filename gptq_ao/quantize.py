@@ -1,6 +1,6 @@
 """quantize_: the one place that strings the stages together.
 
-prepare → per stage: calibrate → solve → rewrite
+prepare → (with target_bits: choose the precision) → per stage: calibrate → solve → rewrite
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 
-from gptq_ao.activations import ActivationStore, Budget
+from gptq_ao.activations import ActivationStore
 from gptq_ao.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
-from gptq_ao.memory import MaxMemory, choose_budget, read_limits
+from gptq_ao.memory import MaxMemory, read_limits, waiting_budget
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.records import Layout
+from gptq_ao.precision import check_possible, choose_precision
 from gptq_ao.preflight import check_unquantized, output_heads
 from gptq_ao.prepare import FilterFn, Prepared, calibration_batches, check_support, prepare, wanted_by
 from gptq_ao.replay import find_products, run_in_step
-from gptq_ao.report import Clock, Report, WeightReport
+from gptq_ao.report import Clock, Decision, Report, WeightReport
 from gptq_ao.run import rewrite, round_all, run_plan
-from gptq_ao.simulate import simulate
 from gptq_ao.solve_group import round_matrix
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights, Weights
@@ -82,12 +82,19 @@ def quantize_weights(
     clock = Clock()
     run_on = torch.device(device) if device is not None else weights.device
     limits = read_limits(max_memory, run_on)
+    if config.target_bits is not None:
+        check_possible(weights, limits)
     batches = calibration_batches(config)
     try:
         prepared = prepare(weights, config, batches, filter_fn, run_on, clock)
     except CaptureError as e:
         if config.strict_capture or not isinstance(weights, ModelWeights):
             raise
+        if config.target_bits is not None:
+            raise ConfigError(
+                "target_bits needs gradients of the model as one graph, and it cannot be captured as one: give bits "
+                f"instead, with rules for single weights, or change the model. {e}"
+            ) from e
         assert batches is not None
         if max_memory is not None:
             raise ConfigError(
@@ -95,19 +102,22 @@ def quantize_weights(
                 f"the middle of a forward. {e}"
             ) from e
         return _in_step(weights, batches, config, filter_fn, run_on, str(e), clock)
-    prepared.warn()
     with clock("plan"):
         weights.check(prepared.selection)
+    decisions: tuple[Decision, ...] = ()
+    if config.target_bits is not None:
+        with clock("precision"):
+            prepared, decisions = choose_precision(weights, prepared, config, limits)
+    prepared.warn()
     if prepared.calibrated is None:
-        return _report(round_all(weights, prepared.selection, clock), prepared, clock)
+        report = _report(round_all(weights, prepared.selection, clock), prepared, clock)
+        return dataclasses.replace(report, precision=decisions)
     program, plan = prepared.calibrated.program, prepared.calibrated.plan
     with clock("plan"):
-        budget = Budget(device=limits.host)
-        if run_on.type != "cpu":
-            budget = choose_budget(limits, simulate(weights, prepared, run_on), run_on)
+        budget = waiting_budget(weights, prepared, limits, run_on)
     with ActivationStore(prepared.calibrated.batches, run_on, budget) as store:
         done = run_plan(weights, program, plan, store, run_on, config, clock)
-        return _report(done, prepared, clock, store.peak)
+        return dataclasses.replace(_report(done, prepared, clock, store.peak), precision=decisions)
 
 
 def _in_step(
@@ -166,6 +176,11 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     parameter = module.get_parameter(name)
     if isinstance(parameter, GroupTensor):
         return
+    if config.target_bits is not None:
+        raise ConfigError(
+            f"target_bits chooses the bits of all of a model's weights with calibration data, not those of {name!r} "
+            "alone: give bits"
+        )
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
     check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})

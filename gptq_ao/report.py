@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Clock", "Report", "WeightReport"]
+from gptq_ao.allocate import Choice, Unit
+
+__all__ = ["Clock", "Decision", "Report", "WeightReport"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,24 @@ class WeightReport:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """Automatic precision: what was known of weights that get the same bits, and what they got.
+
+    Attributes:
+        unit: with the size and the cost of every candidate: the expected KL divergence, in nats per token (or the
+            relative squared error of the outputs, see `passes/expected_harm.py`).
+        weights: how many numbers these are.
+    """
+
+    unit: Unit
+    chosen: Choice
+    weights: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self.unit), "weights": self.weights, "bits": self.chosen.bits}
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of `quantize_`. `str(report)` is a table, `to_dict()` is for JSON.
 
@@ -48,7 +68,7 @@ class Report:
         weights: in the order in which they were solved.
         excluded: name → reason, for every matrix of the model that stays as it is.
         hessians: how many were accumulated.
-        seconds: phase → wall time: capture, plan, calibrate, solve.
+        seconds: phase → wall time: capture, plan, precision, calibrate, solve.
         peak_bytes: so far in this process. "host": resident memory; "cuda": PyTorch's allocator, where CUDA is in use.
             Of this call, if it was calibrated: the activations that waited on the device ("activations"), in host
             memory besides ("offloaded"), and in files ("files").
@@ -57,6 +77,7 @@ class Report:
             without data.
         capture_reason: why it is not one graph, for "replay".
         notes: what was done less well than it could have been, beside the fallbacks.
+        precision: with `target_bits`, how the bits were chosen.
     """
 
     weights: tuple[WeightReport, ...]
@@ -69,6 +90,7 @@ class Report:
     capture: str = "export"
     capture_reason: str | None = None
     notes: tuple[str, ...] = ()
+    precision: tuple[Decision, ...] = ()
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -96,6 +118,7 @@ class Report:
             "capture": self.capture,
             "capture_reason": self.capture_reason,
             "notes": list(self.notes),
+            "precision": [d.to_dict() for d in self.precision],
         }
 
     def __str__(self) -> str:
@@ -114,6 +137,7 @@ class Report:
             f"{len(self.weights)} weights in {self.stages} stages, {original / 2**20:.1f} → {total / 2**20:.1f} MiB, "
             f"{self.bits_per_weight:.3f} bits per weight"
         )
+        lines += _table(self.precision)
         lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
         lines += [f"warning: {text}" for text in self.warnings]
         if self.capture_reason is not None:
@@ -121,6 +145,23 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         lines.append(", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items()))
         return "\n".join(lines)
+
+
+def _table(decisions: tuple[Decision, ...]) -> list[str]:
+    """A line for each decision: expected harm by bits, the chosen one marked."""
+    if not decisions:
+        return []
+    names = [d.unit.names[0] + (f" +{len(d.unit.names) - 1}" if len(d.unit.names) > 1 else "") for d in decisions]
+    width, bits = max(map(len, names)), sorted({c.bits for d in decisions for c in d.unit.choices})
+    lines = [f"{'expected harm, at bits:':{width}}  {'weights':>10}" + "".join(f"{b:>10} " for b in bits)]
+    for name, d in zip(names, decisions, strict=True):
+        costs = {c.bits: c.cost for c in d.unit.choices}
+        cells = (f"{costs[b]:>10.2e}{'*' if b == d.chosen.bits else ' '}" if b in costs else " " * 11 for b in bits)
+        lines.append(f"{name:{width}}  {d.weights:>10}{''.join(cells)}")
+    size, weights = sum(d.chosen.size for d in decisions), sum(d.weights for d in decisions)
+    total = sum(d.chosen.cost for d in decisions)
+    lines.append(f"* chosen: {8 * size / weights:.4f} bits per weight, expected harm {total:.3g}")
+    return lines
 
 
 class Clock:

@@ -20,7 +20,7 @@ from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_m
 from gptq_ao.tensor import GroupTensor, tensor_class
 from gptq_ao.weights import ModelWeights, Weights
 
-__all__ = ["rewrite", "round_all", "run_plan"]
+__all__ = ["rewrite", "round_all", "run_plan", "static_value"]
 
 
 def run_plan(
@@ -152,10 +152,14 @@ class _Originals:
 
 
 def _static(weights: Weights, program: Program, originals: _Originals, name: str, device: torch.device) -> Any:
-    """A parameter, buffer or constant of the graph, on the device that runs it."""
     placeholder = twin_of(name)
     if placeholder is not None:
         return originals[program.parameters[placeholder]].to(device)
+    return static_value(weights, program, name, device)
+
+
+def static_value(weights: Weights, program: Program, name: str, device: torch.device) -> Any:
+    """A parameter, buffer or constant of the graph, on the device that runs it."""
     if name in program.constants:
         value = program.constants[name]
         return value.to(device) if isinstance(value, Tensor) else value

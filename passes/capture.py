@@ -256,7 +256,18 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
         tuple(batch.kwargs),
         ranges,
         _guards(env, [placeholders[name].meta["val"] for name in inputs if name is not None]),
+        _output_names(exported.call_spec.out_spec, len(output.args[0])),
     )
+
+
+def _output_names(spec: pytree.TreeSpec | None, count: int) -> tuple[str | None, ...]:
+    """Per flattened output its key, if what the model returns has keys."""
+    children = spec.children() if spec is not None else []
+    keys = spec.context if spec is not None else None
+    if not isinstance(keys, list) or len(keys) != len(children) or not all(isinstance(k, str) for k in keys):
+        return (None,) * count
+    names = tuple(key for key, child in zip(keys, children, strict=True) for _ in range(child.num_leaves))
+    return names if len(names) == count else (None,) * count
 
 
 def _up_to(program: Program, batch: Batch, longest: float) -> Program:

@@ -1,4 +1,4 @@
-"""Selection → the sets of weights that inference engines fuse, where their settings differ.
+"""Sites → the sets of weights that inference engines fuse; Selection → those of which the settings differ.
 
 Engines such as vLLM and SGLang compute q, k and v, gate and up, and all experts of a layer as one product each, with
 one set of settings. A model in which these differ is valid, and runs anywhere else.
@@ -10,27 +10,44 @@ from collections.abc import Iterable
 from gptq_ao.config import GPTQConfig
 from gptq_ao.passes.records import LinearSite, Selection
 
-__all__ = ["mixed_sets"]
+__all__ = ["fused_sets", "mixed_sets"]
 
 _EXPERT = re.compile(r"(.+\.experts)\..+")
 
 
-def mixed_sets(sites: Iterable[LinearSite], selection: Selection) -> tuple[str, ...]:
-    """One line per set. A set is: weights of one parent module that multiply the same rows, or what a module `experts`
-    holds.
-
-    Args:
-        sites: all that were found, those that a rule or a filter leaves dense included.
-    """
-    sets: dict[object, dict[str, str]] = {}
+def fused_sets(sites: Iterable[LinearSite]) -> tuple[tuple[str, ...], ...]:
+    """Weights of one parent module that multiply the same rows, or what a module `experts` holds; no weight is in two
+    sets, and output heads and routers are in none."""
+    sets: dict[object, dict[str, None]] = {}
     for site in sites:
         if site.left_out is not None:
             continue  # a head or a router is a product of its own
         expert = _EXPERT.fullmatch(site.weight)
         parent = site.weight.rsplit(".", 2)[0] if site.weight.count(".") > 1 else ""
         key = expert.group(1) if expert else (parent, site.rows)
-        sets.setdefault(key, {})[site.weight] = _settings(selection.settings.get(site.weight))
-    return tuple(_line(members) for members in sets.values() if len(set(members.values())) > 1)
+        sets.setdefault(key, {})[site.weight] = None
+    apart: list[dict[str, None]] = []
+    for members in sets.values():  # a weight that is applied several times may be in several
+        joined = [other for other in apart if not other.keys().isdisjoint(members)]
+        first = joined[0] if joined else {}
+        for more in (*joined[1:], members):
+            first |= more
+        apart = [other for other in apart if not any(other is j for j in joined[1:])] + ([] if joined else [first])
+    return tuple(tuple(members) for members in apart)
+
+
+def mixed_sets(sites: Iterable[LinearSite], selection: Selection) -> tuple[str, ...]:
+    """One line per set.
+
+    Args:
+        sites: all that were found, those that a rule or a filter leaves dense included.
+    """
+    lines = []
+    for names in fused_sets(sites):
+        members = {name: _settings(selection.settings.get(name)) for name in names}
+        if len(set(members.values())) > 1:
+            lines.append(_line(members))
+    return tuple(lines)
 
 
 def _settings(c: GPTQConfig | None) -> str:

@@ -51,6 +51,7 @@ class Program:
         keywords: the order of kwargs in `spec`.
         ranges: symbol of a size to the smallest and the largest value the graph is valid for.
         guards: conditions (SymPy) over the same symbols that the graph relies on: the branches that the model took.
+        outputs: the name of each output in the dict (or transformers' `ModelOutput`) that holds it, None elsewhere.
     """
 
     module: fx.GraphModule
@@ -63,6 +64,7 @@ class Program:
     keywords: tuple[str, ...]
     ranges: Mapping[Any, tuple[float, float]]
     guards: tuple[Any, ...] = ()
+    outputs: tuple[str | None, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

@@ -155,3 +155,15 @@ def test_demo_shows_that_gptq_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["3-bit GPTQ"]["kl"] < 0.75 * rows["3-bit RTN"]["kl"]
     assert rows["original"]["bytes"] > 3.5 * rows["4-bit GPTQ"]["bytes"]
     assert set(result["generated"]) == {"original", "4-bit GPTQ", "3-bit GPTQ"}
+
+
+def test_target_bits(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("quantize", TINY, str(tmp_path / "q"), *CALIBRATION[2:], "--calibration", str(text))
+    printed = run(monkeypatch, *arguments, "--effort", "fast", "--target-bits", "3.5", "--json")
+    assert 3.4 < printed["bits_per_weight"] <= 3.5
+    assert len({layer["bits"] for layer in printed["layers"]}) > 1
+    assert len(printed["precision"]) == 12
+    error = fail(monkeypatch, capsys, *arguments, "--bits", "3", "--target-bits", "3.5")
+    assert "bits=3 and target_bits=3.5 contradict each other" in error

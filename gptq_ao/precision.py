@@ -1,0 +1,229 @@
+"""Automatic precision: the bits of every weight, so that all of them fit `target_bits` and harm the model least.
+
+    GPTQ of every weight at every candidate → the harm that its errors do → the cheapest choice that fits
+
+Candidates are solved under the original model's activations, with few tries for scales and without refinement. Of the
+candidate nearest the target, the expected harm of the errors is measured by gradients (`passes/expected_harm.py`): for
+a language model, the KL divergence in nats per token. That of the others is in proportion to their squared output error
+tr(E·H·Eᵀ), since all errors of a weight are alike but for their size.
+
+Weights that engines fuse are one unit, which gets the same bits. `allocate.py` chooses among all units' candidates.
+
+Source: Dong et al., "HAWQ-V2" (2020), which weighs the squared error of a layer's weights by the mean of the curvature.
+Here the curvature is taken along the errors themselves.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from gptq_ao.activations import ActivationStore
+from gptq_ao.allocate import Choice, Unit, allocate
+from gptq_ao.config import EFFORTS, UNCHANGED, GPTQConfig
+from gptq_ao.errors import ConfigError
+from gptq_ao.grid import group_columns
+from gptq_ao.memory import Limits, waiting_budget
+from gptq_ao.packing import packed_bytes
+from gptq_ao.passes.calibrate import calibrate
+from gptq_ao.passes.expected_harm import expected_harm
+from gptq_ao.passes.fused_sets import fused_sets
+from gptq_ao.passes.records import Excluded, Layout, Selection
+from gptq_ao.prepare import Prepared, with_selection
+from gptq_ao.report import Decision
+from gptq_ao.run import static_value
+from gptq_ao.solve_group import expert_hessians, solve_group
+from gptq_ao.weights import ModelWeights, Weights
+
+__all__ = ["check_possible", "choose_precision"]
+
+LEFT = "automatic precision: left at 16 bits"
+
+
+def check_possible(weights: Weights, limits: Limits) -> None:
+    """Find what keeps a backward of the whole model from running, before anything is done.
+
+    Raises:
+        ConfigError: the weights are not all in memory, or there is a limit to the device's that cannot be kept.
+    """
+    if not isinstance(weights, ModelWeights):
+        raise ConfigError(
+            "target_bits takes a backward of the whole model, so it cannot be streamed: load the model and use "
+            "quantize_, or give bits instead"
+        )
+    away = next((name for name, p in weights.model.named_parameters() if p.is_meta), None)
+    if away is not None:
+        raise ConfigError(
+            f"target_bits takes a backward of the whole model, and {away!r} is offloaded or not loaded (it is on "
+            "meta): load the model without offloading, or give bits instead"
+        )
+    if limits.device is not None:
+        raise ConfigError(
+            "target_bits takes a backward of the whole model, for which max_memory of the device cannot be kept: give "
+            "max_memory for 'cpu' only, or bits instead of target_bits"
+        )
+
+
+def choose_precision(
+    weights: Weights, prepared: Prepared, config: GPTQConfig, limits: Limits
+) -> tuple[Prepared, tuple[Decision, ...]]:
+    """Replace `target_bits` in the settings of `prepared` by bits. Reads the weights and changes nothing.
+
+    Raises:
+        ConfigError: nothing is left to choose for, or to quantize; the target is smaller than the smallest candidates
+            take; there are no gradients (see `expected_harm`).
+        NonFiniteError, SolverError: see each message.
+    """
+    settings = {n: c for n, c in prepared.selection.settings.items() if c.target_bits is not None}
+    if not settings:
+        raise ConfigError("target_bits has nothing to choose: rules give every weight its bits. Leave it out")
+    sites = tuple(s for s in prepared.selection.sites if s.weight in settings)
+    costs = _costs(weights, prepared, Selection(sites, settings, ()), config, limits)
+    units = _units(weights, prepared, settings, costs)
+    counts = [sum(weights.model.get_parameter(name).numel() for name in unit.names) for unit in units]
+    chosen = allocate(units, _budget(config, units, sum(counts)))
+    bits = {name: choice.bits for unit, choice in zip(units, chosen, strict=True) for name in unit.names}
+    selection = _with_bits(prepared.selection, bits)
+    if not selection.settings:
+        raise ConfigError(
+            f"target_bits={config.target_bits} leaves every weight as it is: nothing would be quantized. Give less"
+        )
+    decisions = (Decision(*each) for each in zip(units, chosen, counts, strict=True))
+    return with_selection(prepared, selection), tuple(decisions)
+
+
+def _units(
+    weights: Weights,
+    prepared: Prepared,
+    settings: Mapping[str, GPTQConfig],
+    costs: Mapping[tuple[str, int], float],
+) -> list[Unit]:
+    """In the order in which the weights are used."""
+    assert prepared.found is not None
+    sets = [tuple(n for n in names if n in settings) for names in fused_sets(prepared.found.sites)]
+    together = {name: names for names in sets for name in names}
+    units = dict.fromkeys(together.get(name, (name,)) for name in settings)
+
+    def size(name: str, bits: int) -> int:
+        if bits == UNCHANGED:
+            return weights.model.get_parameter(name).nbytes
+        return _packed(prepared.selection.layouts[name], settings[name], bits)
+
+    return [
+        Unit(
+            names,
+            tuple(
+                Choice(bits, sum(size(name, bits) for name in names), sum(costs[name, bits] for name in names))
+                for bits in settings[names[0]].candidates
+            ),
+        )
+        for names in units
+    ]
+
+
+def _packed(layout: Layout, c: GPTQConfig, bits: int) -> int:
+    """Bytes of the quantized weight in memory, as `run.rewrite` stores it."""
+    stacked = layout.view_as is None and len(layout.shape) > 2
+    lead = (layout.stack, layout.out_features) if stacked else (layout.rows,)
+    k = layout.in_features
+    order = 4 * k if c.act_order == "group" else 0
+    return packed_bytes((*lead, k), bits, k // group_columns(k, c.group_size)) + order
+
+
+def _budget(config: GPTQConfig, units: Sequence[Unit], count: int) -> int:
+    """Bytes for `count` weights."""
+    assert config.target_bits is not None
+    budget = math.floor(Fraction(config.target_bits) * count / 8)
+    smallest = sum(min(choice.size for choice in unit.choices) for unit in units)
+    least = 8 * smallest / count
+    if smallest > budget:
+        raise ConfigError(
+            f"target_bits={config.target_bits} counts scales, zero points and padding, with which the smallest "
+            f"candidates take {least:.4f} bits per weight: give {math.ceil(1000 * least) / 1000} or more, allow "
+            "fewer bits, or use a larger group_size"
+        )
+    return budget
+
+
+def _with_bits(selection: Selection, bits: Mapping[str, int]) -> Selection:
+    settings = {
+        name: dataclasses.replace(c, bits=bits[name], target_bits=None) if name in bits else c
+        for name, c in selection.settings.items()
+        if bits.get(name) != UNCHANGED
+    }
+    left = tuple(Excluded(name, LEFT, expected=True) for name, b in bits.items() if b == UNCHANGED)
+    sites = tuple(s for s in selection.sites if s.weight in settings)
+    return Selection(sites, settings, (*selection.excluded, *left))
+
+
+def _costs(
+    weights: Weights, prepared: Prepared, selection: Selection, config: GPTQConfig, limits: Limits
+) -> dict[tuple[str, int], float]:
+    """(weight, bits) → cost."""
+    assert config.target_bits is not None
+    target = config.target_bits
+    typical = min((b for b in config.candidates if b != UNCHANGED), key=lambda b: abs(b - target))
+    measured = with_selection(prepared, dataclasses.replace(selection, settings=_cheap(selection.settings)))
+    energies, errors = _round(weights, measured, config, limits, typical)
+    assert measured.found is not None
+    assert measured.calibrated is not None
+    program, device = measured.found.program, measured.device
+    harm = expected_harm(
+        program,
+        selection.layouts,
+        errors,
+        measured.calibrated.batches,
+        lambda name: static_value(weights, program, name, device),
+        device,
+    )
+    # Of a weight that no data reached, all are zero.
+    return {(name, b): harm[name] * e / (energies[name, typical] or 1.0) for (name, b), e in energies.items()}
+
+
+def _cheap(settings: Mapping[str, GPTQConfig]) -> dict[str, GPTQConfig]:
+    most = EFFORTS["fast"]["scale_candidates"]
+    return {
+        name: dataclasses.replace(c, scale_candidates=min(c.scale_candidates, most), refine_sweeps=0, compensate="none")
+        for name, c in settings.items()
+    }
+
+
+def _round(
+    weights: Weights, measured: Prepared, config: GPTQConfig, limits: Limits, typical: int
+) -> tuple[dict[tuple[str, int], float], dict[str, Tensor]]:
+    """Solve every weight at every candidate, with the original model's activations.
+
+    Returns:
+        (weight, bits) → tr(E·H·Eᵀ) over all rows, and weight → E [rows, in_features] at `typical` bits, in the dtype
+        and on the device of the weight.
+    """
+    calibrated, settings, layouts = measured.calibrated, measured.selection.settings, measured.selection.layouts
+    assert calibrated is not None
+    device, program, plan = measured.device, calibrated.program, calibrated.plan
+    by_bits = {
+        bits: {name: dataclasses.replace(c, bits=bits, target_bits=None) for name, c in settings.items()}
+        for bits in config.candidates
+        if bits != UNCHANGED
+    }
+    energies = dict.fromkeys(((name, bits) for name in settings for bits in config.candidates), 0.0)
+    errors: dict[str, Tensor] = {}
+    budget = waiting_budget(weights, measured, limits, device)
+    with ActivationStore(calibrated.batches, device, budget) as store, torch.no_grad():
+        for stage, segment in zip(plan.stages, plan.segments, strict=True):
+            hessians = calibrate(segment, stage, store, lambda name: static_value(weights, program, name, device))
+            for group, of_group in zip(stage.groups, hessians, strict=True):
+                matrices = {n: layouts[n].matrix(weights.get(n, device)) for n in group.weights}
+                for n, matrix in matrices.items():
+                    errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
+                for expert, (hessian, why) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
+                    rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
+                    for bits, chosen in by_bits.items():
+                        for solved in solve_group(rows, chosen, hessian, config.strict, why):
+                            p = solved.part
+                            energies[p.weight, bits] += solved.changed or 0.0
+                            if bits == typical:
+                                errors[p.weight][p.start : p.stop] = rows[p] - solved.solution.dequantize()
+    return energies, errors

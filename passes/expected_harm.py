@@ -1,0 +1,205 @@
+"""Program, errors of its weights → how much each of them would harm the model, as gradients tell.
+
+A loss L is drawn so that its gradient has mean zero, and as its covariance the curvature of what quantization should
+keep. An error E of a weight then does the harm ½·⟨∂L/∂W, E⟩², to second order and in the mean over draws. Errors of
+different rows n are rounded independently of each other, so that rows can be told apart, which takes fewer draws:
+
+    harm = ½ · Σ_sequences Σ_n ( Σ_k ∂L/∂W_nk · E_nk )² / tokens
+
+∂L/∂W adds up all that the weight does in a sequence: errors that tokens have in common are not taken for independent
+ones. (With the squares of ∂L/∂y_tn alone, as if every token's error were independent, early layers seem two or three
+times less important than they are.)
+
+* Class scores: L is −log p of classes drawn at every token from the model's own distribution, not the data's. The
+  curvature is then the Fisher information, and the harm the KL divergence from the original model, nats per token.
+* Any other outputs: L is their product with Gaussian noise, over their root mean square. The harm is then half the
+  squared error of the outputs, relative to their energy.
+
+Class scores are an output called "logits" of two or more classes and at most three dimensions, or the only output,
+without a name, of a model with integer inputs (tokens).
+
+Source: the Fisher information, with classes that the model draws, in Kunstner et al., "Limitations of the empirical
+Fisher approximation" (2019).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gptq_ao.errors import CalibrationError, ConfigError, NonFiniteError
+from gptq_ao.hessian import kept_rows
+from gptq_ao.passes.records import Layout, Program, dim, static_size
+from gptq_ao.passes.size_conditions import check_sizes
+from gptq_ao.passes.token_rows import TokenRows
+
+__all__ = ["SEQUENCES", "expected_harm"]
+
+SEQUENCES = 32
+Values = Mapping[str, Tensor]
+
+
+def expected_harm(
+    program: Program,
+    layouts: Mapping[str, Layout],
+    errors: Mapping[str, Tensor],
+    batches: Sequence[Values],
+    static: Callable[[str], Any],
+    device: torch.device,
+) -> dict[str, float]:
+    """A forward and a backward of each of the first `SEQUENCES` sequences, or of whole batches where these cannot be
+    taken apart. Neither the state of the global random number generators nor whether gradients are recorded is changed,
+    and no parameter has a gradient afterwards.
+
+    Args:
+        errors: of the weights to judge, W − Ŵ [rows, in_features] as `layouts` reads them, on any device.
+        batches: by placeholder name.
+        static: a parameter, buffer or constant by placeholder name, on `device`.
+
+    Returns:
+        weight → harm, per token.
+
+    Raises:
+        ConfigError: there are no gradients, or a weight has none.
+        NonFiniteError: a gradient is NaN or infinite.
+    """
+    inputs = {name for name in program.inputs if name is not None}
+    statics = {name: static(name) for name in program.placeholders if name not in inputs}
+    totals: dict[str, Tensor] = {}  # fp64 scalars, on the device
+
+    def add(name: str, weight: Tensor) -> None:
+        assert weight.grad is not None
+        per_row = (layouts[name].matrix(weight.grad).float() * errors[name].to(device)).sum(1)
+        totals[name] = totals.get(name, 0) + per_row.double().square().sum()
+        weight.grad = None
+
+    for placeholder, name in program.parameters.items():
+        statics[placeholder] = statics[placeholder].detach()  # another tensor of the same memory
+        if name in errors:
+            statics[placeholder].requires_grad_()
+            statics[placeholder].register_post_accumulate_grad_hook(lambda weight, name=name: add(name, weight))
+
+    outputs, generator, tokens = _Outputs(program), torch.Generator(device).manual_seed(0), 0
+    for sequence in _sequences(program, batches):
+        given = {**statics, **{name: t.to(device) for name, t in sequence.items()}}
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                values = fx.Interpreter(program.module).run(*(given[name] for name in program.placeholders))
+                loss, count = outputs.loss(values, sequence, generator)
+                del values
+                loss.backward()
+        except torch.OutOfMemoryError as e:
+            raise ConfigError(
+                f"target_bits takes a backward of the model, for which there is no room on {device}: use shorter "
+                f"sequences, or give bits instead. {e}"
+            ) from e
+        except RuntimeError as e:
+            raise ConfigError(
+                f"target_bits needs gradients of the model's outputs, which cannot be computed: {e}\nGive bits instead"
+            ) from e
+        tokens += count
+    _check(errors, totals)
+    return {name: total.item() / 2 / max(tokens, 1) for name, total in totals.items()}
+
+
+def _sequences(program: Program, batches: Sequence[Values]) -> Iterator[Values]:
+    taken = 0
+    for batch in batches:
+        apart = _apart(program, batch)
+        for sequence in apart or [batch]:
+            yield sequence
+            taken += 1 if apart else max((t.shape[0] for t in batch.values() if t.dim()), default=1)
+            if taken >= SEQUENCES:
+                return
+
+
+def _apart(program: Program, batch: Values) -> list[Values]:
+    """The rows of a batch, if all inputs have as many and the graph is valid for one; else none."""
+    counts = {t.shape[0] if t.dim() else 0 for t in batch.values()}
+    rows = [{name: t[i : i + 1] for name, t in batch.items()} for i in range(max(counts))] if len(counts) == 1 else []
+    placeholders = program.placeholders
+    fakes = {name: placeholders[name].meta["val"] for name in batch}
+    try:
+        for row in rows[:1]:
+            check_sizes(fakes, row, program.ranges, program.guards, "a sequence")
+    except CalibrationError:
+        return []
+    return list(rows)
+
+
+def _check(errors: Mapping[str, Tensor], totals: Mapping[str, Tensor]) -> None:
+    missed = [name for name in errors if name not in totals]
+    if missed:
+        raise ConfigError(
+            f"target_bits cannot tell how much {', '.join(missed[:3])}{' …' if len(missed) > 3 else ''} matters: no "
+            "gradient of the model's outputs reaches it. Give it bits by a rule: rules={name: {'bits': 4}}"
+        )
+    bad = next((name for name, total in totals.items() if not torch.isfinite(total)), None)
+    if bad is not None:
+        raise NonFiniteError(
+            f"the gradient of {bad!r} is NaN or infinite: run the model in bf16 or fp32, or give bits instead of "
+            "target_bits"
+        )
+
+
+class _Outputs:
+    """What the graph returns, as a loss."""
+
+    def __init__(self, program: Program) -> None:
+        nodes = list(next(n for n in program.graph.nodes if n.op == "output").args[0])
+        names = program.outputs or (None,) * len(nodes)
+        tokens = TokenRows(program)
+        self._floats = [i for i, n in enumerate(nodes) if dim(n) and n.meta["val"].is_floating_point()]
+        if not self._floats:
+            raise ConfigError("target_bits needs gradients, but the model returns no floating-point tensor")
+        self._masks = {i: tokens.of(nodes[i]) for i in self._floats}
+        places = program.placeholders
+        inputs = [places[name].meta["val"] for name in program.inputs if name is not None]
+        of_tokens = any(isinstance(v, Tensor) and v.dtype in (torch.int32, torch.int64) for v in inputs)
+        self._scores = next(
+            (
+                i
+                for i in self._floats
+                if (names[i] == "logits" or (names[i] is None and len(self._floats) == 1 and of_tokens))
+                and dim(nodes[i]) in (2, 3)
+                and static_size(nodes[i].meta["val"].shape[-1]) not in (None, 1)
+            ),
+            None,
+        )
+
+    def loss(
+        self, values: Sequence[Any], batch: Mapping[str, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """The loss of one batch and the number of tokens (rows of the first output) that it sums over."""
+        if self._scores is not None:
+            return _drawn(self._rows(self._scores, values, batch), generator)
+        return _projected([self._rows(i, values, batch) for i in self._floats], generator)
+
+    def _rows(self, index: int, values: Sequence[Any], batch: Mapping[str, Tensor]) -> Tensor:
+        """One output as [rows, features] fp32, without the rows that are padding."""
+        value = values[index]
+        mask, gathers = self._masks[index]
+        keep = kept_rows(value, batch[mask].to(value.device)) if mask is not None and not gathers else None
+        rows = value.reshape(-1, value.shape[-1])
+        return (rows if keep is None else rows[keep.flatten()]).float()
+
+
+def _drawn(scores: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+    """−log p of one class for each row of `scores` [T, V], drawn from their own distribution."""
+    log_p = scores.log_softmax(-1)
+    classes = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+    return -log_p.gather(1, classes).sum(), len(scores)
+
+
+def _projected(outputs: list[Tensor], generator: torch.Generator) -> tuple[Tensor, int]:
+    """Σ v·y with Gaussian v over all rows, and over the root of the mean energy of a row, for each output y [T, N].
+    Those of another number of rows count as if they had that of the first."""
+    count = len(outputs[0])
+    loss = outputs[0].new_zeros(())
+    for y in outputs:
+        energy = y.detach().square().sum(-1).mean()
+        noise = torch.randn(y.shape, generator=generator, device=y.device)
+        if energy > 0:
+            loss = loss + (noise * y).sum() * (count / len(y) / energy).sqrt()
+    return loss, count
