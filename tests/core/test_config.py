@@ -79,7 +79,7 @@ def test_limits_are_accepted() -> None:
 
 
 def test_defaults() -> None:
-    assert gptq_config() == GPTQConfig(4, 128, True, "group_aware", None, "gptq", True, 40, 4, "residual", {}, False)
+    assert gptq_config() == GPTQConfig(4, 128, True, "group_aware", None, "gptq", True, 40, 4, "residual")
     assert gptq_config() == GPTQConfig()
 
 
