@@ -93,7 +93,7 @@ class GPTQConfig(AOBaseConfig):
     refine_sweeps: int = EFFORTS["default"]["refine_sweeps"]
     compensate: str = EFFORTS["default"]["compensate"]
     target_bits: float | None = None
-    candidates: tuple[int, ...] = (*BITS, UNCHANGED)
+    candidates: list[int] = field(default_factory=lambda: [*BITS, UNCHANGED])  # torchao serializes no tuple
     rules: dict[str, Override] = field(default_factory=dict)
     strict: bool = False
     expert_min_rows: int = 128
@@ -291,7 +291,7 @@ def gptq_config(
         damp_percent=damp_percent,
         method=method,
         target_bits=target_bits,
-        candidates=candidates,  # type: ignore[arg-type]  # checked and made a tuple there
+        candidates=candidates,  # type: ignore[arg-type]  # checked and made a list there
         rules={p: dict(o) if isinstance(o, Mapping) else o for p, o in (rules or {}).items()},
         strict=strict,
         expert_min_rows=expert_min_rows,
@@ -306,7 +306,7 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
 
 
-def _ascending(candidates: Any, allowed: tuple[int, ...]) -> tuple[int, ...]:
+def _ascending(candidates: Any, allowed: tuple[int, ...]) -> list[int]:
     values = tuple(candidates) if isinstance(candidates, Iterable) and not isinstance(candidates, str) else ()
     right = all(type(b) is int and b in allowed for b in values)
     if not right or len(values) < 2 or len(set(values)) < len(values):
@@ -314,7 +314,7 @@ def _ascending(candidates: Any, allowed: tuple[int, ...]) -> tuple[int, ...]:
             f"candidates is {candidates!r}: give two or more of {', '.join(map(repr, allowed))}, each once; "
             f"{UNCHANGED} leaves a weight as it is"
         )
-    return tuple(sorted(values))
+    return sorted(values)
 
 
 def _overridden(config: GPTQConfig, override: dict[str, Any]) -> GPTQConfig:
