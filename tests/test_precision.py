@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchao.core.config import config_from_dict, config_to_dict
 
 from gptq_ao import gptq_config, plan, quantize_, quantize_checkpoint
 from gptq_ao.batches import as_batch
@@ -20,6 +21,7 @@ from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.expected_harm import SEQUENCES, expected_harm
 from gptq_ao.passes.find_linears import find_linears
+from gptq_ao.quantize import quantize_parameter_
 from gptq_ao.report import Report
 from gptq_ao.tiny_lm.corpus import documents
 
@@ -270,6 +272,15 @@ def test_impossible_targets_leave_the_model_as_it_was(settings: dict[str, Any], 
         torch.equal(model.state_dict()[n], t) and type(model.state_dict()[n]) is Tensor for n, t in before.items()
     )
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_setting_is_serialized() -> None:
+    config = gptq_config(target_bits=3.5, candidates=(8, 4, 2))
+    assert config.candidates == [2, 4, 8]
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    # Without data, a loader would round single weights to nearest.
+    with pytest.raises(ConfigError, match="not those of 'weight' alone: give bits"):
+        quantize_parameter_(nn.Linear(32, 32), "weight", config)
 
 
 def test_everything_at_sixteen_bits_is_refused() -> None:
