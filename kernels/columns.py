@@ -14,6 +14,7 @@ to neighbouring rows. fp32, except for codes (uint8).
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -65,12 +66,13 @@ def round_columns(
         return columns_triton.round_columns(x, follow, scale, zero_point, bits, before)
     x = x.clone()
     codes = torch.empty_like(x, dtype=torch.uint8)
-    for i in range(len(x)):
-        code = round_to_grid(x[i], scale[i], zero_point[i], bits)
-        codes[i] = code
-        value = code.sub_(zero_point[i]).mul_(scale[i])
-        p = (x[i] if before is None else before[i]) - value
-        x[i + 1 :].addr_(follow[i, i + 1 :], p, alpha=-1)
+    with _one_thread():
+        for i in range(len(x)):
+            code = round_to_grid(x[i], scale[i], zero_point[i], bits)
+            codes[i] = code
+            value = code.sub_(zero_point[i]).mul_(scale[i])
+            p = (x[i] if before is None else before[i]) - value
+            x[i + 1 :].addr_(follow[i, i + 1 :], p, alpha=-1)
     return codes
 
 
@@ -92,7 +94,8 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
         return columns_triton.score_grids(x, follow, importance, scale, zero_point, bits)
     rows = max(1, SCRATCH // (4 * len(x) * len(scale)))
     parts = zip(x.split(rows, 1), scale.split(rows, 1), zero_point.split(rows, 1), strict=True)
-    return torch.cat([_score(*part, follow, importance, bits) for part in parts], 1)
+    with _one_thread():
+        return torch.cat([_score(*part, follow, importance, bits) for part in parts], 1)
 
 
 def _score(x: Tensor, scale: Tensor, zero_point: Tensor, follow: Tensor, importance: Tensor, bits: int) -> Tensor:
@@ -104,3 +107,15 @@ def _score(x: Tensor, scale: Tensor, zero_point: Tensor, follow: Tensor, importa
         loss.addcmul_(p, p, value=float(importance[i]))
         flat[i + 1 :].addr_(follow[i, i + 1 :], p.view(-1), alpha=-1)
     return loss
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations are short here, thousands of them: threads would mostly wait for each other, and where another process
+    holds one of the cores, each time until it lets go."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
