@@ -25,12 +25,7 @@ every_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8], ids=["2bit", "3bit", 
 with_before = pytest.mark.parametrize("before", [False, True], ids=["own", "before"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(columns: int, rows: int, bits: int, grids: int | None = None) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Everything that a weight goes through, on data that breaks things: with the default effort, but fewer candidates."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,12 +23,7 @@ grids = pytest.mark.parametrize(("bits", "sym"), GRIDS, ids=[f"{b}bit-{'signed' 
 kinds = pytest.mark.parametrize(("sym", "signed"), [(True, True), (False, False)], ids=["signed", "asym"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
