@@ -56,6 +56,7 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
         if residual is not None:
             wrong.add_(residual, alpha=OF_RESIDUAL)
         lower, info = torch.linalg.cholesky_ex(H)
+        del H  # on CUDA, the products below copy `lower`
         if info.item():
             raise SolverError(
                 f"the Hessian [{k}, {k}] of {hessian.rows} rows is not positive definite even with {damp:.3g} of its "

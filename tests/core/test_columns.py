@@ -108,6 +108,8 @@ def check_scores(loss: Tensor, a: dict[str, Tensor], bits: int) -> None:
         pass_on(x[i + 1 :], error[i + 1 :], follow[i, i + 1 :], p, of_p)
     assert loss.dtype == torch.float32
     assert loss.shape == scale.shape
+    if clear.numel() == 1 and not clear.any():
+        return  # a single number, and a tie
     assert clear.double().mean() > 0.5
     assert ((loss.double() - expected).abs() <= bound)[clear].all()
     assert bound[clear].sum() < 0.01 * expected[clear].sum()  # or else that says little
