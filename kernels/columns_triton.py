@@ -51,89 +51,36 @@ def _pass_on(tile, p, follow, first, column, columns):
 
 
 @triton.jit
-def _round_one(tile, i, first, row, rows, column, scale, zero_point, before, codes, LEVELS: tl.constexpr):
-    """Round column first + i, which is in `tile`: what that changes."""
+def _round_one(
+    tile, i, first, row, rows, column, scale, zero_point, before, codes, importance, lost, LEVELS: tl.constexpr
+):
+    """Round column first + i, which is in `tile`: what that changes, and the loss with it."""
     at = (first + i) * rows + row
     mask = row < rows
     x = _pick(tile, column, i)
-    s = tl.load(scale + at, mask=mask, other=1.0)
-    z = tl.load(zero_point + at, mask=mask, other=0.0)
-    code = _code(x, s, z, LEVELS)
-    tl.store(codes + at, code.to(tl.uint8), mask=mask)
-    if before is not None:
-        x = tl.load(before + at, mask=mask, other=0.0)
-    return x - (code - z) * s
+    if importance is not None:
+        p = x - (_code(x, scale, zero_point, LEVELS) - zero_point) * scale
+        lost += tl.load(importance + first + i) * p * p
+    else:
+        s = tl.load(scale + at, mask=mask, other=1.0)
+        z = tl.load(zero_point + at, mask=mask, other=0.0)
+        code = _code(x, s, z, LEVELS)
+        tl.store(codes + at, code.to(tl.uint8), mask=mask)
+        if before is not None:
+            x = tl.load(before + at, mask=mask, other=0.0)
+        p = x - (code - z) * s
+    return p, lost
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
-def _round_columns(
+def _walk(
     x,
     follow,
     scale,
     zero_point,
     before,
     codes,
-    rows,
-    columns,
-    LEVELS: tl.constexpr,
-    TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, TILE)
-    x0 = _load(x, 0, column, columns, row, rows)
-    x1 = x0
-    x2 = x0
-    x3 = x0
-    if TILES > 1:
-        x1 = _load(x, 32, column, columns, row, rows)
-    if TILES > 2:
-        x2 = _load(x, 64, column, columns, row, rows)
-        x3 = _load(x, 96, column, columns, row, rows)
-    for i in range(tl.minimum(columns, 32)):
-        f = follow + i * columns
-        p = _round_one(x0, i, 0, row, rows, column, scale, zero_point, before, codes, LEVELS)
-        x0 = _pass_on(x0, p, f, 0, column, columns)
-        if TILES > 1:
-            x1 = _pass_on(x1, p, f, 32, column, columns)
-        if TILES > 2:
-            x2 = _pass_on(x2, p, f, 64, column, columns)
-            x3 = _pass_on(x3, p, f, 96, column, columns)
-    if TILES > 1:
-        for i in range(tl.minimum(columns - 32, 32)):
-            f = follow + (32 + i) * columns
-            p = _round_one(x1, i, 32, row, rows, column, scale, zero_point, before, codes, LEVELS)
-            x1 = _pass_on(x1, p, f, 32, column, columns)
-            if TILES > 2:
-                x2 = _pass_on(x2, p, f, 64, column, columns)
-                x3 = _pass_on(x3, p, f, 96, column, columns)
-    if TILES > 2:
-        for i in range(tl.minimum(columns - 64, 32)):
-            f = follow + (64 + i) * columns
-            p = _round_one(x2, i, 64, row, rows, column, scale, zero_point, before, codes, LEVELS)
-            x2 = _pass_on(x2, p, f, 64, column, columns)
-            x3 = _pass_on(x3, p, f, 96, column, columns)
-        for i in range(tl.minimum(columns - 96, 32)):
-            f = follow + (96 + i) * columns
-            p = _round_one(x3, i, 96, row, rows, column, scale, zero_point, before, codes, LEVELS)
-            x3 = _pass_on(x3, p, f, 96, column, columns)
-
-
-@triton.jit
-def _lose(tile, i, first, column, scale, zero_point, importance, loss, LEVELS: tl.constexpr):
-    """Round column first + i: what that changes, and the loss with it."""
-    x = _pick(tile, column, i)
-    p = x - (_code(x, scale, zero_point, LEVELS) - zero_point) * scale
-    return p, loss + tl.load(importance + first + i) * p * p
-
-
-@triton.jit(do_not_specialize=["rows", "columns"])
-def _score_grids(
-    x,
-    follow,
     importance,
-    scale,
-    zero_point,
     loss,
     rows,
     columns,
@@ -141,12 +88,17 @@ def _score_grids(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Both loops of `columns.py`. With `importance`, a grid per program writes its loss; without, codes are written."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.program_id(1) * rows + row
     column = tl.arange(0, TILE)
-    s = tl.load(scale + at, mask=row < rows, other=1.0)
-    z = tl.load(zero_point + at, mask=row < rows, other=0.0)
     lost = tl.zeros([ROWS], tl.float32)
+    # What `_round_one` reads grids from: for scores these are the values, the same for all columns.
+    s = scale
+    z = zero_point
+    if importance is not None:
+        at = tl.program_id(1) * rows + row
+        s = tl.load(scale + at, mask=row < rows, other=1.0)
+        z = tl.load(zero_point + at, mask=row < rows, other=0.0)
     x0 = _load(x, 0, column, columns, row, rows)
     x1 = x0
     x2 = x0
@@ -158,7 +110,7 @@ def _score_grids(
         x3 = _load(x, 96, column, columns, row, rows)
     for i in range(tl.minimum(columns, 32)):
         f = follow + i * columns
-        p, lost = _lose(x0, i, 0, column, s, z, importance, lost, LEVELS)
+        p, lost = _round_one(x0, i, 0, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
         x0 = _pass_on(x0, p, f, 0, column, columns)
         if TILES > 1:
             x1 = _pass_on(x1, p, f, 32, column, columns)
@@ -168,7 +120,7 @@ def _score_grids(
     if TILES > 1:
         for i in range(tl.minimum(columns - 32, 32)):
             f = follow + (32 + i) * columns
-            p, lost = _lose(x1, i, 32, column, s, z, importance, lost, LEVELS)
+            p, lost = _round_one(x1, i, 32, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
             x1 = _pass_on(x1, p, f, 32, column, columns)
             if TILES > 2:
                 x2 = _pass_on(x2, p, f, 64, column, columns)
@@ -176,14 +128,15 @@ def _score_grids(
     if TILES > 2:
         for i in range(tl.minimum(columns - 64, 32)):
             f = follow + (64 + i) * columns
-            p, lost = _lose(x2, i, 64, column, s, z, importance, lost, LEVELS)
+            p, lost = _round_one(x2, i, 64, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
             x2 = _pass_on(x2, p, f, 64, column, columns)
             x3 = _pass_on(x3, p, f, 96, column, columns)
         for i in range(tl.minimum(columns - 96, 32)):
             f = follow + (96 + i) * columns
-            p, lost = _lose(x3, i, 96, column, s, z, importance, lost, LEVELS)
+            p, lost = _round_one(x3, i, 96, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
             x3 = _pass_on(x3, p, f, 96, column, columns)
-    tl.store(loss + at, lost, mask=row < rows)
+    if importance is not None:
+        tl.store(loss + at, lost, mask=row < rows)
 
 
 def round_columns(
@@ -193,10 +146,12 @@ def round_columns(
     columns, rows = x.shape
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=x.device)
     inputs = [t.contiguous() for t in (x, follow, scale, zero_point)]
-    _round_columns[(triton.cdiv(rows, ROWS),)](
+    _walk[(triton.cdiv(rows, ROWS),)](
         *inputs,
         before if before is None else before.contiguous(),
         codes,
+        None,
+        None,
         rows,
         columns,
         LEVELS=float(2**bits - 1),
@@ -211,8 +166,11 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
     """See `columns.score_grids`."""
     columns, rows = x.shape
     loss = torch.empty_like(scale, memory_format=torch.contiguous_format)
-    _score_grids[(triton.cdiv(rows, ROWS), len(scale))](
-        *(t.contiguous() for t in (x, follow, importance, scale, zero_point)),
+    _walk[(triton.cdiv(rows, ROWS), len(scale))](
+        *(t.contiguous() for t in (x, follow, scale, zero_point)),
+        None,
+        None,
+        importance.contiguous(),
         loss,
         rows,
         columns,

@@ -346,17 +346,15 @@ def test_scores_on_cuda_agree(bits: int) -> None:
             check_scores(loss.cpu(), a, bits)
 
 
-def compile_ahead(kernel: str, tiles: int, architecture: int, with_before: bool) -> Any:
+def compile_ahead(absent: list[str], tiles: int, architecture: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from gptq_ao.kernels import columns_triton
 
-    function = getattr(columns_triton, kernel)
-    constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": columns_triton.ROWS}
-    if kernel == "_round_columns" and not with_before:
-        constants["before"] = None
+    function = columns_triton._walk
+    constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": columns_triton.ROWS, **dict.fromkeys(absent)}
     types = {"rows": "i32", "columns": "i32", "codes": "*u8"}
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
@@ -365,19 +363,24 @@ def compile_ahead(kernel: str, tiles: int, architecture: int, with_before: bool)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(columns_triton.OPTIONS))
 
 
-VARIANTS = [("_round_columns", False), ("_round_columns", True), ("_score_grids", False)]
+# The arguments that are None.
+VARIANTS = {
+    "round": ["before", "importance", "loss"],
+    "round-before": ["importance", "loss"],
+    "score": ["before", "codes"],
+}
 
 
 @pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("tiles", [1, 2, 4])
-@pytest.mark.parametrize(("kernel", "before"), VARIANTS, ids=["round", "round-before", "score"])
+@pytest.mark.parametrize("absent", VARIANTS.values(), ids=VARIANTS)
 def test_kernels_compile_without_spilling(
-    kernel: str, before: bool, tiles: int, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    absent: list[str], tiles: int, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = compile_ahead(kernel, tiles, architecture, before)
+    compiled = compile_ahead(absent, tiles, architecture)
     (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     shown = subprocess.run([tool, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True, check=True)
