@@ -136,6 +136,7 @@ class _Simulation:
         self.from_files = 0  # bytes of those, at most
         self.packed: dict[str, Packed] = {}  # on meta, if they are not on the device
         self.packed_bytes: dict[str, int] = {}
+        self.packings: dict[tuple[int, ...], tuple[Packed, int]] = {}  # see `pack`
         self.rows: dict[str, int] = {}
         self.calibration, self.solving = Work(), Work()
         self.values: dict[Any, Values] = {}  # shape → what waits of a batch
@@ -279,29 +280,36 @@ class _Simulation:
         """Put the quantized weight in place; the bytes that were alive at most."""
         layout, c = self.layouts[name], self.settings[name]
         k = layout.in_features
-        lead = (
-            (layout.stack, layout.out_features) if layout.view_as is None and len(layout.shape) > 2 else (layout.rows,)
-        )
-        self.tracker.restart()
-        groups = (*lead, k // group_columns(k, c.group_size))
-        parts = (
-            torch.empty(groups, dtype=torch.float16, device=self.device),
-            torch.empty(groups, dtype=torch.uint8, device=self.device),
-        )
-        perm = (
-            torch.empty(k, dtype=torch.int32, device=self.device)
-            if c.act_order == "group" and c.method == "gptq"
-            else None
-        )
-        qdata, high_plane = pack_codes(torch.empty((*lead, k), dtype=torch.uint8, device=self.device), c.bits)
-        packed: Packed = (qdata, pack_scale_zero(*parts), high_plane, perm)
-        del qdata, high_plane, perm, parts
+        stacked = layout.view_as is None and len(layout.shape) > 2
+        lead = (layout.stack, layout.out_features) if stacked else (layout.rows,)
+        permuted = c.act_order == "group" and c.method == "gptq"
+        before = self.live
+        # A model has many weights of few kinds, and packing takes dozens of operators.
+        kind = (*lead, k, c.bits, group_columns(k, c.group_size), permuted)
+        if kind not in self.packings:
+            self.packings[kind] = self._packing(*kind)
+        parts, more = self.packings[kind]
+        packed = tuple(None if t is None else torch.empty_like(t, device=self.device) for t in parts)
         self.packed_bytes[name] = sum(t.nbytes for t in packed if t is not None)
         self.here.pop(name, None)
         if not self.is_here(name, quantized=True):
             packed = tuple(None if t is None else t.to("meta") for t in packed)
         self.packed[name] = packed
-        return self.tracker.peak[self.device.type]
+        return before + more
+
+    def _packing(self, *kind: int) -> tuple[Packed, int]:
+        """What comes out of packing a weight of such a kind, on meta, and the bytes that it takes meanwhile."""
+        *shape, bits, columns, permuted = kind
+        self.tracker.restart()
+        before = self.live
+        grid = (*shape[:-1], shape[-1] // columns)
+        scale = torch.empty(grid, dtype=torch.float16, device=self.device)
+        zero_point = torch.empty(grid, dtype=torch.uint8, device=self.device)
+        perm = torch.empty(shape[-1], dtype=torch.int32, device=self.device) if permuted else None
+        qdata, high_plane = pack_codes(torch.empty(shape, dtype=torch.uint8, device=self.device), bits)
+        packed = (qdata, pack_scale_zero(scale, zero_point), high_plane, perm)
+        parts = tuple(None if t is None else torch.empty_like(t, device="meta") for t in packed)
+        return parts, self.tracker.peak[self.device.type] - before
 
     def round_all(self) -> None:
         """See `run.round_all`."""
