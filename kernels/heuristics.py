@@ -1,0 +1,76 @@
+"""How the linear kernel is cut into programs, chosen by a formula: nothing is tried out when a model runs."""
+
+from dataclasses import dataclass
+
+__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose"]
+
+FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
+# Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
+SMALLEST_RUN = 8
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How `linear_triton.py` computes one product.
+
+    Attributes:
+        block_m: rows of x that a program works on, a power of two from 8 on.
+        block_n: rows of the weight (out_features), a multiple of 16 and a power of two.
+        block_k: columns of the weight (in_features) that one warp, or all warps together, take in one step: a power of
+            two, and a multiple of a tile's columns.
+        warps: of a program.
+        slices: 1: warps share the columns of a step and have rows of their own. Else it equals `warps`: each warp takes
+            `block_k` columns of its own, and what they find is added up in the program.
+        split: programs among which in_features are divided; with more than 1 their sums are added up in fp32.
+        stages: steps that are on their way from memory; 0: all of them, and the kernel has no loop.
+        scale_sum: multiply the sums of a step by the scale, not each weight. A step then has to lie in one group.
+        last_adds: with a split, whether the program that comes last adds up all sums, else a second kernel.
+        evict_first: whether the weight is the first to leave the L2 cache.
+        pdl: programmatic dependent launch: begin to read the weight while the kernel before is still running.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    slices: int = 1
+    split: int = 1
+    stages: int = 4
+    scale_sum: bool = True
+    last_adds: bool = True
+    evict_first: bool = True
+    pdl: bool = False
+
+
+def choose(
+    rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, sms: int, capability: int
+) -> LinearConfig | None:
+    """The configuration for x [rows, in_features] and `experts` weights [out_features, in_features].
+
+    Args:
+        sms: multiprocessors of the device. capability: its major compute capability.
+
+    Returns:
+        None if the kernel does not compute this (a group size other than 32, 64, a multiple of 128, or the whole row),
+        or is not the fastest way.
+    """
+    whole = group_size == in_features
+    if not (whole or group_size in (32, 64) or group_size % 128 == 0) or rows > FUSED_ROWS[min(capability, 9)]:
+        return None
+    scale_sum = whole or group_size % 128 == 0
+    if rows > 64:
+        return _prefill(bits)
+    block_m = max(8, 1 << (rows - 1).bit_length())
+    block_n = 128 if experts * out_features >= 128 * 2 * sms and block_m <= 32 else 64
+    programs = (4 if block_m <= 16 else 2) * sms
+    blocks = experts * -(-out_features // block_n)
+    split = 1
+    while 2 * split * blocks <= programs and in_features >= 2 * split * 256:
+        split *= 2
+    return LinearConfig(block_m, block_n, 128, warps=4, split=split, scale_sum=scale_sum and block_m <= 32)
+
+
+def _prefill(bits: int) -> LinearConfig:
+    if bits < 4:
+        return LinearConfig(128, 128, 128, warps=8, stages=3, scale_sum=False)
+    return LinearConfig(128, 256, 64, warps=8, stages=3, scale_sum=False)
