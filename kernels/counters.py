@@ -20,6 +20,7 @@ SUPPLY = 2**20  # counters, 4 MB
 
 _of_stream: dict[tuple[int, int], Tensor] = {}
 _supply: dict[int, Tensor] = {}  # by device, what is left
+_kept: list[Tensor] = []  # supplies that graphs hold parts of
 _lock = threading.Lock()
 
 
@@ -36,6 +37,7 @@ def zeroed_counters(device: torch.device, count: int) -> Tensor | None:
             return supply[:count]
         if number not in _supply or len(_supply[number]) < SUPPLY // 2:
             _supply[number] = torch.zeros(SUPPLY, dtype=torch.int32, device=device)
+            _kept.append(_supply[number])
             torch.cuda.current_stream(device).synchronize()  # the zeros will be used on other streams
         key = (number, torch.cuda.current_stream(device).cuda_stream)
         if key not in _of_stream or len(_of_stream[key]) < count:

@@ -12,7 +12,7 @@ from gptq_ao.kernels.counters import zeroed_counters
 from gptq_ao.kernels.heuristics import LinearConfig
 from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
 
-__all__ = ["constants", "launch"]
+__all__ = ["constants", "launch", "warm_up"]
 
 INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 # An operand of mma.sync made in registers: up to Triton 3.6 its columns are in an order of their own, see `unpack`.
@@ -65,24 +65,29 @@ def launch(
     c: LinearConfig,
     bias: Tensor | None = None,
     fast: bool = not INTERPRETED,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """[E, M, N] from x [E, M, K] and a stack of E weights, or from x [1, M, K] and one; all contiguous.
 
     Args:
         fast: whether codes are cut out of words in pairs, see `unpack_triton.py`.
+        counters: int32 zeros, one for each program of one split, that no other launch uses at the same time; made or
+            found here if they are needed and not given.
     """
     experts, rows, in_features = x.shape
     y = x.new_empty(experts, rows, out_features)
     if y.numel() == 0:
         return y
     blocks = -(-rows // c.block_m) * -(-out_features // c.block_n)
-    partial = counters = None
+    partial = None
     if c.split > 1:
         partial = x.new_empty(experts, c.split, rows, out_features, dtype=torch.float32)
-        if c.last_adds:
+        if c.last_adds and counters is None:
             counters = _counters(x.device, experts * blocks)
             if counters is None:
                 c = dataclasses.replace(c, last_adds=False)
+    if c.split == 1 or not c.last_adds:
+        counters = None
     tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters)
     arguments = (*tensors, rows, out_features, in_features, scale_zero.shape[-2])
     # All that Triton specializes a kernel for.
@@ -97,6 +102,26 @@ def launch(
         key = ("add", c.split, c.pdl, out_features, x.dtype, bias is None, aligned, x.device.index)
         _run(add_splits_kernel, key, grid, (partial, bias, y, rows, out_features), lambda: (values, options))
     return y
+
+
+def warm_up(
+    c: LinearConfig,
+    rows: int,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    fast: bool = True,
+) -> None:
+    """Compile what `launch` will run without a bias, into Triton's cache on disk. For a process that only compiles."""
+    values, options = constants(c, bits, group_size, in_features, dtype, torch.cuda.get_device_capability()[0], fast)
+    partial = torch.float32 if c.split > 1 else None
+    counters = torch.int32 if c.split > 1 and c.last_adds else None
+    high_plane = torch.int32 if bits == 3 else None
+    tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters)
+    numbers = (rows, out_features, in_features, in_features // group_size)
+    linear_kernel.warmup(*tensors, *numbers, grid=(1, 1, 1), **values, **options)
 
 
 def _constants(
