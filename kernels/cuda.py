@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptq_ao.kernels import heuristics, reference
+from gptq_ao.kernels import heuristics, reference, tuned
 from gptq_ao.packing import TILE_ROWS, pack_codes, pack_scale_zero
 
-__all__ = ["dequantize", "in_one_pass", "linear", "max_rows"]
+__all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows"]
 
 SCRATCH = 256 * 2**20  # bytes of dense weight at a time
 TESTED = {(8, 0), (9, 0)}  # compute capabilities
@@ -43,7 +43,7 @@ def linear(
     if perm is not None:
         x = x[..., perm]
     if x.dtype in (torch.bfloat16, torch.float16) and qdata.is_contiguous() and scale_zero.is_contiguous():
-        config = _config(_bucket(rows), out_features, in_features, bits, group_size, experts, x.device)
+        config = _config(bucket(rows), out_features, in_features, bits, group_size, experts, x.device)
         if config is not None:
             from gptq_ao.kernels.launch import launch
 
@@ -111,9 +111,20 @@ def max_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: in
     return most if heuristics.choose(1, 16, in_features, bits, group_size, 1, 1, capability) else 0
 
 
-def _bucket(rows: int) -> int:
-    """Numbers of rows with the same configuration."""
-    return 1 << max(rows - 1, 0).bit_length()
+def bucket(rows: int) -> int:
+    """The number of rows that stands for these and some fewer: all have one configuration."""
+    return max(8, 1 << max(rows - 1, 0).bit_length())
+
+
+def forget() -> None:
+    """Choose configurations anew."""
+    _tuned.cache_clear()
+    _config.cache_clear()
+
+
+@functools.cache
+def _tuned(device_name: str) -> dict[tuned.Product, tuned.Tuned]:
+    return tuned.load(tuned.default_path(device_name))
 
 
 @functools.cache
@@ -123,6 +134,9 @@ def _config(
     if not _usable(device, bits):
         return None
     properties = torch.cuda.get_device_properties(device)
+    measured = _tuned(properties.name).get(tuned.Product(rows, out_features, in_features, bits, group_size, experts))
+    if measured is not None:
+        return measured.config
     sms, capability = properties.multi_processor_count, properties.major
     return heuristics.choose(rows, out_features, in_features, bits, group_size, experts, sms, capability)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose"]
+__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose", "computes"]
 
 FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
 # Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
@@ -68,6 +68,17 @@ def choose(
     while 2 * split * blocks <= programs and in_features >= 2 * split * 256:
         split *= 2
     return LinearConfig(block_m, block_n, 128, warps=4, split=split, scale_sum=scale_sum and block_m <= 32)
+
+
+def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:
+    """Whether the kernel, cut like this, is right for such a weight."""
+    sizes = (c.block_m, c.block_n, c.block_k, c.warps)
+    if any(n < 1 or n & (n - 1) for n in sizes) or c.block_m < 8 or c.block_n < 16 or c.split < 1:
+        return False
+    whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
+    one_group = group_size == in_features or group_size % c.block_k == 0
+    whole_groups = one_group or (c.block_k % group_size == 0 and not c.scale_sum)
+    return whole_tiles and whole_groups and c.slices in (1, c.warps)
 
 
 def _prefill(bits: int) -> LinearConfig:
