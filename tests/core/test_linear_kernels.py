@@ -240,6 +240,16 @@ def compile_ahead(c: LinearConfig, bits: int, group: int, dtype: torch.dtype, ar
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
+def test_constants_are_in_the_order_of_the_kernel() -> None:
+    """Kernels that are compiled already are launched with all arguments by position."""
+    from gptq_ao.kernels.launch import constants
+    from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
+
+    values, _ = constants(BLOCK, 4, 128, 4096, BF16, 9, fast=True)
+    assert linear_kernel.arg_names[12:] == list(values)
+    assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "PDL"]
+
+
 # bits, group, rows, capability: what is chosen for them, on as many multiprocessors as an A100 or H100 has.
 SHIPPED = [(4, 128, 1, 90), (4, 128, 16, 90), (4, 128, 64, 90), (4, 128, 256, 90), (4, 32, 1, 90), (4, 4096, 1, 90)]
 SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (4, 128, 1, 80), (4, 128, 64, 80)]
