@@ -10,7 +10,7 @@ from gptq_ao.kernels.unpack_triton import unpack
 
 __all__ = ["dequantize"]
 
-ROWS, COLUMNS = 32, 256  # of a program
+ROWS, COLUMNS = 64, 256  # of a program
 INTERPRETED = not isinstance(unpack, triton.runtime.JITFunction)
 
 
@@ -40,29 +40,34 @@ def _dequantize(
     tile_column = tl.program_id(0) * KT
     tile_row = tl.program_id(1) * NT
     expert = tl.program_id(2).to(tl.int64)
+    qdata += expert * row_tiles * column_tiles * 128
+    scale_zero += expert * row_tiles * groups * 16
 
     i = tl.minimum(tile_column + tl.arange(0, KT), column_tiles - 1)[:, None]
     j = tl.arange(0, NT * 128)[None, :]
-    tile = (expert * row_tiles + tl.minimum(tile_row + j // 128, row_tiles - 1)) * column_tiles + i
-    q = tl.load(qdata + tile * 128 + j % 128, eviction_policy="evict_first")
+    tile = tl.minimum(tile_row + j // 128, row_tiles - 1) * column_tiles + i
+    q = tl.load(qdata + (tile * 128 + j % 128), eviction_policy="evict_first")
     h = q
     if BITS == 3:
+        high += expert * row_tiles * column_tiles * 64
         j = tl.arange(0, NT * 64)[None, :]
-        tile = (expert * row_tiles + tl.minimum(tile_row + j // 64, row_tiles - 1)) * column_tiles + i
-        h = tl.load(high + tile * 64 + j % 64, eviction_policy="evict_first")
+        tile = tl.minimum(tile_row + j // 64, row_tiles - 1) * column_tiles + i
+        h = tl.load(high + (tile * 64 + j % 64), eviction_policy="evict_first")
     row = tl.minimum(tile_row * 16 + tl.arange(0, BN), row_tiles * 16 - 1)
     k = tile_column * KE + tl.arange(0, NG) * RUN
     group = tl.minimum(k // group_size, groups - 1)
-    at = (expert * row_tiles + row // 16) * (groups * 16) + row % 16
-    word = tl.load(scale_zero + at[:, None] + (group * 16)[None, :])
+    word = tl.load(scale_zero + ((row // 16 * groups * 16 + row % 16)[:, None] + (group * 16)[None, :]))
     w = unpack(q, h, word >> 16, 1, KT, NT, BITS, FAST, True, COMPUTE).to(tl.float32)
     scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     w = (w * scale[:, :, None]).reshape(BN, BK)
 
-    n = tile_row * 16 + tl.arange(0, BN)
-    c = tile_column * KE + tl.arange(0, BK)
-    at = weight + (expert * N + n)[:, None] * K + c[None, :]
-    tl.store(at, w.to(weight.dtype.element_ty), mask=(n < N)[:, None] & (c < K)[None, :])
+    n = tl.arange(0, BN)[:, None]
+    c = tl.arange(0, BK)[None, :]
+    n0, c0 = tile_row * 16, tile_column * KE
+    mask = (n < N - n0) & (c < K - c0)
+    # What a program writes is near its first element: only the distance to that needs 64 bits.
+    weight += (expert * N + n0) * K + c0
+    tl.store(weight + (n * K + c), w.to(weight.dtype.element_ty), mask=mask)
 
 
 def dequantize(

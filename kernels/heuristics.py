@@ -59,15 +59,41 @@ def choose(
         return None
     scale_sum = whole or group_size % 128 == 0
     if rows > 64:
-        return _prefill(bits)
+        return _many_rows(rows, out_features, in_features, bits, experts, sms)
     block_m = max(8, 1 << (rows - 1).bit_length())
-    block_n = 128 if experts * out_features >= 128 * 2 * sms and block_m <= 32 else 64
-    programs = (4 if block_m <= 16 else 2) * sms
-    blocks = experts * -(-out_features // block_n)
-    split = 1
-    while 2 * split * blocks <= programs and in_features >= 2 * split * 256:
-        split *= 2
-    return LinearConfig(block_m, block_n, 128, warps=4, split=split, scale_sum=scale_sum and block_m <= 32)
+    blocks = experts * -(-out_features // 64)
+    # Enough programs that much is on its way, and that all multiprocessors get the same number of them.
+    enough = (4 if block_m <= 16 else 2) * sms
+    steps = -(-in_features // 128)
+    # Sums are written and read in fp32, mostly in the L2 cache, which is faster than what the weight is read from.
+    sums = 0.4 * 8 * block_m / (in_features * bits / 8)
+    shares = {
+        split: min(1.0, blocks * split / enough) * _balance(blocks * split, sms) / (1 + sums * split * (split > 1))
+        for split in (1, 2, 4, 8, 16)
+        if split == 1 or steps >= 2 * split
+    }
+    split = next(n for n, share in shares.items() if share >= 0.95 * max(shares.values()))
+    return LinearConfig(block_m, 64, 128, warps=4, split=split, scale_sum=scale_sum and block_m <= 32)
+
+
+def _balance(programs: int, sms: int) -> float:
+    """The part of the time that multiprocessors are busy, if programs take equally long."""
+    return programs / (-(-programs // sms) * sms)
+
+
+def _many_rows(rows: int, out_features: int, in_features: int, bits: int, experts: int, sms: int) -> LinearConfig:
+    """Large blocks use the matrix instructions best, if there are enough of them; a split costs memory traffic."""
+    best, most = None, 0.0
+    for block_m, block_n, warps, worth in ((128, 256, 8, 1.0), (128, 128, 4, 0.9), (64, 128, 4, 0.75)):
+        if bits < 4 and block_n == 256:
+            continue  # a tile has 128 columns: what a step takes would not fit into registers
+        blocks = experts * -(-rows // block_m) * -(-out_features // block_n)
+        for split in (1, 2, 4):
+            value = worth * _balance(blocks * split, sms) / (1 + 300 / in_features * split * (split > 1))
+            if value > most and in_features >= 512 * split:
+                best, most = (block_m, block_n, warps, split), value
+    block_m, block_n, warps, split = best or (64, 128, 4, 1)
+    return LinearConfig(block_m, block_n, 128 if bits < 4 else 64, warps, split=split, stages=3, scale_sum=False)
 
 
 def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:
@@ -79,9 +105,3 @@ def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> b
     one_group = group_size == in_features or group_size % c.block_k == 0
     whole_groups = one_group or (c.block_k % group_size == 0 and not c.scale_sum)
     return whole_tiles and whole_groups and c.slices in (1, c.warps)
-
-
-def _prefill(bits: int) -> LinearConfig:
-    if bits < 4:
-        return LinearConfig(128, 128, 128, warps=8, stages=3, scale_sum=False)
-    return LinearConfig(128, 256, 64, warps=8, stages=3, scale_sum=False)
