@@ -14,6 +14,7 @@ from gptq_ao.quantize import quantize_
 from gptq_ao.report import Report
 from gptq_ao.stream import quantize_checkpoint
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
+from gptq_ao.tune import tune
 
 _register()
 
@@ -33,5 +34,6 @@ __all__ = [
     "quantize_",
     "quantize_checkpoint",
     "save_quantized",
+    "tune",
     "whole_model",
 ]

@@ -11,6 +11,7 @@ __all__ = [
     "NonFiniteError",
     "PassError",
     "SolverError",
+    "TuningError",
 ]
 
 
@@ -44,6 +45,10 @@ class SolverError(GPTQError, RuntimeError):
 
 class CheckpointError(GPTQError, RuntimeError):
     """A checkpoint is incomplete, inconsistent, unsafe, or cannot be written."""
+
+
+class TuningError(GPTQError, ValueError):
+    """The file with measured configurations of kernels cannot be used."""
 
 
 class PassError(GPTQError, AssertionError):

@@ -44,12 +44,25 @@ def _linear(
     return reference.linear(x, qdata, scale_zero, high_plane, perm, bits, out_features, in_features, bias)
 
 
-def kernel_name(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, stacked: bool) -> str:
-    """What `linear` runs on such a weight, in words. `stacked`: it is a stack of matrices."""
-    from gptq_ao.kernels import cpu
+def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
+    from gptq_ao.kernels import cuda
 
-    rows = cpu.max_rows(dtype, bits, group_size) if device.type == "cpu" and not stacked else 0
-    return f"cpu int4 up to {rows} rows, else dequantize + matmul" if rows else "dequantize + matmul"
+    with torch.cuda.device(x.device):  # a kernel is launched on the current device
+        return cuda.linear(x, *arguments)
+
+
+def kernel_name(
+    device: torch.device, dtype: torch.dtype, bits: int, group_size: int, in_features: int, stacked: bool
+) -> str:
+    """What `linear` runs on such a weight, in words. `stacked`: it is a stack of matrices."""
+    from gptq_ao.kernels import cpu, cuda
+
+    rows, name = 0, ""
+    if device.type == "cpu" and not stacked:
+        rows, name = cpu.max_rows(dtype, bits, group_size), "cpu int4"
+    elif device.type == "cuda":
+        rows, name = cuda.max_rows(device, dtype, bits, group_size, in_features), "triton"
+    return f"{name} up to {rows} rows, else dequantize + matmul" if rows else "dequantize + matmul"
 
 
 def _dequantize(
@@ -68,8 +81,17 @@ def _dequantize(
     return reference.dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, dtype)
 
 
+def _dequantize_cuda(qdata: Tensor, *arguments: Any) -> Tensor:
+    from gptq_ao.kernels import cuda
+
+    with torch.cuda.device(qdata.device):
+        return cuda.dequantize(qdata, *arguments)
+
+
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("linear", _linear_cuda, "CUDA")
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantize_cuda, "CUDA")
 
 
 @torch.library.register_fake("gptq_ao::linear", lib=_library)

@@ -276,7 +276,9 @@ def _weights(
                 method=c.method,
                 stage=of[0][0] if of else 0,
                 rows=sum(footprint.rows[g.name] for _, g in of),
-                kernel=kernel_name(device, parameter.dtype, c.bits, group_size, stacked=len(layout.shape) > 2),
+                kernel=kernel_name(
+                    device, parameter.dtype, c.bits, group_size, layout.in_features, stacked=len(layout.shape) > 2
+                ),
                 bytes=footprint.packed[name],
                 original_bytes=parameter.nbytes,
                 fallback=_fallback(name, layout, [g for _, g in of], footprint, config.expert_min_rows)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gptq_ao.activations import compact
 from gptq_ao.grid import group_columns
 from gptq_ao.hessian import HessianObserver
-from gptq_ao.kernels import reference
+from gptq_ao.kernels import cuda, reference
 from gptq_ao.live_bytes import LiveBytes, storages
 from gptq_ao.packing import pack_codes, pack_scale_zero
 from gptq_ao.passes.calibrate import run_segment
@@ -222,7 +222,13 @@ class _Simulation:
         assert scale_zero is not None
         layout, dtype, bits = self.layouts[name], self.state[name].dtype, self.settings[name].bits
         sides = (layout.out_features if qdata.dim() > 3 else layout.rows, layout.in_features)
-        weight = reference.dequantize(qdata, scale_zero, high_plane, perm, bits, *sides, dtype)
+        size = self.settings[name].group_size
+        size = layout.in_features if size == -1 else size
+        if cuda.in_one_pass(self.real_device, bits, size, layout.in_features, dtype):
+            weight = torch.empty(*qdata.shape[:-3], *sides, dtype=dtype, device=self.device)
+            weight = weight if perm is None else weight[..., perm]
+        else:
+            weight = reference.dequantize(qdata, scale_zero, high_plane, perm, bits, *sides, dtype)
         return (weight.mT if layout.transposed else weight).reshape(layout.shape)
 
     def dense(self, name: str) -> Tensor:

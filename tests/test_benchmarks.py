@@ -68,3 +68,24 @@ def test_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("stream: private memory at most")
     assert lines[-1] == "equal, byte for byte: True"
+
+
+@pytest.mark.gpu
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = runpy.run_path(str(ROOT / "benchmarks" / "kernels.py"))
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--rows", "1", "300"])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("reads ")
+    assert sum("4096 x 4096    4   128" in line for line in lines) == 2
+
+
+@pytest.mark.gpu
+def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = runpy.run_path(str(ROOT / "benchmarks" / "decode.py"))
+    options = ["--layers", "1", "--vocabulary", "512", "--batch", "2", "--tokens", "8", "--kinds", "bf16", "gptq_ao"]
+    monkeypatch.setattr(sys, "argv", ["x", *options])
+    script["main"]()
+    assert len(capsys.readouterr().out.splitlines()) == 3

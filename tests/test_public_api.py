@@ -21,6 +21,7 @@ PUBLIC = {
     "quantize_",
     "quantize_checkpoint",
     "save_quantized",
+    "tune",
     "whole_model",
 }
 

@@ -1,0 +1,205 @@
+"""Time of products with packed weights on a GPU, beside dense ones and other kernels.
+
+    python benchmarks/kernels.py                                 # the table
+    python benchmarks/kernels.py --sweep sweep.jsonl --minutes 8  # all configurations worth trying
+
+Each time is that of one launch in a CUDA graph that goes through distinct weights of 200 MB together, so that none is
+in the L2 cache: the median of several replays. "roof": the time it takes to read the packed weight at the bandwidth
+measured first, by a kernel that does nothing else. Prints "absent" for what is not installed.
+"""
+
+import argparse
+import functools
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from kernel_sweep import sweep  # type: ignore[import-not-found]
+from packed import Shape, Weight, read_bandwidth, ring  # type: ignore[import-not-found]
+from torch import Tensor
+
+from gptq_ao import ops
+from gptq_ao.kernels.timing import BEYOND_CACHE, microseconds
+
+SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192)]  # N, K
+ROWS = [1, 16, 64, 256, 2048]
+FORMATS = [(4, 32), (2, 128), (3, 128), (8, 128)]  # bits and group, beside 4 and 128, for few rows
+BF16 = torch.bfloat16
+
+
+def ours(w: Weight, x: Tensor) -> Tensor:
+    s = w.shape
+    return ops.linear(x, w.qdata, w.scale_zero, w.high_plane, None, s.bits, s.group, s.n, s.k)
+
+
+@functools.cache
+def dense_us(n: int, k: int, m: int) -> float:
+    """cuBLAS, bf16."""
+    weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(-(-BEYOND_CACHE // (2 * n * k)))]
+    x = torch.randn(m, k, device="cuda", dtype=BF16)
+    return microseconds(lambda i: F.linear(x, weights[i]), len(weights), calls=_calls(m))
+
+
+@functools.cache
+def tinygemm_us(n: int, k: int, m: int, group: int) -> float:
+    """PyTorch's own 4-bit kernel."""
+    count = -(-BEYOND_CACHE // (n * k // 2))
+    codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+    weights = [torch.ops.aten._convert_weight_to_int4pack(codes, 8).clone() for _ in range(count)]
+    scales = torch.rand(k // group, n, 2, device="cuda", dtype=BF16)
+    x = torch.randn(m, k, device="cuda", dtype=BF16)
+    product = torch.ops.aten._weight_int4pack_mm
+    return microseconds(lambda i: product(x, weights[i], group, scales), count, calls=_calls(m))
+
+
+@functools.cache
+def gemlite_us(n: int, k: int, m: int, group: int) -> float:
+    from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
+
+    count = -(-BEYOND_CACHE // (n * k // 2))
+    layers = []
+    for _ in range(count):
+        layer = GemLiteLinear(4, group, k, n, DType.BF16, DType.BF16)
+        codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+        scales = torch.rand(n * k // group, 1, device="cuda", dtype=BF16)
+        layer.pack(codes, scales, torch.full_like(scales, 8), None)
+        layers.append(layer)
+    x = torch.randn(m, k, device="cuda", dtype=BF16)
+    return microseconds(lambda i: layers[i](x), count, calls=_calls(m))
+
+
+def attempt(module: str, measure: Callable[..., float], *arguments: int) -> str:
+    if importlib.util.find_spec(module) is None:
+        return "absent"
+    try:
+        return f"{measure(*arguments):.1f}"
+    except Exception as error:  # of another project: say so and go on
+        return type(error).__name__
+
+
+def _calls(m: int) -> int:
+    return 96 if m <= 64 else 24
+
+
+def table(shapes: list[Shape], rows: list[int], roof: float) -> None:
+    for s in shapes:
+        weights = ring(s)
+        for m in rows:
+            x = torch.randn(m, s.k, device="cuda", dtype=BF16)
+            check(weights[0], x)
+            us = microseconds(lambda i, w=weights, x=x: ours(w[i], x), len(weights), calls=_calls(m))  # type: ignore[misc]
+            dense = dense_us(s.n, s.k, m)
+            least = s.bytes / roof / 1e3
+            others = "-", "-"
+            if s.bits == 4 and m <= 256:
+                others = (
+                    attempt("torch", tinygemm_us, s.n, s.k, m, s.group),
+                    attempt("gemlite", gemlite_us, s.n, s.k, m, s.group),
+                )
+            print(
+                f"{f'{s.n} x {s.k}':>14} {s.bits:>4} {s.group:>5} {m:>5} {us:>9.2f} {s.bytes / us / 1e3:>7.0f} "
+                f"{least / us:>6.0%} {2e-6 * m * s.n * s.k / us:>7.1f} {dense:>9.2f} {dense / us:>6.2f} "
+                f"{others[0]:>9} {others[1]:>9}",
+                flush=True,
+            )
+
+
+def check(w: Weight, x: Tensor) -> None:
+    """Before it is timed, it must be right."""
+    dense = w.dense(torch.float32)
+    exact, magnitude = x.float() @ dense.T, x.float().abs() @ dense.abs().T
+    assert ((ours(w, x).float() - exact).abs() <= 2**-6 * magnitude).all(), f"{w.shape} M {len(x)} is wrong"
+
+
+def dequantize_speed() -> None:
+    print("\ndequantize, bf16: GB/s read and written")
+    for n, k in SIZES:
+        for bits, group in [(4, 128), *FORMATS]:
+            s = Shape(bits, group, n, k)
+            weights = ring(s)
+
+            def run(i: int, weights: list[Weight] = weights) -> Tensor:
+                w = weights[i]
+                each = (w.shape.bits, w.shape.group, w.shape.n, w.shape.k)
+                return ops.dequantize(w.qdata, w.scale_zero, w.high_plane, None, *each, BF16)
+
+            us = microseconds(run, len(weights), calls=12)
+            print(f"{f'{n} x {k}':>14} {bits} bits g{group}: {us:7.1f} us {(s.bytes + 2 * n * k) / us / 1e3:6.0f}")
+
+
+def overhead() -> None:
+    """What a call costs in Python, where the GPU has next to nothing to do."""
+    w = ring(Shape(4, 128, 256, 256), 1)[0]
+    x, weight = torch.randn(1, 256, device="cuda", dtype=BF16), w.dense(BF16)
+    calls: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(w, x), "F.linear": lambda: F.linear(x, weight)}
+    print("\na call from Python, us:")
+    for name, call in calls.items():
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(1000):
+                call()
+            times.append((time.perf_counter() - start) * 1e3)
+            torch.cuda.synchronize()
+        print(f"  {name}: {min(times):.1f}")
+
+
+def first_call() -> None:
+    """With Triton's cache empty, and of a dtype that was not used before."""
+    triton.knobs.cache.dir = tempfile.mkdtemp()
+    for s, m in [(Shape(4, 128, 384, 512), 1), (Shape(4, 128, 384, 512), 40), (Shape(3, 128, 384, 512), 1)]:
+        w = ring(s, 1)[0]
+        x = torch.randn(m, s.k, device="cuda", dtype=torch.float16)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        ours(w, x)
+        torch.cuda.synchronize()
+        print(f"first call, {s.bits} bits, M {m}: {time.perf_counter() - start:.2f} s")
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", type=Path, help="time configurations instead, and write them here as JSON lines")
+    parser.add_argument("--minutes", type=float, default=8, help="of the sweep at most")
+    parser.add_argument("--processes", type=int, default=14, help="that compile for the sweep")
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 2, 3, 8])
+    parser.add_argument("--quick", action="store_true", help="one size, no other formats")
+    args = parser.parse_args()
+
+    sizes = SIZES[:1] if args.quick else SIZES
+    formats = [(b, g) for b, g in FORMATS if b in args.bits and not args.quick]
+    if args.sweep:
+        shapes = [Shape(4, 128, n, k) for n, k in sizes] if 4 in args.bits else []
+        products = [(s, m) for m in args.rows if m <= 256 for s in shapes]
+        products += [(Shape(b, g, n, k), m) for b, g in formats for m in args.rows if m <= 16 for n, k in sizes]
+        sweep(products, args.sweep, args.minutes, args.processes)
+        return
+    roof = read_bandwidth()
+    properties: Any = torch.cuda.get_device_properties()
+    print(
+        f"{properties.name}, {properties.multi_processor_count} SMs, torch {torch.__version__}, {triton.__version__=}"
+    )
+    print(f"reads {roof:.0f} GB/s")
+    print(
+        f"{'N x K':>14} bits group     M        us    GB/s   roof TFLOP/s bf16 us  ratio  tinygemm   gemlite\n"
+        "(marlin and mslk: not compared)"
+    )
+    table([Shape(4, 128, n, k) for n, k in sizes], args.rows, roof)
+    few = [m for m in args.rows if m <= 16]
+    table([Shape(b, g, n, k) for b, g in formats for n, k in sizes], few, roof)
+    dequantize_speed()
+    overhead()
+    first_call()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Measure which configuration of the linear kernel is the fastest for a model's weights on this GPU."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptq_ao.errors import TuningError
+from gptq_ao.kernels import cuda, tuned
+from gptq_ao.kernels.candidates import candidates
+from gptq_ao.kernels.heuristics import FUSED_ROWS, LinearConfig
+from gptq_ao.kernels.tuned import Product, Tuned
+from gptq_ao.tensor import GroupTensor
+
+__all__ = ["tune"]
+
+Packed = tuple[Tensor, Tensor, Tensor | None]  # qdata, scale_zero, high_plane
+
+
+def tune(model: nn.Module, rows: Sequence[int] = (1, 16, 64, 256), path: Path | str | None = None) -> Path:
+    """Time all configurations worth trying for the quantized weights of a model, and write down the fastest.
+
+    Models use what the file says from then on, in this process and in those that come. Without it they use a formula,
+    so this is never needed. It takes minutes: each configuration is compiled once. Nothing of the model changes.
+
+    Args:
+        rows: numbers of rows of x (batch size times length) to tune for, each standing for those down to half of it.
+        path: of the file, which is added to; None: `GPTQ_AO_TUNED` of the environment, or
+            `~/.cache/gptq_ao/<device>.json`. Only those two are read later.
+
+    Returns:
+        The path.
+
+    Raises:
+        TuningError: no quantized weight is on a GPU that has kernels, or the file that is there is damaged.
+    """
+    weights: dict[Product, list[GroupTensor]] = {}
+    for parameter in model.parameters():
+        if isinstance(parameter, GroupTensor) and parameter.is_cuda and parameter.qdata.dim() == 3:
+            for count in sorted({cuda.bucket(r) for r in rows}):
+                weights.setdefault(_product(parameter, count), []).append(parameter)
+    if not weights:
+        raise TuningError("no quantized matrix of the model is on a GPU: move it there first, model.cuda()")
+    device = next(iter(weights.values()))[0].device
+    name = torch.cuda.get_device_name(device)
+    file = tuned.default_path(name) if path is None else Path(path)
+    entries = tuned.load(file)
+    with torch.cuda.device(device), torch.no_grad():
+        for product, same in weights.items():
+            entries[product] = _fastest(product, same)
+    tuned.save(file, name, entries)
+    cuda.forget()
+    return file
+
+
+def _product(weight: GroupTensor, rows: int) -> Product:
+    return Product(rows, weight.out_features, weight.in_features, weight.bits, weight.group_size)
+
+
+def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
+    from gptq_ao.kernels.timing import BEYOND_CACHE, microseconds
+
+    size = weights[0].qdata.nbytes + weights[0].scale_zero.nbytes
+    count = -(-BEYOND_CACHE // size)
+    # Few of a shape: more in memory, of the same values, so that none is still in the cache.
+    ring: list[Packed] = [w.packed()[:3] for w in weights[:count]]
+    for _ in range(count - len(ring)):
+        qdata, scale_zero, high_plane = ring[0]
+        ring.append((qdata.clone(), scale_zero.clone(), None if high_plane is None else high_plane.clone()))
+    x = torch.randn(1, p.rows, p.in_features, device="cuda", dtype=torch.bfloat16)
+    best = Tuned(None, float("inf"))
+    if p.rows > min(FUSED_ROWS.values()):
+
+        def dense(i: int) -> Tensor:
+            weight = cuda.dequantize(*ring[i], None, p.bits, p.group_size, p.out_features, p.in_features, x.dtype)
+            return torch.mm(x[0], weight.T)
+
+        best = Tuned(None, microseconds(dense, count, calls=24))
+    sms = torch.cuda.get_device_properties().multi_processor_count
+    for c in candidates(p.rows, p.out_features, p.in_features, p.bits, p.group_size, sms):
+        took = _time(p, c, ring, x)
+        if took < best.microseconds:
+            best = Tuned(c, took)
+    return best
+
+
+def _time(p: Product, c: LinearConfig, ring: list[Packed], x: Tensor) -> float:
+    """Microseconds; infinite if the GPU has not enough of something for this configuration."""
+    import triton
+
+    from gptq_ao.kernels.launch import launch
+    from gptq_ao.kernels.timing import microseconds
+
+    blocks = -(-p.rows // c.block_m) * -(-p.out_features // c.block_n)
+    counters = torch.zeros(blocks, dtype=torch.int32, device=x.device)
+
+    def run(i: int) -> Tensor:
+        return launch(x, *ring[i], p.bits, p.group_size, p.out_features, c, counters=counters)
+
+    try:
+        return microseconds(run, len(ring), replays=5)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")

@@ -1,0 +1,82 @@
+"""Configurations of the linear kernel that are worth timing for a product: what `tune` and the benchmark try."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from gptq_ao.kernels.heuristics import LinearConfig
+
+__all__ = ["candidates", "variations"]
+
+SHARED_MEMORY = 224 * 2**10  # bytes, of compute capability 9.0
+REGISTERS = 160  # of a thread for codes that are on their way, in the kernel without a loop, and for sums
+
+
+def candidates(
+    rows: int, out_features: int, in_features: int, bits: int, group_size: int, sms: int
+) -> Iterator[LinearConfig]:
+    """For x [rows, in_features] and a weight [out_features, in_features]; the smallest first."""
+    few = rows <= 16
+    block_m = max(8, 1 << (rows - 1).bit_length())
+    for c in _few_rows(block_m) if few else _many_rows(block_m):
+        step = c.block_k * c.slices
+        steps = -(-in_features // step)
+        blocks = -(-rows // c.block_m) * -(-out_features // c.block_n)
+        whole = group_size == in_features or group_size % c.block_k == 0
+        for split in (1, 2, 4, 8, 16, 32):
+            programs, each = blocks * split, -(-steps // split)
+            if not sms // 2 <= programs <= 40 * sms or each * (split - 1) >= steps:
+                continue
+            if split > 1 and rows > 16 and programs > 8 * sms:
+                continue
+            if (each == 1 and c.stages > 0) or (each < c.stages - 1 and c.stages > 2):
+                continue  # a loop that is over before its pipeline is full
+            scale_sum = whole and rows <= 64
+            found = dataclasses.replace(c, split=split, scale_sum=scale_sum)
+            if _fits(found, bits, each):
+                yield found
+
+
+def variations(c: LinearConfig, group_size: int, in_features: int, capability: int) -> Iterator[LinearConfig]:
+    """`c` with one attribute changed that `candidates` does not try."""
+    yield dataclasses.replace(c, evict_first=not c.evict_first)
+    if c.split > 1:
+        yield dataclasses.replace(c, last_adds=not c.last_adds)
+    if c.scale_sum or group_size == in_features or group_size % c.block_k == 0:
+        yield dataclasses.replace(c, scale_sum=not c.scale_sum)
+    if capability >= 9:
+        yield dataclasses.replace(c, pdl=not c.pdl)
+    for stages in {2, 3, 4, 5, 6, 8} - {c.stages} if c.stages else ():
+        yield dataclasses.replace(c, stages=stages)
+
+
+def _few_rows(block_m: int) -> Iterator[LinearConfig]:
+    """Memory is the limit: much must be on its way."""
+    for stages in (0, 3, 5):
+        for block_n, warps in ((32, 2), (64, 4), (64, 2), (128, 4)):
+            for block_k in (128, 256):
+                yield LinearConfig(block_m, block_n, block_k, warps, stages=stages)
+        for block_n in (16, 32, 64):
+            for slices in (4, 8):
+                yield LinearConfig(block_m, block_n, 128, slices, slices=slices, stages=stages)
+
+
+def _many_rows(block_m: int) -> Iterator[LinearConfig]:
+    for m in sorted({min(block_m, 32), min(block_m, 64), min(block_m, 128), min(block_m, 256)}):
+        for block_n in (64, 128, 256):
+            for block_k in (64, 128):
+                for warps in (4, 8):
+                    for stages in (3, 4):
+                        yield LinearConfig(m, block_n, block_k, warps, stages=stages)
+
+
+def _fits(c: LinearConfig, bits: int, steps: int) -> bool:
+    threads = 32 * c.warps
+    words = c.block_n * c.block_k * c.slices * bits // 32
+    sums = c.block_m * c.block_n * c.slices // threads
+    whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
+    memory = c.stages * (4 * words + 2 * c.block_m * c.block_k * c.slices)
+    on_their_way = words // threads * steps if c.stages == 0 else 0
+    enough_rows = c.slices > 1 or c.block_n >= 16 * c.warps or c.block_m > 16
+    return (
+        whole_tiles and enough_rows and memory <= SHARED_MEMORY and sums <= REGISTERS and on_their_way <= REGISTERS // 2
+    )

@@ -1,0 +1,185 @@
+"""What the operators run on a CUDA device: the Triton kernels where they compute this, else `reference.py`.
+
+    few rows of x    one kernel that reads packed codes (`linear_triton.py`)
+    many             dequantize a part of the weight, multiply by it, and so on: a part at a time bounds the memory
+
+A kernel that was never run on this architecture is compared with the reference once, and not used if it is wrong.
+"""
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptq_ao.kernels import heuristics, reference, tuned
+from gptq_ao.packing import TILE_ROWS, pack_codes, pack_scale_zero
+
+__all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows"]
+
+SCRATCH = 256 * 2**20  # bytes of dense weight at a time
+TESTED = {(8, 0), (9, 0)}  # compute capabilities
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `reference.linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
+    stacked = qdata.dim() > 3
+    if x.device != qdata.device or x.shape[-1] != in_features or (stacked and x.shape[:-2] != qdata.shape[:-3]):
+        raise ValueError(f"x {tuple(x.shape)} on {x.device} and a weight [{out_features}, {in_features}] do not fit")
+    experts, rows = (len(qdata), x.shape[-2]) if stacked else (1, x.shape[:-1].numel())
+    if perm is not None:
+        x = x[..., perm]
+    if x.dtype in (torch.bfloat16, torch.float16) and qdata.is_contiguous() and scale_zero.is_contiguous():
+        config = _config(bucket(rows), out_features, in_features, bits, group_size, experts, x.device)
+        if config is not None:
+            from gptq_ao.kernels.launch import launch
+
+            flat = x.contiguous().view(experts, rows, in_features)
+            y = launch(flat, qdata, scale_zero, high_plane, bits, group_size, out_features, config, bias)
+            return y.view(*x.shape[:-1], out_features)
+    numbers = (bits, group_size, out_features, in_features)
+    if stacked:
+        return torch.bmm(x, dequantize(qdata, scale_zero, high_plane, None, *numbers, x.dtype).mT)
+    most = max(1, SCRATCH // (TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
+    if most >= out_features:
+        return F.linear(x, dequantize(qdata, scale_zero, high_plane, None, *numbers, x.dtype), bias)
+    flat = x.reshape(-1, in_features)
+    y = x.new_empty(len(flat), out_features)
+    for first in range(0, out_features, most):
+        part = slice(first, min(first + most, out_features))
+        tiles = slice(first // TILE_ROWS, (first + most) // TILE_ROWS)
+        high = None if high_plane is None else high_plane[tiles]
+        numbers = (bits, group_size, part.stop - part.start, in_features)
+        weight = dequantize(qdata[tiles], scale_zero[tiles], high, None, *numbers, x.dtype)
+        if bias is None:
+            torch.mm(flat, weight.T, out=y[:, part])
+        else:
+            torch.addmm(bias[part], flat, weight.T, out=y[:, part])
+    return y.view(*x.shape[:-1], out_features)
+
+
+def dequantize(
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.dequantize`: the same, bit for bit."""
+    contiguous = qdata.is_contiguous() and scale_zero.is_contiguous()
+    if contiguous and in_one_pass(qdata.device, bits, group_size, in_features, dtype):
+        from gptq_ao.kernels import dequantize_triton
+
+        packed = (qdata, scale_zero, high_plane)
+        weight = dequantize_triton.dequantize(*packed, bits, group_size, out_features, in_features, dtype)
+        return weight if perm is None else weight[..., torch.argsort(perm)]
+    return reference.dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, dtype)
+
+
+def in_one_pass(device: torch.device, bits: int, group_size: int, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether `dequantize` is one kernel and needs no memory but that of its result, as far as can be told from here:
+    a GPU that is not in this machine is taken for a usable one."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    runs = group_size == in_features or group_size % heuristics.SMALLEST_RUN == 0
+    return runs and (not torch.cuda.is_available() or _usable(device, bits))
+
+
+def max_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, in_features: int) -> int:
+    """Up to how many rows of x `linear` reads packed codes; 0: it always dequantizes."""
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available() or not _usable(device, bits):
+        return 0
+    capability = torch.cuda.get_device_capability(device)[0]
+    most = heuristics.FUSED_ROWS[min(capability, 9)]
+    return most if heuristics.choose(1, 16, in_features, bits, group_size, 1, 1, capability) else 0
+
+
+def bucket(rows: int) -> int:
+    """The number of rows that stands for these and some fewer: all have one configuration."""
+    return max(8, 1 << max(rows - 1, 0).bit_length())
+
+
+def forget() -> None:
+    """Choose configurations anew."""
+    _tuned.cache_clear()
+    _config.cache_clear()
+
+
+@functools.cache
+def _tuned(device_name: str) -> dict[tuned.Product, tuned.Tuned]:
+    return tuned.load(tuned.default_path(device_name))
+
+
+@functools.cache
+def _config(
+    rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, device: torch.device
+) -> heuristics.LinearConfig | None:
+    if not _usable(device, bits):
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    measured = _tuned(properties.name).get(tuned.Product(rows, out_features, in_features, bits, group_size, experts))
+    if measured is not None:
+        return measured.config
+    sms, capability = properties.multi_processor_count, properties.major
+    return heuristics.choose(rows, out_features, in_features, bits, group_size, experts, sms, capability)
+
+
+@functools.cache
+def _usable(device: torch.device, bits: int) -> bool:
+    """Whether there is Triton, and its kernels can be trusted on this device."""
+    capability = torch.cuda.get_device_capability(device)
+    if importlib.util.find_spec("triton") is None or torch.version.hip or capability < (8, 0):
+        return False
+    return capability in TESTED or _agrees(device, bits)
+
+
+def _agrees(device: torch.device, bits: int) -> bool:
+    """Whether kernels and reference agree on a small product."""
+    from gptq_ao.kernels import dequantize_triton
+    from gptq_ao.kernels.launch import launch
+
+    n, k, group = 80, 256, 128
+    codes = (torch.arange(n * k, device=device).view(n, k) * 2654435761 >> 16).bitwise_and(2**bits - 1).to(torch.uint8)
+    scale = torch.linspace(-0.1, 0.1, n * k // group, device=device).half().view(n, -1)
+    zero_point = torch.full_like(scale, 2 ** (bits - 1) - 1, dtype=torch.uint8)
+    qdata, high_plane = pack_codes(codes, bits)
+    packed = (qdata, pack_scale_zero(scale, zero_point), high_plane)
+    x = torch.linspace(-1, 1, 3 * k, device=device).half().view(1, 3, k)
+    config = heuristics.choose(3, n, k, bits, group, 1, 8, torch.cuda.get_device_capability(device)[0])
+    assert config is not None
+    weight = reference.dequantize(*packed, None, bits, n, k, torch.float16)
+    expected = x[0].float() @ weight.float().T
+    try:
+        again = dequantize_triton.dequantize(*packed, bits, group, n, k, torch.float16)
+        y = launch(x, *packed, bits, group, n, config)[0].float()
+        # fp32 sums, weights and results rounded to fp16, with room to spare.
+        close = (y - expected).abs() <= 2**-8 * (x[0].float().abs() @ weight.float().abs().T) + 1e-6
+        agree = torch.equal(again, weight) and bool(close.all())
+        found = "disagree with the reference"
+    except Exception as error:  # whatever a compiler may throw
+        agree, found = False, f"do not run ({type(error).__name__}: {error})"
+    if not agree:
+        name = torch.cuda.get_device_name(device)
+        warnings.warn(
+            f"gptq_ao: the {bits}-bit Triton kernels {found} on {name}; weights are dequantized by plain PyTorch "
+            "operators instead, which is slow. Please report this, with the versions of torch and triton.",
+            stacklevel=2,
+        )
+    return agree

@@ -1,0 +1,117 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The dense weight of packed codes on a GPU: `reference.dequantize`, bit for bit, in one pass."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptq_ao.kernels.unpack_triton import unpack
+
+__all__ = ["dequantize"]
+
+ROWS, COLUMNS = 64, 256  # of a program
+INTERPRETED = not isinstance(unpack, triton.runtime.JITFunction)
+
+
+@triton.jit
+def _dequantize(
+    qdata,
+    high,
+    scale_zero,
+    weight,
+    N,
+    K,
+    groups,
+    group_size,
+    BITS: tl.constexpr,
+    RUN: tl.constexpr,  # columns that share a scale, wherever they begin in a block
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    FAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One block [BN, BK] of one matrix. (code − zero_point)·scale in fp32, rounded once."""
+    KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
+    NT: tl.constexpr = BN // 16
+    KT: tl.constexpr = BK // KE
+    NG: tl.constexpr = BK // RUN
+    row_tiles, column_tiles = tl.cdiv(N, 16), tl.cdiv(K, KE)
+    tile_column = tl.program_id(0) * KT
+    tile_row = tl.program_id(1) * NT
+    expert = tl.program_id(2).to(tl.int64)
+    qdata += expert * row_tiles * column_tiles * 128
+    scale_zero += expert * row_tiles * groups * 16
+
+    i = tl.minimum(tile_column + tl.arange(0, KT), column_tiles - 1)[:, None]
+    j = tl.arange(0, NT * 128)[None, :]
+    tile = tl.minimum(tile_row + j // 128, row_tiles - 1) * column_tiles + i
+    q = tl.load(qdata + (tile * 128 + j % 128), eviction_policy="evict_first")
+    h = q
+    if BITS == 3:
+        high += expert * row_tiles * column_tiles * 64
+        j = tl.arange(0, NT * 64)[None, :]
+        tile = tl.minimum(tile_row + j // 64, row_tiles - 1) * column_tiles + i
+        h = tl.load(high + (tile * 64 + j % 64), eviction_policy="evict_first")
+    row = tl.minimum(tile_row * 16 + tl.arange(0, BN), row_tiles * 16 - 1)
+    k = tile_column * KE + tl.arange(0, NG) * RUN
+    group = tl.minimum(k // group_size, groups - 1)
+    word = tl.load(scale_zero + ((row // 16 * groups * 16 + row % 16)[:, None] + (group * 16)[None, :]))
+    w = unpack(q, h, word >> 16, 1, KT, NT, BITS, FAST, True, COMPUTE).to(tl.float32)
+    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    w = (w * scale[:, :, None]).reshape(BN, BK)
+
+    n = tl.arange(0, BN)[:, None]
+    c = tl.arange(0, BK)[None, :]
+    n0, c0 = tile_row * 16, tile_column * KE
+    mask = (n < N - n0) & (c < K - c0)
+    # What a program writes is near its first element: only the distance to that needs 64 bits.
+    weight += (expert * N + n0) * K + c0
+    tl.store(weight + (n * K + c), w.to(weight.dtype.element_ty), mask=mask)
+
+
+def dequantize(
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    fast: bool = not INTERPRETED,
+) -> Tensor:
+    """[..., out_features, in_features], columns as they are stored; all tensors contiguous.
+
+    Args:
+        group_size: a multiple of `heuristics.SMALLEST_RUN`, or in_features.
+        fast: see `unpack_triton.py`.
+    """
+    lead = qdata.shape[:-3]
+    weight = torch.empty(*lead, out_features, in_features, dtype=dtype, device=qdata.device)
+    grid = (triton.cdiv(in_features, COLUMNS), triton.cdiv(out_features, ROWS), lead.numel())
+    if weight.numel():
+        _dequantize[grid](
+            qdata,
+            high_plane,
+            scale_zero,
+            weight,
+            out_features,
+            in_features,
+            scale_zero.shape[-2],
+            group_size,
+            BITS=bits,
+            RUN=_run(group_size, in_features),
+            BN=ROWS,
+            BK=COLUMNS,
+            FAST=fast,
+            COMPUTE=tl.float32 if INTERPRETED else tl.bfloat16,  # holds integers up to 255 exactly
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return weight
+
+
+def _run(group_size: int, in_features: int) -> int:
+    """The largest power of two of neighbouring columns that never lie in two groups, at most a block's."""
+    return COLUMNS if group_size == in_features else min(COLUMNS, group_size & -group_size)

@@ -1,0 +1,107 @@
+"""How the linear kernel is cut into programs, chosen by a formula: nothing is tried out when a model runs."""
+
+from dataclasses import dataclass
+
+__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose", "computes"]
+
+FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
+# Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
+SMALLEST_RUN = 8
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How `linear_triton.py` computes one product.
+
+    Attributes:
+        block_m: rows of x that a program works on, a power of two from 8 on.
+        block_n: rows of the weight (out_features), a multiple of 16 and a power of two.
+        block_k: columns of the weight (in_features) that one warp, or all warps together, take in one step: a power of
+            two, and a multiple of a tile's columns.
+        warps: of a program.
+        slices: 1: warps share the columns of a step and have rows of their own. Else it equals `warps`: each warp takes
+            `block_k` columns of its own, and what they find is added up in the program.
+        split: programs among which in_features are divided; with more than 1 their sums are added up in fp32.
+        stages: steps that are on their way from memory; 0: all of them, and the kernel has no loop.
+        scale_sum: multiply the sums of a step by the scale, not each weight. A step then has to lie in one group.
+        last_adds: with a split, whether the program that comes last adds up all sums, else a second kernel.
+        evict_first: whether the weight is the first to leave the L2 cache.
+        pdl: programmatic dependent launch: begin to read the weight while the kernel before is still running.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    slices: int = 1
+    split: int = 1
+    stages: int = 4
+    scale_sum: bool = True
+    last_adds: bool = True
+    evict_first: bool = True
+    pdl: bool = False
+
+
+def choose(
+    rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, sms: int, capability: int
+) -> LinearConfig | None:
+    """The configuration for x [rows, in_features] and `experts` weights [out_features, in_features].
+
+    Args:
+        sms: multiprocessors of the device. capability: its major compute capability.
+
+    Returns:
+        None if the kernel does not compute this (a group size other than 32, 64, a multiple of 128, or the whole row),
+        or is not the fastest way.
+    """
+    whole = group_size == in_features
+    if not (whole or group_size in (32, 64) or group_size % 128 == 0) or rows > FUSED_ROWS[min(capability, 9)]:
+        return None
+    scale_sum = whole or group_size % 128 == 0
+    if rows > 64:
+        return _many_rows(rows, out_features, in_features, bits, experts, sms)
+    block_m = max(8, 1 << (rows - 1).bit_length())
+    blocks = experts * -(-out_features // 64)
+    # Enough programs that much is on its way, and that all multiprocessors get the same number of them.
+    enough = (4 if block_m <= 16 else 2) * sms
+    steps = -(-in_features // 128)
+    # Sums are written and read in fp32, mostly in the L2 cache, which is faster than what the weight is read from.
+    sums = 0.4 * 8 * block_m / (in_features * bits / 8)
+    shares = {
+        split: min(1.0, blocks * split / enough) * _balance(blocks * split, sms) / (1 + sums * split * (split > 1))
+        for split in (1, 2, 4, 8, 16)
+        if split == 1 or steps >= 2 * split
+    }
+    split = next(n for n, share in shares.items() if share >= 0.95 * max(shares.values()))
+    return LinearConfig(block_m, 64, 128, warps=4, split=split, scale_sum=scale_sum and block_m <= 32)
+
+
+def _balance(programs: int, sms: int) -> float:
+    """The part of the time that multiprocessors are busy, if programs take equally long."""
+    return programs / (-(-programs // sms) * sms)
+
+
+def _many_rows(rows: int, out_features: int, in_features: int, bits: int, experts: int, sms: int) -> LinearConfig:
+    """Large blocks use the matrix instructions best, if there are enough of them; a split costs memory traffic."""
+    best, most = None, 0.0
+    for block_m, block_n, warps, worth in ((128, 256, 8, 1.0), (128, 128, 4, 0.9), (64, 128, 4, 0.75)):
+        if bits < 4 and block_n == 256:
+            continue  # a tile has 128 columns: what a step takes would not fit into registers
+        blocks = experts * -(-rows // block_m) * -(-out_features // block_n)
+        for split in (1, 2, 4):
+            value = worth * _balance(blocks * split, sms) / (1 + 300 / in_features * split * (split > 1))
+            if value > most and in_features >= 512 * split:
+                best, most = (block_m, block_n, warps, split), value
+    block_m, block_n, warps, split = best or (64, 128, 4, 1)
+    return LinearConfig(block_m, block_n, 128 if bits < 4 else 64, warps, split=split, stages=3, scale_sum=False)
+
+
+def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:
+    """Whether the kernel, cut like this, is right for such a weight."""
+    sizes = (c.block_m, c.block_n, c.block_k, c.warps)
+    if any(n < 1 or n & (n - 1) for n in sizes) or c.block_m < 8 or c.block_n < 16 or c.split < 1:
+        return False
+    whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
+    one_group = group_size == in_features or group_size % c.block_k == 0
+    whole_groups = one_group or (c.block_k % group_size == 0 and not c.scale_sum)
+    return whole_tiles and whole_groups and c.slices in (1, c.warps)

@@ -1,0 +1,302 @@
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
+"""x·Wᵀ with a packed W: one kernel for all numbers of rows.
+
+    y[m, n] = Σ_groups scale[n, group] · Σ_{k in group} (code[n, k] − zero_point[n, group])·x[m, k]  +  bias[n]
+
+The roles are exchanged: the weight is the left operand of the matrix instruction and xᵀ the right one. So what is
+unpacked goes from registers straight into the instruction, not through shared memory, and few rows of x waste little of
+it, as it takes them by eights.
+
+W [N, K] in the layout of `packing.py`, any N and K; x [M, K] contiguous, bf16 or fp16; sums in fp32. What lies beyond
+the last tile is read as the last one, which does no harm: rows beyond N are not stored, and x counts as zero beyond K
+and M. A stack of E weights with x [E, M, K] is one launch. How the work is cut: `heuristics.LinearConfig`, whose
+attributes are the constants here: BM, BN, BK = block_m, block_n, block_k.
+"""
+
+import triton
+import triton.language as tl
+
+from gptq_ao.kernels.unpack_triton import unpack
+
+__all__ = ["add_splits_kernel", "linear_kernel"]
+
+
+@triton.jit
+def _tiles(
+    pointer,
+    tile_row,
+    row_tiles,
+    tile_column,
+    column_tiles,
+    WORDS: tl.constexpr,
+    NT: tl.constexpr,
+    KT: tl.constexpr,
+    SLICES: tl.constexpr,
+    EVEN: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Words of the tiles of one step. Warps are neighbours along the second axis: [KT, NT·WORDS] if each has rows of
+    its own, [NT·KT, SLICES·WORDS] if each has columns of its own."""
+    if SLICES == 1:
+        i = tl.arange(0, KT)[:, None]
+        j = tl.arange(0, NT * WORDS)[None, :]
+        row, column, word = tile_row + j // WORDS, i, j % WORDS
+    else:
+        i = tl.arange(0, NT * KT)[:, None]
+        j = tl.arange(0, SLICES * WORDS)[None, :]
+        row, column, word = tile_row + i // KT, i % KT + j // WORDS * KT, j % WORDS
+    row = tl.minimum(row, row_tiles - 1)
+    if EVEN:
+        at = pointer + ((row * column_tiles + column) * WORDS + word) + tile_column * WORDS
+    else:
+        column = tl.minimum(tile_column + column, column_tiles - 1)
+        at = pointer + ((row * column_tiles + column) * WORDS + word)
+    return tl.load(at, eviction_policy=POLICY)
+
+
+@triton.jit
+def _read_weight(
+    qdata,
+    high,
+    scale_zero,
+    k,
+    row,
+    tile_row,
+    row_tiles,
+    column_tiles,
+    groups,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+    EVEN: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Of columns from k on: codes, high bits (or codes again), words of scale and zero [SLICES·BN, groups in BK]."""
+    KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
+    NT: tl.constexpr = BN // 16
+    KT: tl.constexpr = BK // KE
+    tile = k // KE
+    q = _tiles(qdata, tile_row, row_tiles, tile, column_tiles, 128, NT, KT, SLICES, EVEN, POLICY)
+    h = q
+    if BITS == 3:
+        h = _tiles(high, tile_row, row_tiles, tile, column_tiles, 64, NT, KT, SLICES, EVEN, POLICY)
+    group = tl.arange(0, BK // GROUP if GROUP > 0 and GROUP < BK else 1)[None, :]
+    if GROUP > 0:
+        if SLICES == 1:
+            group += k // GROUP
+        else:
+            group += (k + tl.arange(0, SLICES * BN)[:, None] // BN * BK) // GROUP
+        if not EVEN:
+            group = tl.minimum(group, groups - 1)
+    word = tl.load(scale_zero + (row // 16 * groups * 16 + row % 16)[:, None] + group * 16)
+    return q, h, word
+
+
+@triton.jit
+def _read_x(x, k, m, M, K, BK: tl.constexpr, EVEN: tl.constexpr):
+    """xᵀ [BK, BM]."""
+    c = k + tl.arange(0, BK)[:, None]
+    mask = (m < M)[None, :]
+    if not EVEN:
+        mask = mask & (c < K)
+    return tl.load(x + m[None, :] * K + c, mask=mask, other=0.0)
+
+
+@triton.jit
+def _scale(word):
+    """fp32."""
+    return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _multiply(
+    total,
+    q,
+    high,
+    word,
+    x,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+    SCALE_SUM: tl.constexpr,
+    FAST: tl.constexpr,
+    NATURAL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """`total` and the product of one step."""
+    KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
+    NT: tl.constexpr = BN // 16
+    KT: tl.constexpr = BK // KE
+    zero = word >> 16
+    if SLICES == 1:
+        w = unpack(q, high, zero, 1, KT, NT, BITS, FAST, NATURAL, COMPUTE)
+    else:
+        w = unpack(q, high, zero, NT, KT, SLICES, BITS, FAST, NATURAL, COMPUTE)
+    scale = _scale(word)
+    if not SCALE_SUM:
+        w *= scale.to(COMPUTE)[:, :, None]
+    x = x.to(COMPUTE)
+    if not NATURAL:
+        x = x.reshape(SLICES * BK // 16, 2, 4, 2, BM).permute(0, 2, 1, 3, 4)
+    if SLICES > 1:
+        w = w.reshape(SLICES, BN, BK)
+        x = x.reshape(SLICES, BK, BM)
+    else:
+        w = w.reshape(BN, BK)
+        x = x.reshape(BK, BM)
+    if SCALE_SUM and GROUP > 0:
+        if SLICES > 1:
+            total += tl.dot(w, x) * scale.reshape(SLICES, BN, 1)
+        else:
+            total += tl.dot(w, x) * scale
+    else:
+        total = tl.dot(w, x, total)
+    return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x,
+    qdata,
+    high,
+    scale_zero,
+    bias,
+    y,
+    partial,
+    counters,
+    M,
+    N,
+    K,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # 0: one group
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEPS: tl.constexpr,  # of a program, if STAGES is 0
+    STAGES: tl.constexpr,
+    SCALE_SUM: tl.constexpr,
+    LAST_ADDS: tl.constexpr,
+    EVEN: tl.constexpr,  # whether all steps of all programs are full
+    POLICY: tl.constexpr,
+    PDL: tl.constexpr,
+    FAST: tl.constexpr,
+    NATURAL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
+    STEP: tl.constexpr = SLICES * BK
+    m_blocks = tl.cdiv(M, BM)
+    block, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row_tiles, column_tiles = tl.cdiv(N, 16), tl.cdiv(K, KE)
+    m = block % m_blocks * BM + tl.arange(0, BM)
+    n0 = block // m_blocks * BN
+    tile_row = n0 // 16
+    row = tl.minimum(n0 + tl.arange(0, SLICES * BN) % BN, row_tiles * 16 - 1)
+    x += expert * M * K
+    qdata += expert * row_tiles * column_tiles * 128
+    scale_zero += expert * row_tiles * groups * 16
+    if BITS == 3:
+        high += expert * row_tiles * column_tiles * 64
+
+    total = tl.zeros((SLICES, BN, BM), tl.float32) if SLICES > 1 else tl.zeros((BN, BM), tl.float32)
+    if STAGES == 0:
+        # All that this program needs of the weight is asked for before the first of it is used.
+        first = split * (STEPS * STEP)
+        codes = ()
+        highs = ()
+        words = ()
+        for i in tl.static_range(STEPS):
+            q, h, word = _read_weight(
+                qdata, high, scale_zero, first + i * STEP, row, tile_row, row_tiles, column_tiles, groups,
+                BN, BK, BITS, GROUP, SLICES, EVEN, POLICY,
+            )  # fmt: skip
+            codes += (q,)
+            highs += (h,)
+            words += (word,)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        for i in tl.static_range(STEPS):
+            x_step = _read_x(x, first + i * STEP, m, M, K, STEP, EVEN)
+            total = _multiply(
+                total, codes[i], highs[i], words[i], x_step,
+                BM, BN, BK, BITS, GROUP, SLICES, SCALE_SUM, FAST, NATURAL, COMPUTE,
+            )  # fmt: skip
+        word = words[0]
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        steps = tl.cdiv(tl.cdiv(K, STEP), SPLIT)
+        last = (split + 1) * steps if EVEN else tl.minimum((split + 1) * steps, tl.cdiv(K, STEP))
+        word = tl.zeros((SLICES * BN, 1), tl.int32)
+        if GROUP == 0:
+            word = tl.load(scale_zero + (row // 16 * groups * 16 + row % 16)[:, None])
+        for i in tl.range(split * steps, last, num_stages=STAGES):
+            q, h, each = _read_weight(
+                qdata, high, scale_zero, i * STEP, row, tile_row, row_tiles, column_tiles, groups,
+                BN, BK, BITS, GROUP, SLICES, EVEN, POLICY,
+            )  # fmt: skip
+            if GROUP == 0:
+                each = word
+            x_step = _read_x(x, i * STEP, m, M, K, STEP, EVEN)
+            total = _multiply(
+                total, q, h, each, x_step,
+                BM, BN, BK, BITS, GROUP, SLICES, SCALE_SUM, FAST, NATURAL, COMPUTE,
+            )  # fmt: skip
+
+    if SLICES > 1:
+        if SCALE_SUM and GROUP == 0:
+            total *= _scale(word).reshape(SLICES, BN, 1)
+        total = tl.sum(total, axis=0)
+    elif SCALE_SUM and GROUP == 0:
+        total *= _scale(word)
+
+    n = n0 + tl.arange(0, BN)
+    at = m[None, :] * N + n[:, None]
+    mask = (m < M)[None, :] & (n < N)[:, None]
+    y += expert * M * N
+    if SPLIT > 1:
+        partial += expert * SPLIT * M * N
+        tl.store(partial + split * M * N + at, total, mask=mask)
+        if LAST_ADDS:
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            counter = counters + expert * tl.num_programs(0) + block
+            if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1:
+                total = tl.zeros((BN, BM), tl.float32)
+                for part in range(SPLIT):  # always in this order: the result does not depend on who comes last
+                    total += tl.load(partial + part * M * N + at, mask=mask, other=0.0, cache_modifier=".cg")
+                if bias is not None:
+                    total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+                tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
+                tl.store(counter, 0)  # for the next launch
+    else:
+        if bias is not None:
+            total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def add_splits_kernel(partial, bias, y, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """y [E, M, N] = Σ_split partial [E, SPLIT, M, N] + bias, in the order of the splits."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.program_id(1).to(tl.int64)
+    mask = i < M * N
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    partial += expert * SPLIT * M * N
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLIT):
+        total += tl.load(partial + split * M * N + i, mask=mask, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + i % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + expert * M * N + i, total.to(y.dtype.element_ty), mask=mask)

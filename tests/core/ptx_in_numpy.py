@@ -1,0 +1,63 @@
+"""The few PTX instructions that the kernels' inline assembly consists of, for Triton's interpreter, which has none."""
+
+from typing import Any
+
+import numpy as np
+
+OUTPUTS: dict[str, Any] = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}
+
+
+def install() -> None:
+    from triton.runtime import interpreter
+
+    vars(interpreter)["InterpreterBuilder"].create_inline_asm = _elementwise
+
+
+class _Results:
+    def __init__(self, each: list[Any]) -> None:
+        self.each = each
+
+    def get_result(self, i: int) -> Any:
+        return self.each[i]
+
+
+def _elementwise(_: Any, asm: str, constraints: str, values: list[Any], types: list[Any], pure: bool, pack: int) -> Any:
+    """`pack` neighbouring elements at a time; an output's elements fill whole registers."""
+    from triton.runtime.interpreter import TensorHandle
+
+    count = constraints.count("=")
+    inputs = [v.data.astype(np.int32).view(np.uint32).reshape(-1, pack)[:, i] for v in values for i in range(pack)]
+    registers = _run(asm, count, inputs)
+    each, shape = count // len(types), values[0].data.shape
+    results = []
+    for i, kind in enumerate(types):
+        words = np.ascontiguousarray(np.stack(registers[i * each : (i + 1) * each], -1))
+        results.append(TensorHandle(words.view(OUTPUTS[kind.scalar.name]).reshape(shape), kind.scalar))
+    return _Results(results)
+
+
+def _run(asm: str, outputs: int, inputs: list[Any]) -> list[Any]:
+    registers: dict[str, Any] = {f"${outputs + i}": word for i, word in enumerate(inputs)}
+
+    def value(name: str) -> Any:
+        return registers[name] if name in registers else np.uint32(int(name, 0))
+
+    for line in asm.strip("{} ").split(";"):
+        operation, _, rest = line.strip().partition(" ")
+        if operation in ("", ".reg"):
+            continue
+        target, *operands = (o.strip() for o in rest.split(","))
+        a, b, *more = (value(o) for o in operands)
+        if operation == "shr.u32":
+            result = a >> b
+        elif operation == "shl.b32":
+            result = a << b
+        elif operation == "lop3.b32" and more[1] == 0xEA:  # the table of (a & b) | c
+            result = (a & b) | more[0]
+        elif operation == "prmt.b32":
+            bytes_of = [word >> np.uint32(8 * i) & 255 for word in (a, a * 0 + b) for i in range(4)]
+            result = sum(bytes_of[int(more[0]) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4))
+        else:
+            raise NotImplementedError(line)
+        registers[target] = np.asarray(result, dtype=np.uint32)
+    return [registers[f"${i}"] for i in range(outputs)]

@@ -1,0 +1,454 @@
+"""The Triton kernels that read packed codes: in the interpreter, compiled ahead of time, and on a GPU."""
+
+import dataclasses
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptq_ao.kernels import reference
+from gptq_ao.kernels.heuristics import LinearConfig, choose
+from gptq_ao.packing import pack_codes, pack_scale_zero
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """x [experts, rows, in_features] by as many packed weights."""
+
+    bits: int
+    group: int
+    rows: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype = FP16
+    experts: int = 1
+    bias: bool = False
+
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.bits + self.rows)
+        shape = (self.experts, self.out_features, self.in_features)
+        codes = torch.randint(0, 2**self.bits, shape, dtype=torch.uint8, generator=generator)
+        each = (*shape[:-1], self.in_features // self.group)
+        zero = torch.randint(0, 2**self.bits, each, dtype=torch.uint8, generator=generator)
+        scale = torch.randn(each, generator=generator).half()
+        scale[..., ::5, :] = 0
+        return codes, scale, zero
+
+    def packed(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+        codes, scale, zero = self.codes()
+        qdata, high = pack_codes(codes, self.bits)
+        return qdata.to(device), pack_scale_zero(scale, zero).to(device), None if high is None else high.to(device)
+
+    def one_packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The first weight, on a GPU."""
+        qdata, scale_zero, high = self.packed("cuda")
+        return qdata[0], scale_zero[0], None if high is None else high[0]
+
+    def weight(self) -> Tensor:
+        """fp64"""
+        codes, scale, zero = (t.double() for t in self.codes())
+        return (codes - zero.repeat_interleave(self.group, -1)) * scale.repeat_interleave(self.group, -1)
+
+    def x(self) -> Tensor:
+        shape = (self.experts, self.rows, self.in_features)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.rows)).to(self.dtype)
+
+    def bias_values(self) -> Tensor | None:
+        return torch.linspace(-9, 9, self.out_features).to(self.dtype) if self.bias else None
+
+    def check(self, y: Tensor, scale_sum: bool, rounding: float | None = None) -> None:
+        x, w, bias = self.x().double(), self.weight(), self.bias_values()
+        exact = x @ w.mT + (0 if bias is None else bias.double())
+        u = torch.finfo(self.dtype).eps if rounding is None else rounding
+        # Sums in fp32; scales and weights are rounded to the dtype, unless sums are scaled; the result is rounded.
+        magnitude = x.abs() @ w.abs().mT + exact.abs()
+        bound = magnitude * ((0 if scale_sum else 1.01 * u) + (self.in_features + 8) * 2.0**-24) + u * exact.abs()
+        assert y.dtype == self.dtype
+        assert y.shape == exact.shape
+        assert ((y.double() - exact).abs() <= bound).all()
+
+
+BLOCK = LinearConfig(block_m=8, block_n=32, block_k=128, warps=4, stages=2)
+WEIGHTS = dataclasses.replace(BLOCK, scale_sum=False)  # scales weights, not sums
+STRAIGHT = dataclasses.replace(BLOCK, stages=0)
+SLICED = dataclasses.replace(BLOCK, block_n=16, slices=4)
+
+
+def split(c: LinearConfig, parts: int, last_adds: bool = True) -> LinearConfig:
+    return dataclasses.replace(c, split=parts, last_adds=last_adds)
+
+
+# Between them: all widths, groups that are part of a block, a block, more, the whole row; N and K that fill no tile, no
+# block, or an odd number of steps per split; one row, full and half-full blocks of rows; every way through the kernel.
+CASES: dict[str, tuple[Product, LinearConfig]] = {
+    "4-g128": (Product(4, 128, 1, 40, 384), BLOCK),
+    "4-g32": (Product(4, 32, 3, 33, 160, bias=True), WEIGHTS),
+    "4-g64": (Product(4, 64, 17, 16, 192, BF16), WEIGHTS),
+    "4-row": (Product(4, 130, 3, 19, 130, bias=True), split(dataclasses.replace(BLOCK, block_k=64), 2)),
+    "4-straight": (Product(4, 128, 3, 40, 640, bias=True), split(STRAIGHT, 3)),
+    "4-sliced": (Product(4, 128, 3, 40, 640), SLICED),
+    "4-sliced-straight": (Product(4, 256, 9, 17, 1024, BF16), dataclasses.replace(SLICED, stages=0)),
+    "4-experts": (Product(4, 128, 3, 40, 256, experts=3), split(BLOCK, 2)),
+    "4-experts-add": (Product(4, 32, 9, 40, 256, experts=2), split(WEIGHTS, 2, last_adds=False)),
+    "2-g128": (Product(2, 128, 3, 40, 256), STRAIGHT),
+    "2-g32": (Product(2, 32, 9, 33, 96), WEIGHTS),
+    "2-sliced": (Product(2, 64, 1, 16, 640), split(dataclasses.replace(SLICED, scale_sum=False), 2)),
+    "3-g128": (Product(3, 128, 3, 40, 640), split(STRAIGHT, 2, last_adds=False)),
+    "3-g32": (Product(3, 32, 1, 33, 160, bias=True), WEIGHTS),
+    "3-sliced": (Product(3, 300, 3, 16, 300), SLICED),
+    "3-experts": (Product(3, 128, 3, 40, 256, experts=2), BLOCK),
+    "8-g128": (Product(8, 128, 64, 33, 256), dataclasses.replace(BLOCK, block_m=64)),
+    "8-g32": (Product(8, 32, 3, 16, 96), dataclasses.replace(BLOCK, block_k=32)),
+    "8-sliced": (Product(8, 128, 3, 40, 640, BF16), SLICED),
+    "8-row": (Product(8, 33, 3, 40, 33), BLOCK),
+}
+# Codes in pairs: bf16 differs from fp16 in a constant only, but for 8 bits, where fp32 takes the same way.
+IN_PAIRS = ["4-g128", "4-g32", "2-g32", "2-sliced", "3-g32", "3-sliced", "3-g128", "8-g32", "8-row"]
+PAIRS_OF_FP32 = (Product(8, 64, 3, 33, 256, FP32), dataclasses.replace(BLOCK, block_k=64))
+DENSE = [(2, 32, 40, 96), (3, 96, 33, 288), (4, 8, 16, 72), (4, 128, 50, 640), (8, 130, 33, 130)]  # bits, group, N, K
+
+
+def interpret(folder: Path) -> None:
+    """In a process of its own: run the kernels on the CPU."""
+    from triton.runtime import interpreter
+
+    from gptq_ao.kernels.dequantize_triton import dequantize
+    from gptq_ao.kernels.launch import launch
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    vars(interpreter)["_patch_lang_tensor"] = patch_index
+    runpy.run_path(str(Path(__file__).with_name("ptx_in_numpy.py")))["install"]()
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    results = {}
+
+    def run(p: Product, c: LinearConfig, fast: bool, x: Tensor | None = None) -> Tensor:
+        x = p.x() if x is None else x
+        return launch(x, *p.packed(), p.bits, p.group, p.out_features, c, p.bias_values(), fast)
+
+    for name, (p, c) in CASES.items():
+        results[name] = run(p, c, fast=False)
+        if name in IN_PAIRS:
+            results[f"{name} pairs"] = run(p, c, fast=True)
+    results["fp32 pairs"] = run(*PAIRS_OF_FP32, fast=True)
+    p, c = CASES["4-g32"]
+    for name, value in (("nan", torch.nan), ("inf", torch.inf)):
+        x = p.x()
+        x[:, 1, 5] = value
+        results[name] = run(p, c, False, x)
+    results["no rows"] = run(dataclasses.replace(p, rows=0), c, fast=False)
+    for bits, group, n, k in DENSE:
+        p = Product(bits, group, 1, n, k, experts=2)
+        for dtype in (FP16, FP32):
+            for fast in (False, True) if bits == 8 else (False,):
+                dense = dequantize(*p.packed(), bits, group, n, k, dtype, fast)
+                results[f"{bits}-{group} {dtype} {fast}"] = dense
+    save_file(results, folder / "results.safetensors")
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    folder = tmp_path_factory.mktemp("interpreted")
+    # Triton reads the flag when it is imported.
+    code = f"import pathlib, runpy\nrunpy.run_path({__file__!r})['interpret'](pathlib.Path({str(folder)!r}))"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "results.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_linear_in_the_interpreter(interpreted: dict[str, Tensor], name: str) -> None:
+    p, c = CASES[name]
+    # The interpreter cuts off what does not fit into bf16.
+    p.check(interpreted[name], c.scale_sum, rounding=2.0**-7 if p.dtype == BF16 else None)
+
+
+@pytest.mark.parametrize("name", IN_PAIRS)
+def test_codes_cut_out_in_pairs_in_the_interpreter(interpreted: dict[str, Tensor], name: str) -> None:
+    p, c = CASES[name]
+    p.check(interpreted[f"{name} pairs"], c.scale_sum)
+    if c.scale_sum:  # the same integers times the same x, in the same order
+        assert torch.equal(interpreted[f"{name} pairs"], interpreted[name])
+
+
+def test_codes_cut_out_into_fp32_in_the_interpreter(interpreted: dict[str, Tensor]) -> None:
+    PAIRS_OF_FP32[0].check(interpreted["fp32 pairs"], scale_sum=True)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_row_that_is_not_finite_leaves_others_alone(interpreted: dict[str, Tensor], value: str) -> None:
+    y, clean = interpreted[value], interpreted["4-g32"]
+    assert torch.equal(y[:, [0, 2]], clean[:, [0, 2]])
+    assert not y[:, 1].isfinite().any()
+
+
+def test_no_rows(interpreted: dict[str, Tensor]) -> None:
+    assert interpreted["no rows"].shape == (1, 0, 33)
+
+
+@pytest.mark.parametrize(("bits", "group", "n", "k"), DENSE, ids=[f"{b}-g{g}" for b, g, _, _ in DENSE])
+def test_dequantize_in_the_interpreter_is_the_reference(
+    interpreted: dict[str, Tensor], bits: int, group: int, n: int, k: int
+) -> None:
+    p = Product(bits, group, 1, n, k, experts=2)
+    for dtype in (FP16, FP32):
+        expected = reference.dequantize(*p.packed(), None, bits, n, k, dtype)
+        found = [t for name, t in interpreted.items() if name.startswith(f"{bits}-{group} {dtype}")]
+        assert len(found) == (2 if bits == 8 else 1)
+        assert all(torch.equal(t, expected) for t in found)
+
+
+def compile_ahead(c: LinearConfig, bits: int, group: int, dtype: torch.dtype, architecture: int) -> Any:
+    """The kernel as it would run on 4096 × 4096."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gptq_ao.kernels.launch import constants
+    from gptq_ao.kernels.linear_triton import linear_kernel
+
+    values, options = constants(c, bits, group, 4096, dtype, architecture // 10, fast=True)
+    values["bias"] = None
+    if bits != 3:
+        values["high"] = None
+    if c.split == 1:
+        values |= {"partial": None, "counters": None}
+    numbers = {BF16: "*bf16", FP16: "*fp16"}[dtype]
+    types = {"x": numbers, "y": numbers, "partial": "*fp32", "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
+    names = linear_kernel.arg_names
+    signature = {n: "constexpr" if n in values else types.get(n, "*i32") for n in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in ("N", "K")
+    }
+    source = ASTSource(linear_kernel, signature, {(names.index(n),): v for n, v in values.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def test_constants_are_in_the_order_of_the_kernel() -> None:
+    """Kernels that are compiled already are launched with all arguments by position."""
+    from gptq_ao.kernels.launch import constants
+    from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
+
+    values, _ = constants(BLOCK, 4, 128, 4096, BF16, 9, fast=True)
+    assert linear_kernel.arg_names[12:] == list(values)
+    assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "PDL"]
+
+
+# bits, group, rows, capability: what is chosen for them, on as many multiprocessors as an A100 or H100 has.
+SHIPPED = [(4, 128, 1, 90), (4, 128, 16, 90), (4, 128, 64, 90), (4, 128, 256, 90), (4, 32, 1, 90), (4, 4096, 1, 90)]
+SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (4, 128, 1, 80), (4, 128, 64, 80)]
+
+
+@pytest.mark.parametrize(("bits", "group", "rows", "architecture"), SHIPPED)
+def test_chosen_kernels_compile_without_spilling(
+    bits: int, group: int, rows: int, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    chosen = choose(rows, 4096, 4096, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
+    assert chosen is not None
+    (tmp_path / "cubin").write_bytes(compile_ahead(chosen, bits, group, BF16, architecture).asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def shown(tool: str, option: str) -> str:
+        command = [str(tools / tool), option, str(tmp_path / "cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", shown("cuobjdump", "-res-usage")))
+    # What does not fit goes to the stack, in local memory: allow two registers there, outside of the loop.
+    assert int(usage["STACK"]) <= 8
+    assert usage["LOCAL"] == "0"
+    if architecture == 90:
+        code = shown("nvdisasm", "-c")
+        # Codes reach the matrix instruction in the lane that loaded them. A split's last program may shuffle.
+        assert code.count("SHFL") <= 1
+        assert "MMA" in code
+
+
+def on_gpu(p: Product, c: LinearConfig, fast: bool = True) -> Tensor:
+    from gptq_ao.kernels.launch import launch
+
+    bias = p.bias_values()
+    bias = None if bias is None else bias.cuda()
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        return launch(p.x().cuda(), *p.packed("cuda"), p.bits, p.group, p.out_features, c, bias, fast).cpu()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_linear_on_cuda(name: str, dtype: torch.dtype) -> None:
+    p, c = CASES[name]
+    p = dataclasses.replace(p, dtype=dtype)
+    y = on_gpu(p, c)
+    p.check(y, c.scale_sum)
+    assert torch.equal(y, on_gpu(p, c))
+    p.check(on_gpu(p, c, fast=False), c.scale_sum)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last_adds", [False, True])
+@pytest.mark.parametrize("stages", [0, 3])
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_split_changes_only_the_order_of_the_sum(last_adds: bool, stages: int, pdl: bool) -> None:
+    if pdl and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("programmatic dependent launch came with compute capability 9.0")
+    p = Product(4, 128, 16, 1008, 4096, BF16, bias=True)
+    c = LinearConfig(16, 64, 128, warps=4, stages=stages, split=8, last_adds=last_adds, pdl=pdl)
+    y = on_gpu(p, c)
+    p.check(y, scale_sum=True)
+    assert all(torch.equal(y, on_gpu(p, c)) for _ in range(20))  # whoever comes last
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 33, 64, 100, 256, 700])
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 32), (4, 4096), (2, 64), (3, 128), (8, 128)])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_what_is_chosen_on_cuda(bits: int, group: int, rows: int, dtype: torch.dtype) -> None:
+    from gptq_ao.kernels import cuda
+
+    p = Product(bits, group, rows, 1000, 4096, dtype, bias=True)
+    qdata, scale_zero, high = p.one_packed()
+    bias = p.bias_values()
+    assert bias is not None
+    y = cuda.linear(p.x()[0].cuda(), qdata, scale_zero, high, None, bits, group, 1000, 4096, bias.cuda())
+    p.check(y.cpu().unsqueeze(0), scale_sum=False)
+
+
+@pytest.mark.gpu
+def test_parts_of_a_weight_that_is_too_large_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptq_ao.kernels import cuda
+
+    for bias in (False, True):
+        p = Product(3, 96, 300, 200, 768, BF16, bias=bias)
+        qdata, scale_zero, high = p.one_packed()
+        values = p.bias_values()
+        values = None if values is None else values.cuda()
+        arguments = (qdata, scale_zero, high, None, 3, 96, 200, 768, values)
+        monkeypatch.setattr(cuda, "SCRATCH", 50 * 768 * 2)
+        parts = cuda.linear(p.x()[0].cuda(), *arguments)
+        p.check(parts.cpu().unsqueeze(0), scale_sum=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+def test_dequantize_on_cuda_is_the_reference(dtype: torch.dtype) -> None:
+    from gptq_ao.kernels.dequantize_triton import dequantize
+
+    for bits, group, n, k in [*DENSE, (4, 128, 3000, 4096), (8, 64, 70, 1024), (3, 32, 40, 4096)]:
+        p = Product(bits, group, 1, n, k, experts=2)
+        expected = reference.dequantize(*p.packed(), None, bits, n, k, dtype)
+        for fast in (False, True):
+            assert torch.equal(dequantize(*p.packed("cuda"), bits, group, n, k, dtype, fast).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last_adds", [False, True])
+def test_graphs_and_streams_do_not_disturb_each_other(last_adds: bool) -> None:
+    """Two graphs captured on one stream and replayed on two at the same time, beside launches on a third."""
+    from gptq_ao.kernels.launch import launch
+
+    p = Product(4, 128, 8, 4096, 4096, BF16)
+    qdata, scale_zero, _ = p.packed("cuda")
+    c = LinearConfig(8, 64, 128, warps=4, split=8, last_adds=last_adds)
+    inputs = [p.x().cuda() * (i + 1) for i in range(3)]
+
+    def run(x: Tensor) -> Tensor:
+        return launch(x, qdata, scale_zero, None, 4, 128, 4096, c)
+
+    expected = [run(x) for x in inputs]
+    torch.cuda.synchronize()
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    outputs = []
+    for graph, x in zip(graphs, inputs, strict=False):
+        with torch.cuda.graph(graph):
+            outputs.append([run(x) for _ in range(10)])
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    eager = []
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager += [run(inputs[2]) for _ in range(10)]
+    torch.cuda.synchronize()
+    for each, y in zip([*outputs, eager], expected, strict=True):
+        assert all(torch.equal(t, y) for t in each)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_with_changing_numbers_of_rows(mode: str | None) -> None:
+    from gptq_ao.tensor import tensor_class
+
+    p = Product(4, 128, 1, 512, 1024, BF16)
+    codes, scale, zero = (t[0] for t in p.codes())
+    weight = tensor_class(4).from_codes(codes, scale, zero, dtype=BF16).cuda()
+    layer = torch.nn.Linear(1024, 512, bias=False, device="cuda", dtype=BF16)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=mode is None, mode=mode)
+    with torch.no_grad():
+        for rows in (1, 7, 64, 65, 300, 1, 7):
+            for _ in range(3):
+                each = dataclasses.replace(p, rows=rows)
+                y = compiled(each.x()[0].cuda())
+                each.check(y.cpu().unsqueeze(0), scale_sum=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_well_formed_operators_on_cuda(bits: int) -> None:
+    from gptq_ao import ops
+
+    p = Product(bits, 128, 5, 40, 256, BF16)
+    qdata, scale_zero, high = p.one_packed()
+    perm = torch.randperm(256).int().cuda()
+    arguments = (qdata, scale_zero, high, perm, bits, 128, 40, 256)
+    for x in (p.x()[0].cuda(), p.x().cuda()[:, ::2], torch.zeros(2, 0, 256, device="cuda", dtype=BF16)):
+        torch.library.opcheck(ops.linear, (x.clone().requires_grad_(), *arguments))
+        torch.library.opcheck(ops.linear, (x, *arguments), test_utils="test_faketensor")
+        y = ops.linear(x, *arguments)
+        expected = x.double() @ ops.dequantize(*arguments, torch.float64).T
+        bound = 2**-8 * (x.double().abs() @ ops.dequantize(*arguments, torch.float64).abs().T) + expected.abs() * 2**-8
+        assert ((y.double() - expected).abs() <= bound).all()
+    torch.library.opcheck(ops.dequantize, (*arguments, BF16))
+
+
+@pytest.mark.gpu
+def test_an_unknown_gpu_is_checked_and_believed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptq_ao.kernels import cuda, dequantize_triton
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(cuda, "TESTED", set())
+    cuda._usable.cache_clear()
+    cuda._config.cache_clear()
+    assert all(cuda._usable(device, bits) for bits in (2, 3, 4, 8))
+    cuda._usable.cache_clear()
+    right = dequantize_triton.dequantize
+    monkeypatch.setattr(dequantize_triton, "dequantize", lambda *a: right(*a) + 1)
+    with pytest.warns(UserWarning, match="4-bit Triton kernels disagree with the reference on"):
+        assert not cuda._usable(device, 4)
+    assert not cuda._usable(device, 4)  # known, and said once
+    cuda._usable.cache_clear()
+    cuda._config.cache_clear()
