@@ -1,5 +1,6 @@
 """How the linear kernel is cut into programs, chosen by a formula: nothing is tried out when a model runs."""
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose", "computes"]
@@ -57,23 +58,36 @@ def choose(
     whole = group_size == in_features
     if not (whole or group_size in (32, 64) or group_size % 128 == 0) or rows > FUSED_ROWS[min(capability, 9)]:
         return None
-    scale_sum = whole or group_size % 128 == 0
     if rows > 64:
         return _many_rows(rows, out_features, in_features, bits, experts, sms)
+    # Sums of a step beside the total: too many registers for 64 rows where the matrix instruction's result takes more.
+    scale_sum = (whole or group_size % 128 == 0) and (capability >= 9 or rows <= 32)
+    return _few_rows(rows, out_features, in_features, scale_sum, experts, sms)
+
+
+def _few_rows(rows: int, out_features: int, in_features: int, scale_sum: bool, experts: int, sms: int) -> LinearConfig:
+    """Two programs per multiprocessor, each of 128 rows of the weight, have enough on its way if each goes on for a
+    while. For smaller weights, more and smaller programs. (Measured on an H200.)"""
     block_m = max(8, 1 << (rows - 1).bit_length())
-    blocks = experts * -(-out_features // 64)
-    # Enough programs that much is on its way, and that all multiprocessors get the same number of them.
-    enough = (4 if block_m <= 16 else 2) * sms
     steps = -(-in_features // 128)
-    # Sums are written and read in fp32, mostly in the L2 cache, which is faster than what the weight is read from.
-    sums = 0.4 * 8 * block_m / (in_features * bits / 8)
-    shares = {
-        split: min(1.0, blocks * split / enough) * _balance(blocks * split, sms) / (1 + sums * split * (split > 1))
-        for split in (1, 2, 4, 8, 16)
-        if split == 1 or steps >= 2 * split
-    }
-    split = next(n for n, share in shares.items() if share >= 0.95 * max(shares.values()))
-    return LinearConfig(block_m, 64, 128, warps=4, split=split, scale_sum=scale_sum and block_m <= 32)
+    blocks = experts * -(-out_features // 128)
+    split = _power_of_two(1.6 * sms / blocks)
+    if steps >= 8 * split or block_m >= 32:
+        split = min(split, _power_of_two(steps / (8 if block_m >= 32 else 4)))
+        # With many rows, sums are too many for the program that comes last.
+        stages, last_adds = (3, False) if block_m >= 32 else (5, True)
+        return LinearConfig(
+            block_m, 128, 128, warps=4, split=split, stages=stages, scale_sum=scale_sum, last_adds=last_adds
+        )
+    if block_m == 8 and experts * out_features >= 16 * 1.5 * sms and steps >= 8:
+        return LinearConfig(block_m, 16, 128, warps=4, slices=4, scale_sum=scale_sum)
+    split = min(_power_of_two(3 * sms / (2 * blocks)), _power_of_two(steps / 2))
+    return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=3, scale_sum=scale_sum)
+
+
+def _power_of_two(x: float) -> int:
+    """The smallest that is not below x, from 1 on."""
+    return 1 << max(0, math.ceil(math.log2(max(x, 1))))
 
 
 def _balance(programs: int, sms: int) -> float:
@@ -83,17 +97,18 @@ def _balance(programs: int, sms: int) -> float:
 
 def _many_rows(rows: int, out_features: int, in_features: int, bits: int, experts: int, sms: int) -> LinearConfig:
     """Large blocks use the matrix instructions best, if there are enough of them; a split costs memory traffic."""
-    best, most = None, 0.0
-    for block_m, block_n, warps, worth in ((128, 256, 8, 1.0), (128, 128, 4, 0.9), (64, 128, 4, 0.75)):
-        if bits < 4 and block_n == 256:
-            continue  # a tile has 128 columns: what a step takes would not fit into registers
+    best, most = (64, 128, 4, 1), 0.0
+    for block_m, block_n, warps, worth in ((256, 128, 8, 1.2), (128, 128, 8, 1.0), (64, 128, 4, 0.85)):
+        if block_m >= 2 * rows:
+            continue
         blocks = experts * -(-rows // block_m) * -(-out_features // block_n)
         for split in (1, 2, 4):
-            value = worth * _balance(blocks * split, sms) / (1 + 300 / in_features * split * (split > 1))
+            value = worth * _balance(blocks * split, sms) / (1 + 800 / in_features * split * (split > 1))
             if value > most and in_features >= 512 * split:
                 best, most = (block_m, block_n, warps, split), value
-    block_m, block_n, warps, split = best or (64, 128, 4, 1)
-    return LinearConfig(block_m, block_n, 128 if bits < 4 else 64, warps, split=split, stages=3, scale_sum=False)
+    block_m, block_n, warps, split = best
+    block_k = 64 if bits == 8 else 128  # more would not fit into registers
+    return LinearConfig(block_m, block_n, block_k, warps, split=split, stages=3, scale_sum=False)
 
 
 def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:

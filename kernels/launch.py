@@ -48,6 +48,7 @@ def constants(
         "PDL": c.pdl,
         "FAST": fast,
         "NATURAL": wgmma or NATURAL_MMA,
+        "ASYNC": capability == 9,
         "COMPUTE": tl.float16 if dtype == torch.float16 else tl.float32 if INTERPRETED else tl.bfloat16,
     }
     options = {"num_warps": c.warps, "num_stages": max(c.stages, 1), "enable_fp_fusion": True}

@@ -159,6 +159,14 @@ def _multiply(
     return total
 
 
+@triton.jit
+def _settled(total):
+    """The same numbers, once they are there. Triton lets the asynchronous products of a step run on while the next
+    step's weights are unpacked, into registers that those products may still be reading: with large blocks the results
+    were wrong. An (empty) instruction that takes the sums makes it wait for them."""
+    return tl.inline_asm_elementwise("", "=r,0", [total], tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x,
@@ -189,6 +197,7 @@ def linear_kernel(
     PDL: tl.constexpr,
     FAST: tl.constexpr,
     NATURAL: tl.constexpr,
+    ASYNC: tl.constexpr,  # whether the matrix instruction may be
     COMPUTE: tl.constexpr,
 ):
     KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
@@ -252,6 +261,8 @@ def linear_kernel(
                 total, q, h, each, x_step,
                 BM, BN, BK, BITS, GROUP, SLICES, SCALE_SUM, FAST, NATURAL, COMPUTE,
             )  # fmt: skip
+            if ASYNC:
+                total = _settled(total)
 
     if SLICES > 1:
         if SCALE_SUM and GROUP == 0:

@@ -264,7 +264,10 @@ def test_chosen_kernels_compile_without_spilling(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     chosen = choose(rows, 4096, 4096, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
     assert chosen is not None
-    (tmp_path / "cubin").write_bytes(compile_ahead(chosen, bits, group, BF16, architecture).asm["cubin"])
+    compiled = compile_ahead(chosen, bits, group, BF16, architecture)
+    # No product is still running when its operands' registers are written again, see `_settled`.
+    assert set(re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])) <= {"0"}
+    (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
     def shown(tool: str, option: str) -> str:
@@ -278,8 +281,9 @@ def test_chosen_kernels_compile_without_spilling(
     assert usage["LOCAL"] == "0"
     if architecture == 90:
         code = shown("nvdisasm", "-c")
-        # Codes reach the matrix instruction in the lane that loaded them. A split's last program may shuffle.
-        assert code.count("SHFL") <= 1
+        # Codes reach the matrix instruction in the lane that loaded them. A split's last program may shuffle, and warps
+        # exchange the sums of slices at the end.
+        assert code.count("SHFL") <= 1 or chosen.slices > 1
         assert "MMA" in code
 
 
