@@ -60,7 +60,7 @@ def choose(
         return None
     if rows > 64:
         return _many_rows(rows, out_features, in_features, bits, experts, sms)
-    # Sums of a step beside the total: too many registers for 64 rows where the matrix instruction's result takes more.
+    # It takes a step's sums beside the total: on Ampere, those of 64 rows do not fit into registers.
     scale_sum = (whole or group_size % 128 == 0) and (capability >= 9 or rows <= 32)
     return _few_rows(rows, out_features, in_features, scale_sum, experts, sms)
 
