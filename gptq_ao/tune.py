@@ -77,16 +77,21 @@ def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
             return torch.mm(x[0], weight.T)
 
         best = Tuned(None, microseconds(dense, count, calls=24))
+    weight = cuda.dequantize(*ring[0], None, p.bits, p.group_size, p.out_features, p.in_features, torch.float32)
+    expected = x[0].float() @ weight.T
+    # Rounding to bf16 of weights (when multiplied by their scales) and of the result, with room to spare.
+    tolerance = 2.0**-6 * (x[0].float().abs() @ weight.abs().T)
     sms = torch.cuda.get_device_properties().multi_processor_count
     for c in candidates(p.rows, p.out_features, p.in_features, p.bits, p.group_size, sms):
-        took = _time(p, c, ring, x)
+        took = _time(p, c, ring, x, expected, tolerance)
         if took < best.microseconds:
             best = Tuned(c, took)
     return best
 
 
-def _time(p: Product, c: LinearConfig, ring: list[Packed], x: Tensor) -> float:
-    """Microseconds; infinite if the GPU has not enough of something for this configuration."""
+def _time(p: Product, c: LinearConfig, ring: list[Packed], x: Tensor, expected: Tensor, tolerance: Tensor) -> float:
+    """Microseconds; infinite if the GPU has not enough of something for this configuration, or if it is wrong (a
+    compiler may be)."""
     import triton
 
     from gptq_ao.kernels.launch import launch
@@ -99,6 +104,8 @@ def _time(p: Product, c: LinearConfig, ring: list[Packed], x: Tensor) -> float:
         return launch(x, *ring[i], p.bits, p.group_size, p.out_features, c, counters=counters)
 
     try:
+        if not bool(((run(0)[0].float() - expected).abs() <= tolerance).all()):
+            return float("inf")
         return microseconds(run, len(ring), replays=5)
     except triton.runtime.errors.OutOfResources:
         return float("inf")
