@@ -14,6 +14,7 @@ A checkpoint is written to a temporary directory and renamed when complete. On l
 names, sizes and files, and the model is changed only when all tensors are there. No pickle, no code from a checkpoint.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ from torch import Tensor, nn
 
 from gptq_ao.architecture import empty_model
 from gptq_ao.errors import CheckpointError
-from gptq_ao.manifest import Manifest, read_manifest, shard_path
+from gptq_ao.formats.directory import quantization_config
+from gptq_ao.formats.recognize import open_quantized
+from gptq_ao.manifest import MANIFEST, Manifest, read_manifest, shard_path
 from gptq_ao.shards import StoredTensor, read_header
+from gptq_ao.source import source_of
 from gptq_ao.stored import from_stored
+from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights
 from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
 
@@ -54,7 +59,7 @@ def load_quantized(
     *,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Load what `save_quantized` wrote.
+    """Load a quantized checkpoint, whose format the directory tells: the own one, GPTQ or compressed-tensors.
 
     `load_quantized(directory)` builds the Hugging Face model of the directory's config.
     `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta
@@ -68,15 +73,34 @@ def load_quantized(
         if directory is None:
             raise CheckpointError("load_quantized(model, directory) needs the directory")
         path, model = Path(directory), model_or_directory
-        manifest = read_manifest(path)
     else:
-        path = Path(model_or_directory)
-        manifest = read_manifest(path)
-        model = empty_model(path)
+        path, model = Path(model_or_directory), None
+    if not (path / MANIFEST).is_file() and quantization_config(path) is not None:
+        return _load_foreign(path, model, torch.device(device))
+    manifest = read_manifest(path)
+    model = empty_model(path) if model is None else model
     _check_fits(model, manifest, path)
     loaded = _load(path, manifest, torch.device(device))
-    _assign(model, loaded, manifest)
+    _assign(model, loaded, manifest.tied)
     return model
+
+
+def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device) -> nn.Module:
+    files = open_quantized(directory)
+    source = source_of(directory, files.tensors, model)
+    loaded: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first that it makes
+    for name, (recipe, made) in source.recipes.items():
+        first = placed.setdefault((recipe.target, made), name)
+        if first != name:
+            tied[name] = first
+        elif name not in loaded:
+            parts = recipe.make(source.model)
+            loaded |= {n: parts[m].to(device) for n, (r, m) in source.recipes.items() if r is recipe}
+    files.rounding.warn()
+    _assign(source.model, loaded, tied)
+    return source.model
 
 
 def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
@@ -111,16 +135,19 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     return loaded
 
 
-def _assign(model: nn.Module, loaded: dict[str, Tensor], manifest: Manifest) -> None:
+def _assign(model: nn.Module, loaded: dict[str, Tensor], tied: Mapping[str, str]) -> None:
     made: dict[str, nn.Parameter] = {}
     for name in model.state_dict(keep_vars=True):
-        target = manifest.tied.get(name, name)
+        target = tied.get(name, name)
+        if target not in loaded:
+            continue  # a buffer that was computed
         prefix, _, leaf = name.rpartition(".")
         module = model.get_submodule(prefix)
         if leaf in module._buffers:
             module._buffers[leaf] = loaded[target]
         else:
             if target not in made:
-                trains = module._parameters[leaf].requires_grad and target not in manifest.quantized  # type: ignore[union-attr]
-                made[target] = nn.Parameter(loaded[target], requires_grad=trains)
+                value = loaded[target]
+                trains = module._parameters[leaf].requires_grad and not isinstance(value, GroupTensor)  # type: ignore[union-attr]
+                made[target] = nn.Parameter(value, requires_grad=trains)
             module._parameters[leaf] = made[target]

@@ -127,6 +127,10 @@ def packed_bytes(shape: tuple[int, ...], bits: int, groups: int) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)]."""
+    if 8 % bits == 0:
+        place = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+        whole = _pad(codes.unsqueeze(-2), 1, 8 // bits).squeeze(-2).unflatten(-1, (-1, 8 // bits))
+        return (whole << place).sum(-1, dtype=torch.uint8)
     stream = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = _pad(stream.flatten(-2).unsqueeze(-2), 1, 8).squeeze(-2).unflatten(-1, (-1, 8))
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
@@ -135,6 +139,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_bits`: uint8 [..., count]."""
+    if 8 % bits == 0:
+        place = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        return ((stream.unsqueeze(-1) >> place) & (2**bits - 1)).flatten(-2)[..., :count]
     place = torch.arange(8, dtype=torch.uint8, device=stream.device)
     single = ((stream.unsqueeze(-1) >> place) & 1).flatten(-2)[..., : count * bits].unflatten(-1, (count, bits))
     weight = torch.arange(bits, dtype=torch.uint8, device=stream.device)
