@@ -1,4 +1,4 @@
-"""Checkpoints as other libraries write them, packed code by code from the formats' definitions: slow and independent."""
+"""Checkpoints as other libraries write them, packed code by code from the formats' definitions: slow, independent."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def dense(codes: Tensor, scale: Tensor, zero_point: Tensor, group_of: Tensor) ->
 
 def meant(weight: GroupedWeight) -> Tensor:
     """The same of what was read."""
-    n, k = weight.codes.shape
+    k = weight.codes.shape[1]
     groups = (weight.codes.int() - weight.zero_point.int().repeat_interleave(k // weight.scale.shape[1], 1)).float()
     w = groups * weight.scale.float().repeat_interleave(k // weight.scale.shape[1], 1)
     return w if weight.perm is None else torch.empty_like(w).index_copy_(1, weight.perm.long(), w)
