@@ -1,4 +1,4 @@
-"""Save and load quantized models: safetensors shards and one JSON file.
+"""Save and load quantized models: the own format, safetensors shards and one JSON file, and those of other libraries.
 
     DIRECTORY/
       gptq_ao.json                          the manifest, written last: without it there is no checkpoint
@@ -12,6 +12,8 @@ independent of how this package arranges codes at run time. All other parameters
 
 A checkpoint is written to a temporary directory and renamed when complete. On loading, `manifest.py` first checks
 names, sizes and files, and the model is changed only when all tensors are there. No pickle, no code from a checkpoint.
+
+The other formats are in `formats/`.
 """
 
 from collections.abc import Mapping
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.architecture import empty_model
-from gptq_ao.errors import CheckpointError
+from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.formats.directory import quantization_config
 from gptq_ao.formats.recognize import open_quantized
+from gptq_ao.formats.write import write_dense, write_foreign
 from gptq_ao.manifest import MANIFEST, Manifest, read_manifest, shard_path
+from gptq_ao.report import Report
 from gptq_ao.shards import StoredTensor, read_header
 from gptq_ao.source import source_of
 from gptq_ao.stored import from_stored
@@ -33,24 +37,48 @@ from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights
 from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
 
-__all__ = ["load_quantized", "save_quantized"]
+__all__ = ["FORMATS", "load_quantized", "save_quantized"]
+
+FORMATS = ("native", "gptq", "gptq_v2", "compressed-tensors", "dense")
 
 
 def save_quantized(
-    model: nn.Module, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5 * 2**30
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    format: str = "native",
+    tokenizer: Any = None,
+    report: Report | None = None,
+    max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a quantized model, with its config if it is a Hugging Face model, and the tokenizer if one is given.
+    """Write a quantized model, with its config and a model card if it is a Hugging Face model. Codes and scales are
+    written as they are; nothing is quantized again.
+
+    Args:
+        format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
+            "compressed-tensors", for other libraries; "dense", the weights that the quantized ones stand for.
+        tokenizer: to be saved with the model.
+        report: what `quantize_` returned, for the model card.
+        max_shard_bytes: size of the files.
 
     Raises:
-        CheckpointError: the directory holds something, the disk is full, or the model has state that is no tensor.
-        ConfigError: a parameter is on the meta device, without values.
+        CheckpointError: the format cannot hold the model, the directory holds something, the disk is full, or the model
+            has state that is no tensor. Nothing is left at `directory`.
+        ConfigError: there is no such format; a parameter is on the meta device, without values.
     """
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}: give one of {', '.join(FORMATS)}")
+    if format == "dense":
+        return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report)
+    if format != "native":
+        return write_foreign(model, Path(directory), format, tokenizer, max_shard_bytes, report)
     state = model.state_dict(keep_vars=True)
     firsts = [first for first, *_ in state_names(model)]
     with CheckpointWriter(Path(directory), max_shard_bytes) as writer:
         writer.check_space(stored_bytes({first: state[first] for first in firsts}))
         writer.add_rest(model, ModelWeights(model).get)
-        writer.finish(model, tokenizer)
+        writer.finish_checkpoint(model, tokenizer, report)
+    return None
 
 
 def load_quantized(

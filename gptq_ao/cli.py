@@ -16,6 +16,7 @@ import typer
 from gptq_ao.architecture import empty_model
 from gptq_ao.checkpoint import save_quantized
 from gptq_ao.config import gptq_config
+from gptq_ao.convert import convert_checkpoint
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.demo import run_demo
 from gptq_ao.errors import ConfigError, GPTQError
@@ -251,6 +252,28 @@ def inspect(
     lines += [f"  {n}  {s}  {d}" for n, (d, s) in manifest.dense.items()]
     lines += [f"  {a} is {b}" for a, b in manifest.tied.items()]
     _print(facts, "\n".join(lines), as_json)
+
+
+class Format(StrEnum):
+    native = "native"
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    compressed_tensors = "compressed-tensors"
+    dense = "dense"
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A quantized checkpoint, whatever its format.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    format: Annotated[Format, typer.Option("--format", help="What to write; dense: not quantized.")],
+    as_json: Json = False,
+) -> None:
+    """Write a quantized checkpoint in another format. The weights stay what they are: nothing is quantized again."""
+    found = convert_checkpoint(source, out, format.value)
+    size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    facts = {"source": str(source), "out": str(out), "from": found, "to": format.value, "bytes": size}
+    _print(facts, f"{source}, {found}, written to {out} as {format.value}: {size / 2**20:.1f} MiB", as_json)
 
 
 @app.command()

@@ -35,6 +35,7 @@ __all__ = [
     "QuantizedEntry",
     "check_version",
     "check_weight_map",
+    "confined",
     "format_version",
     "parse_entries",
     "read_manifest",
@@ -208,10 +209,19 @@ def shard_path(directory: Path, file: str) -> Path:
     """A shard is a file in the directory itself (or, in a hub cache, in the blobs that its snapshots link to)."""
     if not _SHARD_NAME.fullmatch(file):
         raise CheckpointError(f"{directory} names the shard {file!r}: only plain *.safetensors names are allowed")
+    path = confined(directory, file)
+    if not path.is_file():
+        raise CheckpointError(f"{directory} lacks the shard {file!r}")
+    return path
+
+
+def confined(directory: Path, file: str) -> Path:
+    """
+    Raises:
+        CheckpointError: a file of a checkpoint is a link to somewhere else.
+    """
     root = directory.resolve()
     path = (directory / file).resolve()
     if path.parent not in (root, root.parent.parent / "blobs"):
-        raise CheckpointError(f"shard {file!r} of {directory} links to {path}, outside the checkpoint")
-    if not path.is_file():
-        raise CheckpointError(f"{directory} lacks the shard {file!r}")
+        raise CheckpointError(f"{file!r} of {directory} links to {path}, outside the checkpoint")
     return path

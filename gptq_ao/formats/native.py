@@ -18,7 +18,7 @@ from gptq_ao.shards import NAME_OF, StoredTensor
 from gptq_ao.stored import from_stored
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["NATIVE_PARTS", "NativeWeight", "native_weights"]
+__all__ = ["NATIVE_PARTS", "NativeWeight", "native_config", "native_weights"]
 
 NATIVE_PARTS = ("codes", "scale", "zero_point", "perm")
 
@@ -42,6 +42,15 @@ class NativeWeight:
     def read(self) -> GroupTensor:
         where = next(iter(self.parts.values())).path
         return from_stored(self.name, self.entry, lambda name: self.parts[name].read(), where)
+
+
+def native_config(entries: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """The quantization_config of config.json. A Hugging Face model is recognized by it.
+
+    Args:
+        entries: the "quantized" of the manifest.
+    """
+    return {"quant_method": "gptq_ao", "format_version": version, "weights": dict(entries)}
 
 
 def native_weights(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq_ao import load_quantized
+from gptq_ao import load_quantized, save_quantized
 from gptq_ao.formats.recognize import open_quantized
 from gptq_ao.tensor import GroupTensor
 
@@ -28,6 +28,9 @@ CHECKPOINTS = [
     "llm-compressor-0.14-4bit-asym",
     "llm-compressor-0.14-4bit-sym",
 ]
+
+
+GPTQ_KEYS = ("quant_method", "bits", "group_size", "desc_act", "sym", "lm_head", "checkpoint_format", "pack_dtype")
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +92,26 @@ def test_a_whole_model_of_llm_compressor(name: str, peers: Path) -> None:
     assert model.model.layers[0].self_attn.k_proj.bias.abs().sum() > 0
     ids = torch.arange(12)[None]
     assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("gptqmodel-7.7-v1-4bit-sym-actorder", "gptq"),
+        ("llm-compressor-0.14-4bit-asym", "compressed-tensors"),
+        ("llm-compressor-0.14-4bit-sym", "compressed-tensors"),
+    ],
+)
+def test_what_is_read_is_written_with_the_same_bytes(name: str, format: str, peers: Path, tmp_path: Path) -> None:
+    save_quantized(load_quantized(peers / name), tmp_path / "out", format=format)
+    before, after = (load_file(next(d.glob("*.safetensors"))) for d in (peers / name, tmp_path / "out"))
+    assert set(before) == set(after)
+    assert all(before[n].dtype == t.dtype and torch.equal(before[n], t) for n, t in after.items())
+    quantization = json.loads((peers / name / "config.json").read_text())["quantization_config"]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if format == "gptq":
+        assert {k: written[k] for k in GPTQ_KEYS} == {k: quantization[k] for k in GPTQ_KEYS}
+    else:
+        weights = written["config_groups"]["group_0"]["weights"]
+        assert weights.items() <= quantization["config_groups"]["group_0"]["weights"].items()
+        assert written["ignore"] == quantization["ignore"]
