@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ __all__ = [
     "check_version",
     "check_weight_map",
     "confined",
+    "entry_json",
     "format_version",
     "parse_entries",
     "read_manifest",
@@ -92,6 +93,11 @@ class Manifest:
     dense: dict[str, tuple[str, list[int]]]
     tied: dict[str, str]
     shards: dict[str, str]
+
+
+def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
+    """As it is in the file."""
+    return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
 def format_version(quantized: Mapping[str, QuantizedEntry]) -> int:

@@ -113,7 +113,12 @@ def open_source(directory: Path, dtype: torch.dtype | None = None) -> Source:
 
 
 def source_of(
-    directory: Path, stored: Mapping[str, Readable], model: Any = None, dtype: torch.dtype | None = None
+    directory: Path,
+    stored: Mapping[str, Readable],
+    model: Any = None,
+    dtype: torch.dtype | None = None,
+    *,
+    strict: bool = True,
 ) -> Source:
     """Which of the tensors `stored` makes which parameter.
 
@@ -121,6 +126,7 @@ def source_of(
         directory: with the config of the model, if that is not given; and for messages.
         model: it is left as it is; None: the empty one of the config.
         dtype: see `open_source`.
+        strict: whether each has to have what the other has.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape than in the model.
@@ -144,7 +150,10 @@ def source_of(
             keys = ", ".join(key for _, key, _ in recipe.inputs[:3])
             raise CheckpointError(f"{directory}: {recipe.target!r} cannot be made of {keys}, …: {e}") from e
         made |= {name: (recipe, t.shape) for name, t in empty.items()}
-    _check(model, directory, {name: shape for name, (_, shape) in made.items()}, unknown)
+    shapes = {name: shape for name, (_, shape) in made.items()}
+    _check_shapes(model, directory, shapes)
+    if strict:
+        _check(model, directory, shapes, unknown)
     source = Source(model, {name: (recipe, name) for name, (recipe, _) in made.items()})
     return Source(model, {**source.recipes, **_ties(source, own)})
 
@@ -208,13 +217,17 @@ def _recipes(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Recipe], 
     return recipes, unknown
 
 
-def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown: Mapping[str, str]) -> None:
-    """What the checkpoint makes is what the model has."""
+def _check_shapes(model: Any, directory: Path, made: Mapping[str, torch.Size]) -> None:
     state = model.state_dict(keep_vars=True)
     for name, shape in made.items():
         if name in state and state[name].shape != shape:
             wanted = f"in the {type(model).__name__} {list(state[name].shape)}"
             raise CheckpointError(f"{directory}: {name!r} has shape {list(shape)}, {wanted}")
+
+
+def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown: Mapping[str, str]) -> None:
+    """What the checkpoint makes is what the model has."""
+    state = model.state_dict(keep_vars=True)
     valued = {
         id(t) for name, t in state.items() if name in made
     }  # tied parameters have values under any of their names
@@ -243,7 +256,9 @@ def _ties(source: Source, own: bool) -> dict[str, tuple[Recipe, str]]:
         groups.setdefault(id(p), []).append(name)
     found: dict[str, tuple[Recipe, str]] = {}
     for names in groups.values():
-        first, *others = [n for n in names if n in source.recipes]
+        first, *others = [n for n in names if n in source.recipes] or [""]
+        if not first:
+            continue  # the caller decides whether that is an error
         differ = [other for other in others if not _same(source.read(first), source.read(other))]
         for other in differ if own else ():
             _set_empty(source.model, other, parameters[other], parameters[other].dtype)

@@ -1,7 +1,6 @@
 """A checkpoint in the own format while it is written: shards as they fill, the manifest last."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from gptq_ao.errors import CheckpointError
 from gptq_ao.formats.native import native_config
 from gptq_ao.grid import group_columns
-from gptq_ao.manifest import MANIFEST, QuantizedEntry, format_version
+from gptq_ao.manifest import MANIFEST, QuantizedEntry, entry_json, format_version
 from gptq_ao.model_card import CARD, model_card
 from gptq_ao.output import OutputDirectory, as_json, has_config
 from gptq_ao.passes.records import Selection
@@ -98,7 +97,7 @@ class CheckpointWriter(OutputDirectory):
     def finish_checkpoint(self, model: nn.Module, tokenizer: Any, report: Report | None = None) -> None:
         """Write the rest, the manifest last."""
         placed = self.finish_shards()
-        entries = {name: _json(e) for name, e in self._entries.items()}
+        entries = {name: entry_json(e) for name, e in self._entries.items()}
         version = format_version(self._entries)
         manifest = {
             "format": "gptq_ao",
@@ -113,10 +112,6 @@ class CheckpointWriter(OutputDirectory):
             weights = [(e.bits, e.shape[-1] // e.groups) for e in self._entries.values()]
             texts = {CARD: model_card(model, "native", weights, report), **texts}
         self.finish(model, tokenizer, placed, native_config(entries, version), texts)
-
-
-def _json(entry: QuantizedEntry) -> dict[str, Any]:
-    return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
 def _dtype_name(name: str, t: Tensor) -> str:

@@ -39,6 +39,10 @@ class NativeWeight:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.entry.dtype]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
     def read(self) -> GroupTensor:
         where = next(iter(self.parts.values())).path
         return from_stored(self.name, self.entry, lambda name: self.parts[name].read(), where)

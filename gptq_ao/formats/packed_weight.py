@@ -53,6 +53,10 @@ class PackedWeight:
     decode: Callable[[Mapping[str, Tensor]], GroupedWeight]
     rounding: Rounding
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
     def read(self) -> GroupTensor:
         """
         Raises:

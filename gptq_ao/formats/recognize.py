@@ -28,6 +28,9 @@ class Readable(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def nbytes(self) -> int: ...
+
     def read(self) -> Tensor: ...
 
 
