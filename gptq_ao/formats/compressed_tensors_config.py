@@ -41,12 +41,11 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise CheckpointError("the config is damaged: it has no 'config_groups'")
-    formats = {config.get("format"), *(g.get("format") for g in groups.values() if isinstance(g, dict))}
-    odd = formats - {None, _FORMAT} - ({"mixed-precision"} if None not in formats else set())
+    inner = [g.get("format") for g in groups.values() if isinstance(g, dict)]
+    allowed = [_FORMAT, "mixed-precision", None] if all(f == _FORMAT for f in inner) else [_FORMAT]
+    odd = [f for f in inner if f not in (_FORMAT, None)] + [f for f in [config.get("format")] if f not in allowed]
     if odd:
-        raise CheckpointError(
-            f"compressed-tensors of the format {sorted(map(str, odd))[0]!r} cannot be read, only {_FORMAT!r}"
-        )
+        raise CheckpointError(f"compressed-tensors of the format {odd[0]!r} cannot be read, only {_FORMAT!r}")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
         if config.get(key):
             raise CheckpointError(f"the checkpoint has a {key}: it is more than quantized weights, and cannot be read")

@@ -45,7 +45,7 @@ def gptq_settings(config: Mapping[str, Any]) -> GptqSettings:
         CheckpointError: the config asks for what cannot be read, or is damaged.
     """
     name = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if name not in _VERSIONS:
+    if not isinstance(name, str) or name not in _VERSIONS:
         raise CheckpointError(f"GPTQ checkpoints of the format {name!r} cannot be read, only {', '.join(_VERSIONS)}")
     for key in ("rotation", "activation"):
         if config.get(key):

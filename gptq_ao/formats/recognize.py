@@ -70,7 +70,7 @@ def open_quantized(directory: Path) -> QuantizedFiles:
     if config is None:
         raise CheckpointError(f"{directory} is no quantized checkpoint: its config.json has no quantization_config")
     method = config.get("quant_method")
-    if method not in _READERS:
+    if not isinstance(method, str) or method not in _READERS:
         known = ", ".join(QUANT_METHODS)
         raise CheckpointError(f"{directory} is quantized with {method!r}, which cannot be read, only {known}")
     parts, make = _READERS[method]
