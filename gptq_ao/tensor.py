@@ -201,13 +201,15 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return _view(func, args, kwargs, part)
 
 
-@implements([aten.squeeze.dim])
+@implements([aten.squeeze.default, aten.squeeze.dim])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    weight, dim = args
-    dim %= weight.dim()
-    if dim > weight.dim() - 3 or weight.view_as is not None:
-        raise NotImplementedError(f"{weight!r}: only dimensions in front of the matrices' can be removed, got {dim}")
-    return weight.select(dim, 0) if weight.shape[dim] == 1 else weight
+    weight, *given = args
+    dims = [d % weight.dim() for d in given] or [d for d in range(weight.dim()) if weight.shape[d] == 1]
+    if weight.view_as is not None or any(d > weight.dim() - 3 for d in dims):
+        raise NotImplementedError(f"{weight!r}: only dimensions in front of the matrices' can be removed, not {dims}")
+    for dim in sorted(dims, reverse=True):
+        weight = weight.select(dim, 0) if weight.shape[dim] == 1 else weight
+    return weight
 
 
 @implements([aten.unbind.int])
