@@ -41,7 +41,7 @@ READERS = {
     "gptqmodel": """
 import json, sys, torch
 from gptqmodel import GPTQModel, BACKEND
-model = GPTQModel.load(sys.argv[1], device="cpu", dtype=torch.float32, backend=BACKEND.GPTQ_TORCH)
+model = GPTQModel.load(sys.argv[1], device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH)
 with torch.no_grad():
     logits = model.model(torch.tensor(json.loads(sys.argv[2]))).logits
 print("LOGITS" + json.dumps(logits.float().tolist()))

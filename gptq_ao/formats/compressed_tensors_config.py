@@ -71,7 +71,9 @@ def compressed_weights(
     for module, parts in modules.items():
         n, k, bits = _check(module, parts, schemes)
         decode = functools.partial(decode_compressed, bits=bits)
-        yield PackedWeight(f"{module}.weight", (n, k), parts["weight_scale"].dtype, parts, decode, rounding)
+        scale = parts["weight_scale"]
+        group_size = k // scale.shape[1]
+        yield PackedWeight(f"{module}.weight", bits, group_size, (n, k), scale.dtype, parts, decode, rounding)
 
 
 def _scheme(name: str, group: Any) -> Scheme:

@@ -89,7 +89,7 @@ def gptq_weights(
             decode_gptq, bits=bits, in_features=k, group_size=group_size, stored=settings.zero_points
         )
         n = parts["scales"].shape[1]
-        yield PackedWeight(f"{module}.weight", (n, k), parts["scales"].dtype, parts, decode, rounding)
+        yield PackedWeight(f"{module}.weight", bits, group_size, (n, k), parts["scales"].dtype, parts, decode, rounding)
 
 
 def _check(module: str, parts: Mapping[str, StoredTensor], settings: GptqSettings) -> tuple[int, int, int]:

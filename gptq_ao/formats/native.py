@@ -32,6 +32,14 @@ class NativeWeight:
     parts: Mapping[str, StoredTensor]
 
     @property
+    def bits(self) -> int:
+        return self.entry.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.entry.shape[-1] // self.entry.groups
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.entry.parameter_shape)
 

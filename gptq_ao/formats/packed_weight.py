@@ -40,6 +40,8 @@ class PackedWeight:
 
     Attributes:
         name: of the weight in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
+        bits: of its codes in the file.
+        group_size: input features of a group in the file; the last one may have fewer.
         shape: [N, K].
         dtype: the one it pretends to have.
         parts: its tensors: the name's last part → where it lies.
@@ -47,6 +49,8 @@ class PackedWeight:
     """
 
     name: str
+    bits: int
+    group_size: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: Mapping[str, StoredTensor]

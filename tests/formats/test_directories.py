@@ -1,7 +1,9 @@
 """Whole checkpoints: written in every format, recognized, read again, written again with the same bytes."""
 
+import functools
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
-from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.errors import CheckpointError, ConfigError, FusedSettingsWarning
 from gptq_ao.tensor import GroupTensor
 
 from ..models import seeded, tiny_llama, token_batches
@@ -40,9 +42,17 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def quantized(name: str = "llama", **settings: Any) -> Any:
+    """A quantized model, which tests must not change."""
+    return _quantized(name, json.dumps({"group_size": 32, "method": "rtn", **settings}))
+
+
+@functools.cache
+def _quantized(name: str, settings: str) -> Any:
     model = MODELS[name]()
-    settings = {"group_size": 32, "method": "rtn", **settings}
-    quantize_(model, gptq_config(**settings, calibration=token_batches(1)))  # it shows where the products are
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FusedSettingsWarning)
+        # The data shows where the products are.
+        quantize_(model, gptq_config(**json.loads(settings), calibration=token_batches(1)))
     return model
 
 
