@@ -124,8 +124,8 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
         if first != name:
             tied[name] = first
         elif name not in loaded:
-            parts = recipe.make(source.model)
-            loaded |= {n: parts[m].to(device) for n, (r, m) in source.recipes.items() if r is recipe}
+            made_of = {m: t.to(device) for m, t in recipe.make(source.model).items()}
+            loaded |= {n: made_of[m] for n, (r, m) in source.recipes.items() if r is recipe}
     files.rounding.warn()
     _assign(source.model, loaded, tied)
     return source.model
