@@ -38,7 +38,7 @@ __all__ = ["CheckpointConfig", "GptqAoConfig", "GptqAoQuantizer"]
 _SCALES = {"gptq": "scales", "compressed-tensors": "weight_scale"}
 _OTHERS = {
     "gptq": r"\.(qweight|qzeros|g_idx)$",
-    "compressed-tensors": r"\.weight_(packed|shape|zero_point|g_idx)$",
+    "compressed-tensors": r"_(packed|shape|zero_point|g_idx)$",  # 5.17 calls those of experts gate_up_proj_packed, …
     "gptq_ao": r"\.(codes|zero_point|perm)$",
 }
 
