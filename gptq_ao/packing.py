@@ -152,9 +152,9 @@ def _pack_plane(codes: Tensor, plane: Plane) -> Tensor:
     *lead, rows, columns = codes.shape
     tile_rows, tile_cols = rows // TILE_ROWS, columns // plane.tile_columns
     split = codes.reshape(-1, tile_rows, 2, 8, tile_cols, *plane.columns)
-    words = split.permute(plane.permutation).reshape(*lead, tile_rows, tile_cols, -1, 32 // plane.bits)
-    place = torch.arange(0, 32, plane.bits, dtype=torch.int32, device=codes.device)
-    return (words.int() << place).sum(-1, dtype=torch.int32)
+    parts = split.permute(plane.permutation).reshape(*lead, tile_rows, tile_cols, -1, 8 // plane.bits)
+    place = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=codes.device)  # byte by byte, as in _unpack_plane
+    return (parts << place).sum(-1, dtype=torch.uint8).view(torch.int32)
 
 
 def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
@@ -171,4 +171,6 @@ def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
     """Zeros after the last row and column, up to multiples of `rows` and `columns`."""
     *_, n, k = x.shape
+    if n % rows == 0 and k % columns == 0:
+        return x
     return torch.nn.functional.pad(x, (0, -k % columns, 0, -n % rows))
