@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel families clean
+.PHONY: demo test lint wheel families conformance clean
 
 demo: $(STAMP)
 	$(BIN)/gptq-ao demo
@@ -34,5 +34,15 @@ $(STAMP): pyproject.toml constraints.txt
 families: $(STAMP)
 	$(BIN)/python -m tests.families
 
+# Writes checkpoints in every format and reads them with the libraries whose formats they are, in an environment of
+# their own. Optional: gptqmodel builds from source, and wants its own version of torch.
+PEERS := .venv-peers
+conformance: $(STAMP)
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	-$(PEERS)/bin/python -m pip install --quiet compressed-tensors transformers accelerate
+	-$(PEERS)/bin/python -m pip install --quiet --no-build-isolation gptqmodel
+	$(BIN)/python -m tests.peers $(CURDIR)/$(PEERS)/bin/python
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info

@@ -7,7 +7,9 @@ quantize_(model, gptq_config(bits=4, group_size=128, calibration=batches))
 from gptq_ao import data, errors
 from gptq_ao.checkpoint import load_quantized, save_quantized
 from gptq_ao.config import GPTQConfig, gptq_config
-from gptq_ao.integrations.torchao import register as _register
+from gptq_ao.integrations.torchao import register as _register_with_torchao
+from gptq_ao.integrations.transformers import GptqAoConfig
+from gptq_ao.integrations.transformers import register as _register_with_transformers
 from gptq_ao.planning import QuantizationPlan, plan
 from gptq_ao.prepare import whole_model
 from gptq_ao.quantize import quantize_
@@ -16,10 +18,12 @@ from gptq_ao.stream import quantize_checkpoint
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
 from gptq_ao.tune import tune
 
-_register()
+_register_with_torchao()
+_register_with_transformers()
 
 __all__ = [
     "GPTQConfig",
+    "GptqAoConfig",
     "Int2GroupTensor",
     "Int3GroupTensor",
     "Int4GroupTensor",

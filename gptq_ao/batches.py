@@ -1,5 +1,6 @@
 """Calibration data as a list of calls of the model, whatever form the user gave it in."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch.utils._pytree as pytree
 from gptq_ao.config import Calibration
 from gptq_ao.errors import CalibrationError
 
-__all__ = ["Batch", "as_batch", "read_batches"]
+__all__ = ["Batch", "as_batch", "digest", "read_batches"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,17 @@ class Batch:
 
     def tensors(self) -> list[torch.Tensor]:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def digest(batches: Iterable[Batch]) -> str:
+    """SHA-256 of all tensors of the batches, their dtypes and shapes: the same data has the same digest."""
+    hashed = hashlib.sha256()
+    for batch in batches:
+        for tensor in batch.tensors():
+            values = tensor.detach().cpu().contiguous().flatten()
+            hashed.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+            hashed.update(values.view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def as_batch(value: Any, where: str = "the batch") -> Batch:

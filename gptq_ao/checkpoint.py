@@ -1,4 +1,4 @@
-"""Save and load quantized models: safetensors shards and one JSON file.
+"""Save and load quantized models: the own format, safetensors shards and one JSON file, and those of other libraries.
 
     DIRECTORY/
       gptq_ao.json                          the manifest, written last: without it there is no checkpoint
@@ -12,8 +12,11 @@ independent of how this package arranges codes at run time. All other parameters
 
 A checkpoint is written to a temporary directory and renamed when complete. On loading, `manifest.py` first checks
 names, sizes and files, and the model is changed only when all tensors are there. No pickle, no code from a checkpoint.
+
+The other formats are in `formats/`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +24,61 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.architecture import empty_model
-from gptq_ao.errors import CheckpointError
-from gptq_ao.manifest import Manifest, read_manifest, shard_path
+from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.formats.directory import quantization_config
+from gptq_ao.formats.recognize import open_quantized
+from gptq_ao.formats.write import write_dense, write_foreign
+from gptq_ao.manifest import MANIFEST, Manifest, read_manifest, shard_path
+from gptq_ao.report import Report
 from gptq_ao.shards import StoredTensor, read_header
+from gptq_ao.source import source_of
 from gptq_ao.stored import from_stored
+from gptq_ao.tensor import GroupTensor
 from gptq_ao.weights import ModelWeights
 from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
 
-__all__ = ["load_quantized", "save_quantized"]
+__all__ = ["FORMATS", "load_quantized", "save_quantized"]
+
+FORMATS = ("native", "gptq", "gptq_v2", "compressed-tensors", "dense")
 
 
 def save_quantized(
-    model: nn.Module, directory: str | Path, *, tokenizer: Any = None, max_shard_bytes: int = 5 * 2**30
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    format: str = "native",
+    tokenizer: Any = None,
+    report: Report | None = None,
+    max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """Write a quantized model, with its config if it is a Hugging Face model, and the tokenizer if one is given.
+    """Write a quantized model, with its config and a model card if it is a Hugging Face model. Codes and scales are
+    written as they are; nothing is quantized again.
+
+    Args:
+        format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
+            "compressed-tensors", for other libraries; "dense", the weights that the quantized ones stand for.
+        tokenizer: to be saved with the model.
+        report: what `quantize_` returned, for the model card.
+        max_shard_bytes: size of the files.
 
     Raises:
-        CheckpointError: the directory holds something, the disk is full, or the model has state that is no tensor.
-        ConfigError: a parameter is on the meta device, without values.
+        CheckpointError: the format cannot hold the model, the directory holds something, the disk is full, or the model
+            has state that is no tensor. Nothing is left at `directory`.
+        ConfigError: there is no such format; a parameter is on the meta device, without values.
     """
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}: give one of {', '.join(FORMATS)}")
+    if format == "dense":
+        return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report)
+    if format != "native":
+        return write_foreign(model, Path(directory), format, tokenizer, max_shard_bytes, report)
     state = model.state_dict(keep_vars=True)
     firsts = [first for first, *_ in state_names(model)]
     with CheckpointWriter(Path(directory), max_shard_bytes) as writer:
         writer.check_space(stored_bytes({first: state[first] for first in firsts}))
         writer.add_rest(model, ModelWeights(model).get)
-        writer.finish(model, tokenizer)
+        writer.finish_checkpoint(model, tokenizer, report)
+    return None
 
 
 def load_quantized(
@@ -54,7 +87,7 @@ def load_quantized(
     *,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Load what `save_quantized` wrote.
+    """Load a quantized checkpoint, whose format the directory tells: the own one, GPTQ or compressed-tensors.
 
     `load_quantized(directory)` builds the Hugging Face model of the directory's config.
     `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta
@@ -68,15 +101,34 @@ def load_quantized(
         if directory is None:
             raise CheckpointError("load_quantized(model, directory) needs the directory")
         path, model = Path(directory), model_or_directory
-        manifest = read_manifest(path)
     else:
-        path = Path(model_or_directory)
-        manifest = read_manifest(path)
-        model = empty_model(path)
+        path, model = Path(model_or_directory), None
+    if not (path / MANIFEST).is_file() and quantization_config(path) is not None:
+        return _load_foreign(path, model, torch.device(device))
+    manifest = read_manifest(path)
+    model = empty_model(path) if model is None else model
     _check_fits(model, manifest, path)
     loaded = _load(path, manifest, torch.device(device))
-    _assign(model, loaded, manifest)
+    _assign(model, loaded, manifest.tied)
     return model
+
+
+def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device) -> nn.Module:
+    files = open_quantized(directory)
+    source = source_of(directory, files.tensors, model)
+    loaded: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first that it makes
+    for name, (recipe, made) in source.recipes.items():
+        first = placed.setdefault((recipe.target, made), name)
+        if first != name:
+            tied[name] = first
+        elif name not in loaded:
+            made_of = {m: t.to(device) for m, t in recipe.make(source.model).items()}
+            loaded |= {n: made_of[m] for n, (r, m) in source.recipes.items() if r is recipe}
+    files.rounding.warn()
+    _assign(source.model, loaded, tied)
+    return source.model
 
 
 def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
@@ -111,16 +163,19 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     return loaded
 
 
-def _assign(model: nn.Module, loaded: dict[str, Tensor], manifest: Manifest) -> None:
+def _assign(model: nn.Module, loaded: dict[str, Tensor], tied: Mapping[str, str]) -> None:
     made: dict[str, nn.Parameter] = {}
     for name in model.state_dict(keep_vars=True):
-        target = manifest.tied.get(name, name)
+        target = tied.get(name, name)
+        if target not in loaded:
+            continue  # a buffer that was computed
         prefix, _, leaf = name.rpartition(".")
         module = model.get_submodule(prefix)
         if leaf in module._buffers:
             module._buffers[leaf] = loaded[target]
         else:
             if target not in made:
-                trains = module._parameters[leaf].requires_grad and target not in manifest.quantized  # type: ignore[union-attr]
-                made[target] = nn.Parameter(loaded[target], requires_grad=trains)
+                value = loaded[target]
+                trains = module._parameters[leaf].requires_grad and not isinstance(value, GroupTensor)  # type: ignore[union-attr]
+                made[target] = nn.Parameter(value, requires_grad=trains)
             module._parameters[leaf] = made[target]

@@ -16,14 +16,19 @@ import typer
 from gptq_ao.architecture import empty_model
 from gptq_ao.checkpoint import save_quantized
 from gptq_ao.config import gptq_config
+from gptq_ao.convert import convert_checkpoint
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.demo import run_demo
 from gptq_ao.errors import ConfigError, GPTQError
 from gptq_ao.evaluate import evaluate
+from gptq_ao.formats.directory import format_of
+from gptq_ao.formats.packed_weight import PackedWeight
+from gptq_ao.formats.recognize import open_quantized
 from gptq_ao.integrations.transformers import config_directory, load_model, load_tokenizer
 from gptq_ao.manifest import read_manifest
 from gptq_ao.planning import StreamedWeights, plan_weights
 from gptq_ao.quantize import quantize_
+from gptq_ao.shards import NAME_OF
 from gptq_ao.stream import quantize_checkpoint
 from gptq_ao.weights import ModelWeights
 
@@ -155,7 +160,7 @@ def quantize(
         in_memory = quantize_(loaded, config, device=device, max_memory=limits)
         assert in_memory is not None
         report = in_memory
-        save_quantized(loaded, out, tokenizer=tokenizer)
+        save_quantized(loaded, out, tokenizer=tokenizer, report=report)
     _print({"model": model, "out": str(out), **report.to_dict()}, f"{report}\nwritten to {out}", as_json)
 
 
@@ -227,10 +232,13 @@ def evaluate_(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A directory that gptq-ao wrote.")],
+    path: Annotated[Path, typer.Argument(help="A quantized checkpoint, whatever its format.")],
     as_json: Json = False,
 ) -> None:
-    """What a quantized checkpoint holds. Reads its manifest and headers, no weight."""
+    """What a quantized checkpoint holds. Reads its configs and headers, no weight."""
+    if path.is_dir() and format_of(path) not in ("native", "dense"):
+        _inspect_foreign(path, as_json)
+        return
     manifest = read_manifest(path)
     layers = [
         {
@@ -251,6 +259,45 @@ def inspect(
     lines += [f"  {n}  {s}  {d}" for n, (d, s) in manifest.dense.items()]
     lines += [f"  {a} is {b}" for a, b in manifest.tied.items()]
     _print(facts, "\n".join(lines), as_json)
+
+
+def _inspect_foreign(path: Path, as_json: bool) -> None:
+    tensors = open_quantized(path).tensors
+    layers = [
+        {"name": name, "bits": w.bits, "shape": list(w.shape), "group_size": w.group_size}
+        for name, w in tensors.items()
+        if isinstance(w, PackedWeight)
+    ]
+    others = {n: t for n, t in tensors.items() if not isinstance(t, PackedWeight)}
+    dense = {n: {"dtype": NAME_OF[t.dtype], "shape": list(t.shape)} for n, t in others.items()}
+    size, format = sum(f.stat().st_size for f in path.glob("*.safetensors")), format_of(path)
+    facts = {"path": str(path), "format": format, "bytes": size, "quantized": layers, "dense": dense}
+    lines = [f"{path}: {format}, {size / 2**20:.1f} MiB, {len(layers)} quantized and {len(dense)} other tensors"]
+    lines += [f"  {x['name']}  {x['shape']}  {x['bits']} bits, group {x['group_size']}" for x in layers]
+    lines += [f"  {n}  {d['shape']}  {d['dtype']}" for n, d in dense.items()]
+    _print(facts, "\n".join(lines), as_json)
+
+
+class Format(StrEnum):
+    native = "native"
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    compressed_tensors = "compressed-tensors"
+    dense = "dense"
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A quantized checkpoint, whatever its format.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    format: Annotated[Format, typer.Option("--format", help="What to write; dense: not quantized.")],
+    as_json: Json = False,
+) -> None:
+    """Write a quantized checkpoint in another format. The weights stay what they are: nothing is quantized again."""
+    found = convert_checkpoint(source, out, format.value)
+    size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    facts = {"source": str(source), "out": str(out), "from": found, "to": format.value, "bytes": size}
+    _print(facts, f"{source}, {found}, written to {out} as {format.value}: {size / 2**20:.1f} MiB", as_json)
 
 
 @app.command()

@@ -10,6 +10,7 @@ __all__ = [
     "NoLinearError",
     "NonFiniteError",
     "PassError",
+    "RoundedScalesWarning",
     "SolverError",
     "TuningError",
 ]
@@ -57,3 +58,7 @@ class PassError(GPTQError, AssertionError):
 
 class FusedSettingsWarning(UserWarning):
     """Weights that inference engines fuse into one would have different settings."""
+
+
+class RoundedScalesWarning(UserWarning):
+    """Scales of a checkpoint are no fp16 numbers, and were rounded."""

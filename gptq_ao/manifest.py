@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,12 @@ __all__ = [
     "MANIFEST",
     "Manifest",
     "QuantizedEntry",
+    "check_version",
     "check_weight_map",
+    "confined",
+    "entry_json",
     "format_version",
+    "parse_entries",
     "read_manifest",
     "shard_path",
 ]
@@ -91,6 +95,11 @@ class Manifest:
     shards: dict[str, str]
 
 
+def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
+    """As it is in the file."""
+    return {field: value for field, value in asdict(entry).items() if value is not None}
+
+
 def format_version(quantized: Mapping[str, QuantizedEntry]) -> int:
     """The version a checkpoint with such weights has: the lowest that has them."""
     return 2 if any(len(e.shape) > 2 or e.view_as is not None for e in quantized.values()) else 1
@@ -108,18 +117,14 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
     if not isinstance(content, dict) or content.get("format") != "gptq_ao":
         raise CheckpointError(f"{path} is not a manifest of gptq_ao")
-    version = content.get("format_version")
-    if version not in FORMAT_VERSIONS:
-        raise CheckpointError(
-            f"{path} has format version {version!r}, this gptq_ao reads {FORMAT_VERSIONS}: update gptq_ao"
-        )
+    check_version(content.get("format_version"), path)
     try:
         manifest = _parse(content)
-    except (KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {e}") from e
     _check_headers(directory, manifest)
     return manifest
@@ -130,14 +135,30 @@ def check_weight_map(directory: Path) -> None:
     for index in directory.glob("*.index.json"):
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
             raise CheckpointError(f"{index} is damaged: {type(e).__name__}: {e}") from e
         for file in sorted(map(str, files)):
             shard_path(directory, file)
 
 
+def check_version(version: object, path: object) -> None:
+    if version not in FORMAT_VERSIONS:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this gptq_ao reads {FORMAT_VERSIONS}: update gptq_ao"
+        )
+
+
+def parse_entries(entries: dict[str, Any]) -> dict[str, QuantizedEntry]:
+    """The "quantized" of a manifest.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: it is none.
+    """
+    return {name: _parse_entry(name, e) for name, e in entries.items()}
+
+
 def _parse(content: dict[str, Any]) -> Manifest:
-    quantized = {name: _parse_entry(name, e) for name, e in content["quantized"].items()}
+    quantized = parse_entries(content["quantized"])
     dense = {name: (str(e["dtype"]), [int(s) for s in e["shape"]]) for name, e in content["dense"].items()}
     tied = {str(a): str(b) for a, b in content["tied"].items()}
     shards = {str(t): str(f) for t, f in content["shards"].items()}
@@ -193,13 +214,20 @@ def _check_headers(directory: Path, manifest: Manifest) -> None:
 def shard_path(directory: Path, file: str) -> Path:
     """A shard is a file in the directory itself (or, in a hub cache, in the blobs that its snapshots link to)."""
     if not _SHARD_NAME.fullmatch(file):
-        raise CheckpointError(
-            f"{directory / MANIFEST} names the shard {file!r}: only plain *.safetensors names are allowed"
-        )
+        raise CheckpointError(f"{directory} names the shard {file!r}: only plain *.safetensors names are allowed")
+    path = confined(directory, file)
+    if not path.is_file():
+        raise CheckpointError(f"{directory} lacks the shard {file!r}")
+    return path
+
+
+def confined(directory: Path, file: str) -> Path:
+    """
+    Raises:
+        CheckpointError: a file of a checkpoint is a link to somewhere else.
+    """
     root = directory.resolve()
     path = (directory / file).resolve()
     if path.parent not in (root, root.parent.parent / "blobs"):
-        raise CheckpointError(f"shard {file!r} of {directory} links to {path}, outside the checkpoint")
-    if not path.is_file():
-        raise CheckpointError(f"{directory} lacks the shard {file!r}")
+        raise CheckpointError(f"{file!r} of {directory} links to {path}, outside the checkpoint")
     return path

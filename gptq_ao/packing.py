@@ -127,6 +127,10 @@ def packed_bytes(shape: tuple[int, ...], bits: int, groups: int) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)]."""
+    if 8 % bits == 0:
+        place = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+        whole = _pad(codes.unsqueeze(-2), 1, 8 // bits).squeeze(-2).unflatten(-1, (-1, 8 // bits))
+        return (whole << place).sum(-1, dtype=torch.uint8)
     stream = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = _pad(stream.flatten(-2).unsqueeze(-2), 1, 8).squeeze(-2).unflatten(-1, (-1, 8))
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
@@ -135,6 +139,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_bits`: uint8 [..., count]."""
+    if 8 % bits == 0:
+        place = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        return ((stream.unsqueeze(-1) >> place) & (2**bits - 1)).flatten(-2)[..., :count]
     place = torch.arange(8, dtype=torch.uint8, device=stream.device)
     single = ((stream.unsqueeze(-1) >> place) & 1).flatten(-2)[..., : count * bits].unflatten(-1, (count, bits))
     weight = torch.arange(bits, dtype=torch.uint8, device=stream.device)
@@ -145,9 +152,9 @@ def _pack_plane(codes: Tensor, plane: Plane) -> Tensor:
     *lead, rows, columns = codes.shape
     tile_rows, tile_cols = rows // TILE_ROWS, columns // plane.tile_columns
     split = codes.reshape(-1, tile_rows, 2, 8, tile_cols, *plane.columns)
-    words = split.permute(plane.permutation).reshape(*lead, tile_rows, tile_cols, -1, 32 // plane.bits)
-    place = torch.arange(0, 32, plane.bits, dtype=torch.int32, device=codes.device)
-    return (words.int() << place).sum(-1, dtype=torch.int32)
+    parts = split.permute(plane.permutation).reshape(*lead, tile_rows, tile_cols, -1, 8 // plane.bits)
+    place = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=codes.device)  # byte by byte, as in _unpack_plane
+    return (parts << place).sum(-1, dtype=torch.uint8).view(torch.int32)
 
 
 def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
@@ -164,4 +171,6 @@ def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
     """Zeros after the last row and column, up to multiples of `rows` and `columns`."""
     *_, n, k = x.shape
+    if n % rows == 0 and k % columns == 0:
+        return x
     return torch.nn.functional.pad(x, (0, -k % columns, 0, -n % rows))

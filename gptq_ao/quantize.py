@@ -13,7 +13,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.activations import ActivationStore
-from gptq_ao.batches import Batch
+from gptq_ao.batches import Batch, digest
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.memory import MaxMemory, read_limits, waiting_budget
@@ -85,6 +85,33 @@ def quantize_weights(
     if config.target_bits is not None:
         check_possible(weights, limits)
     batches = calibration_batches(config)
+    recipe = _recipe(config, batches)
+    report = _quantize(weights, config, filter_fn, run_on, max_memory, batches, clock)
+    return dataclasses.replace(report, recipe=recipe)
+
+
+def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
+    """What was asked for, in a few words."""
+    bits = f"{config.bits} bits" if config.target_bits is None else f"{config.target_bits} bits on average"
+    grid = "symmetric" if config.sym else "asymmetric"
+    method = f"GPTQ, act_order {config.act_order}" if config.method == "gptq" else "rounded to nearest"
+    settings = f"{bits}, group_size {config.group_size}, {grid}, {method}"
+    rules = {"rules": str(config.rules)} if config.rules else {}
+    if batches is None:
+        return {"recipe": settings, **rules, "calibration": "none"}
+    return {"recipe": settings, **rules, "calibration": f"{len(batches)} batches, sha256 {digest(batches)}"}
+
+
+def _quantize(
+    weights: Weights,
+    config: GPTQConfig,
+    filter_fn: FilterFn | None,
+    run_on: torch.device,
+    max_memory: MaxMemory | None,
+    batches: list[Batch] | None,
+    clock: Clock,
+) -> Report:
+    limits = read_limits(max_memory, run_on)
     try:
         prepared = prepare(weights, config, batches, filter_fn, run_on, clock)
     except CaptureError as e:

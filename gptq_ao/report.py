@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gptq_ao.allocate import Choice, Unit
@@ -78,6 +78,7 @@ class Report:
         capture_reason: why it is not one graph, for "replay".
         notes: what was done less well than it could have been, beside the fallbacks.
         precision: with `target_bits`, how the bits were chosen.
+        recipe: the settings, and what identifies the calibration data.
     """
 
     weights: tuple[WeightReport, ...]
@@ -91,6 +92,7 @@ class Report:
     capture_reason: str | None = None
     notes: tuple[str, ...] = ()
     precision: tuple[Decision, ...] = ()
+    recipe: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -119,6 +121,7 @@ class Report:
             "capture_reason": self.capture_reason,
             "notes": list(self.notes),
             "precision": [d.to_dict() for d in self.precision],
+            "recipe": dict(self.recipe),
         }
 
     def __str__(self) -> str:

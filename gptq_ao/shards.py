@@ -39,7 +39,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        value = torch.empty(self.shape, dtype=self.dtype)
+        value = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             rest = value.flatten().view(torch.uint8).numpy().data

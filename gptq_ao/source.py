@@ -1,4 +1,4 @@
-"""The parameters of a Hugging Face model, read one at a time from the directory that holds them.
+"""The parameters of a Hugging Face model, quantized or not, read one at a time from the directory that holds them.
 
 transformers renames, merges and splits tensors on loading (a checkpoint's experts become one 3-D parameter, a prefix
 comes or goes). Its own conversions decide here too: they run once on empty tensors, which gives every parameter its
@@ -6,7 +6,7 @@ recipe and shape before anything is read, and again on the tensors of one recipe
 """
 
 import copy
-import json
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from gptq_ao.architecture import empty_model
 from gptq_ao.errors import CheckpointError
-from gptq_ao.manifest import check_weight_map, shard_path
-from gptq_ao.shards import StoredTensor, read_header
+from gptq_ao.formats.directory import quantization_config, stored_tensors
+from gptq_ao.formats.packed_weight import PackedWeight
+from gptq_ao.formats.recognize import Readable
+from gptq_ao.shards import StoredTensor
+from gptq_ao.tensor import GroupTensor
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -34,25 +37,44 @@ class Recipe:
         transform: a WeightConverter, or None if one tensor is the parameter.
         inputs: (pattern of the transform, key in the checkpoint, tensor), in transformers' order.
         dtype: into which the tensors are converted first.
+        transposed: whether files of quantized weights have it as [out, in] and the module as [in, out].
     """
 
     target: str
     transform: Any
-    inputs: tuple[tuple[str | None, str, StoredTensor], ...]
+    inputs: tuple[tuple[str | None, str, Readable], ...]
     dtype: torch.dtype
+    transposed: bool
 
     def make(self, model: Any, *, empty: bool = False) -> dict[str, Tensor]:
         """Name → tensor; on the meta device, and nothing read, if `empty`."""
         read = [torch.empty(s.shape, device="meta") if empty else s.read() for _, _, s in self.inputs]
         tensors = [t.to(self.dtype) for t in read]
         if self.transform is None:
-            return {self.target: tensors[0]}
+            return {self.target: tensors[0].mT if self.transposed else tensors[0]}
         transform = copy.deepcopy(self.transform)
         for (pattern, key, _), tensor in zip(self.inputs, tensors, strict=True):
             transform.add_tensor(self.target, key, pattern, tensor)
         del read, tensors  # the operations free their inputs as they go
-        made = transform.convert(self.target, model=model, config=model.config)
+        try:
+            made = transform.convert(self.target, model=model, config=model.config)
+        except (NotImplementedError, ValueError) as e:  # of quantized weights that cannot be put together
+            raise CheckpointError(f"{self.target!r} cannot be put together: {e}") from e
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it makes quantized weights.
+
+        Raises:
+            CheckpointError: it merges quantized weights with others.
+        """
+        dense = [key for _, key, tensor in self.inputs if isinstance(tensor, StoredTensor)]
+        if dense and len(dense) < len(self.inputs):
+            raise CheckpointError(
+                f"{self.target!r} is made of quantized weights and of others ({dense[0]!r}): it can only be one of both"
+            )
+        return not dense
 
 
 @dataclass(frozen=True)
@@ -72,58 +94,76 @@ class Source:
 
 
 def open_source(directory: Path, dtype: torch.dtype | None = None) -> Source:
-    """Find every parameter of the model in `directory`. Only headers are read (and tensors that are stored twice).
+    """Find every parameter of the unquantized model in `directory`. Only headers are read (and tensors that are stored
+    twice).
 
     Args:
         dtype: of the model; None: as `from_pretrained(…, dtype="auto")` decides.
 
     Raises:
-        CheckpointError: the directory is unsafe or has no safetensors; a tensor is missing, unknown, or of another
-            shape than in the model.
+        CheckpointError: the directory is unsafe or has no safetensors, or is quantized; a tensor is missing, unknown,
+            or of another shape than in the model.
     """
-    stored = _stored(directory)
-    floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
-    model: Any = empty_model(directory, dtype, otherwise=next(floating, None))
-    if getattr(model.config, "quantization_config", None) is not None:
+    stored = stored_tensors(directory)
+    if quantization_config(directory) is not None:
         raise CheckpointError(
             f"{directory} is quantized already, says its config.json: start from the original weights"
         )
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(str(directory))
-    _keep_fp32(model)
+    return source_of(directory, stored, dtype=dtype)
+
+
+def source_of(
+    directory: Path,
+    stored: Mapping[str, Readable],
+    model: Any = None,
+    dtype: torch.dtype | None = None,
+    *,
+    strict: bool = True,
+) -> Source:
+    """Which of the tensors `stored` makes which parameter.
+
+    Args:
+        directory: with the config of the model, if that is not given; and for messages.
+        model: it is left as it is; None: the empty one of the config.
+        dtype: see `open_source`.
+        strict: whether each has to have what the other has.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape than in the model.
+    """
+    own = model is None
+    if own:
+        floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
+        model = empty_model(directory, dtype, otherwise=next(floating, None))
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = type(model.generation_config).from_pretrained(str(directory))
+        _keep_fp32(model)
     recipes, unknown = _recipes(model, stored)
+    unknown = {name: key for name, key in unknown.items() if not _empty_bias(key, stored)}
     made: dict[str, tuple[Recipe, torch.Size]] = {}
     for recipe in recipes:
         try:
             empty = recipe.make(model, empty=True)
+        except CheckpointError as e:
+            raise CheckpointError(f"{directory}: {e}") from e
         except Exception as e:  # whatever transformers' operations raise on tensors that do not fit together
             keys = ", ".join(key for _, key, _ in recipe.inputs[:3])
             raise CheckpointError(f"{directory}: {recipe.target!r} cannot be made of {keys}, …: {e}") from e
         made |= {name: (recipe, t.shape) for name, t in empty.items()}
-    _check(model, directory, {name: shape for name, (_, shape) in made.items()}, unknown)
+    shapes = {name: shape for name, (_, shape) in made.items()}
+    _check_shapes(model, directory, shapes)
+    if strict:
+        _check(model, directory, shapes, unknown)
     source = Source(model, {name: (recipe, name) for name, (recipe, _) in made.items()})
-    return Source(model, {**source.recipes, **_ties(source)})
+    return Source(model, {**source.recipes, **_ties(source, own)})
 
 
-def _stored(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of the checkpoint, by their names there; the index and the files have to agree."""
-    check_weight_map(directory)
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (directory / "model.safetensors").is_file():
-            raise CheckpointError(f"{directory} has neither model.safetensors nor {index.name}: no safetensors to read")
-        return read_header(shard_path(directory, "model.safetensors"))
-    placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    stored: dict[str, StoredTensor] = {}
-    for file in sorted(set(placed.values())):
-        header = read_header(shard_path(directory, file))
-        listed = {name for name, f in placed.items() if f == file}
-        if listed != set(header):
-            name = sorted(listed ^ set(header))[0]
-            where = "is not in" if name in listed else "is in"
-            raise CheckpointError(f"{index} is damaged: tensor {name!r} {where} {file}, the index says otherwise")
-        stored |= header
-    return stored
+def _empty_bias(key: str, stored: Mapping[str, Readable]) -> bool:
+    """AutoGPTQ gave every quantized layer a bias, of zeros where the model has none."""
+    weight = stored.get(f"{key.removesuffix('.bias')}.weight")
+    if not key.endswith(".bias") or not isinstance(weight, PackedWeight) or stored[key].shape != weight.shape[:1]:
+        return False
+    return not stored[key].read().any()
 
 
 def _keep_fp32(model: Any) -> None:
@@ -140,7 +180,7 @@ def _set_empty(model: nn.Module, name: str, like: nn.Parameter, dtype: torch.dty
     model.get_submodule(prefix)._parameters[leaf] = nn.Parameter(torch.empty_like(like, dtype=dtype))
 
 
-def _recipes(model: Any, stored: Mapping[str, StoredTensor]) -> tuple[list[Recipe], dict[str, str]]:
+def _recipes(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Recipe], dict[str, str]]:
     """The recipes, and the tensors that belong to no parameter: their name in the model, if it had them → their key.
     This is what `convert_and_load_state_dict_in_model` of transformers does before it loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -150,8 +190,8 @@ def _recipes(model: Any, stored: Mapping[str, StoredTensor]) -> tuple[list[Recip
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix, state = model.base_model_prefix, model.state_dict()
-    inputs: dict[str, list[tuple[str | None, str, StoredTensor]]] = {}
+    prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
+    inputs: dict[str, list[tuple[str | None, str, Readable]]] = {}
     unknown: dict[str, str] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
@@ -161,10 +201,15 @@ def _recipes(model: Any, stored: Mapping[str, StoredTensor]) -> tuple[list[Recip
             inputs.setdefault(name, []).append((pattern, key, stored[key]))
         else:
             unknown[name] = key
-    recipes = [
-        Recipe(name, by_pattern[parts[0][0]] if parts[0][0] else None, tuple(parts), state[name].dtype)
-        for name, parts in inputs.items()
-    ]
+    recipes = []
+    for name, parts in inputs.items():
+        transform = by_pattern[parts[0][0]] if parts[0][0] else None
+        recipe = Recipe(name, transform, tuple(parts), state[name].dtype, False)
+        if recipe.quantized and transform is None:
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            packed = isinstance(parts[0][2], PackedWeight)
+            recipe = dataclasses.replace(recipe, transposed=packed and kind == "Conv1D")
+        recipes.append(recipe)
     twice = next((r for r in recipes if r.transform is None and len(r.inputs) > 1), None)
     if twice is not None:
         keys = " and ".join(key for _, key, _ in twice.inputs)
@@ -172,19 +217,24 @@ def _recipes(model: Any, stored: Mapping[str, StoredTensor]) -> tuple[list[Recip
     return recipes, unknown
 
 
-def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown: Mapping[str, str]) -> None:
-    """What the checkpoint makes is what the model has."""
+def _check_shapes(model: Any, directory: Path, made: Mapping[str, torch.Size]) -> None:
     state = model.state_dict(keep_vars=True)
     for name, shape in made.items():
         if name in state and state[name].shape != shape:
             wanted = f"in the {type(model).__name__} {list(state[name].shape)}"
             raise CheckpointError(f"{directory}: {name!r} has shape {list(shape)}, {wanted}")
+
+
+def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown: Mapping[str, str]) -> None:
+    """What the checkpoint makes is what the model has."""
+    state = model.state_dict(keep_vars=True)
     valued = {
         id(t) for name, t in state.items() if name in made
     }  # tied parameters have values under any of their names
     extra = {**unknown, **{name: name for name in made if name not in state}}
     odd = SimpleNamespace(missing_keys={n for n, t in state.items() if id(t) not in valued}, unexpected_keys=set(extra))
-    model._adjust_missing_and_unexpected_keys(odd)  # those that the model's class declares to be fine
+    if hasattr(model, "_adjust_missing_and_unexpected_keys"):
+        model._adjust_missing_and_unexpected_keys(odd)  # those that the model's class declares to be fine
     # A parameter has to have a value, whatever the class declares; a buffer was computed.
     missing = sorted(n for n, t in state.items() if id(t) not in valued and (n in odd.missing_keys or t.is_meta))
     unexpected = sorted(extra[name] for name in odd.unexpected_keys)
@@ -197,17 +247,24 @@ def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown:
             )
 
 
-def _ties(source: Source) -> dict[str, tuple[Recipe, str]]:
-    """Where tied parameters come from. Those that are stored several times, with different values, are tied no more."""
+def _ties(source: Source, own: bool) -> dict[str, tuple[Recipe, str]]:
+    """Where tied parameters come from. Those that are stored several times, with different values, are tied no more:
+    not in the model either, if it is our own."""
     groups: dict[int, list[str]] = {}
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     for name, p in parameters.items():
         groups.setdefault(id(p), []).append(name)
-    found = {}
+    found: dict[str, tuple[Recipe, str]] = {}
     for names in groups.values():
-        first, *others = [n for n in names if n in source.recipes]
-        for other in others:
-            if not torch.equal(source.read(first), source.read(other)):
-                _set_empty(source.model, other, parameters[other], parameters[other].dtype)
-        found[names[0]] = source.recipes[first]
+        first, *others = [n for n in names if n in source.recipes] or [""]
+        if not first:
+            continue  # the caller decides whether that is an error
+        differ = [other for other in others if not _same(source.read(first), source.read(other))]
+        for other in differ if own else ():
+            _set_empty(source.model, other, parameters[other], parameters[other].dtype)
+        found |= {name: source.recipes[first] for name in names if name not in differ}
     return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return type(a) is type(b) and torch.equal(*(t.dequantize() if isinstance(t, GroupTensor) else t for t in (a, b)))

@@ -60,7 +60,7 @@ def quantize_checkpoint(
         weights = CheckpointWeights(open_source(Path(source), dtype), writer)
         report = quantize_weights(weights, config, filter_fn, device, max_memory)
         writer.add_rest(weights.model, weights.get)
-        writer.finish(weights.model, tokenizer)
+        writer.finish_checkpoint(weights.model, tokenizer, report)
     return report
 
 
@@ -86,7 +86,7 @@ class CheckpointWeights:
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         if name in self._writer:
-            value: Tensor = self._writer.get(name)
+            value: Tensor = self._writer.weight(name)
         elif name in self._source.recipes:
             value = self._source.read(name)
         else:
@@ -96,4 +96,4 @@ class CheckpointWeights:
         return value.to(device or value.device)
 
     def replace(self, name: str, new: Tensor) -> None:
-        self._writer.add(name, new)
+        self._writer.add_parameter(name, new)

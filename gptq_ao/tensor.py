@@ -7,6 +7,7 @@ of one.
 """
 
 import itertools
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -200,6 +201,17 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return _view(func, args, kwargs, part)
 
 
+@implements([aten.squeeze.default, aten.squeeze.dim])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, *given = args
+    dims = [d % weight.dim() for d in given] or [d for d in range(weight.dim()) if weight.shape[d] == 1]
+    if weight.view_as is not None or any(d > weight.dim() - 3 for d in dims):
+        raise NotImplementedError(f"{weight!r}: only dimensions in front of the matrices' can be removed, not {dims}")
+    for dim in sorted(dims, reverse=True):
+        weight = weight.select(dim, 0) if weight.shape[dim] == 1 else weight
+    return weight
+
+
 @implements([aten.unbind.int])
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
     weight, dim = args[0], args[1] if len(args) > 1 else 0
@@ -213,6 +225,57 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     if weight.view_as is None and len(numbers) <= lead and all(n is None or n.dtype != torch.bool for n in numbers):
         return weight.experts(tuple(slice(None) if n is None else n for n in numbers))
     return weight.dequantize()[tuple(slice(None) if n is None else n for n in numbers)]
+
+
+_codes, _scale, _zero_point = GroupTensor.codes, attrgetter("scale"), attrgetter("zero_point")
+
+
+def _alike(weights: Any) -> str | None:
+    """Why weights cannot become one, or None."""
+    first = weights[0]
+    if not all(isinstance(w, GroupTensor) for w in weights):
+        return "some are quantized and some are not"
+    if any(w.view_as is not None for w in weights):
+        return "some are no matrices"
+    same = ("group_size", "in_features", "transposed", "dtype")
+    for w in weights:
+        if type(w) is not type(first) or any(getattr(w, n) != getattr(first, n) for n in same):
+            return f"they differ: {first!r} and {w!r}"
+        if (w.perm is None) != (first.perm is None) or (w.perm is not None and not torch.equal(w.perm, first.perm)):
+            return "their columns are in different orders, and one weight has one order"
+    return None
+
+
+@implements([aten.stack.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    weights, dim = args[0], args[1] if len(args) > 1 else 0
+    why = _alike(weights) or (None if len({w.shape for w in weights}) == 1 else "their shapes differ")
+    if why is None and dim % (weights[0].dim() + 1) > weights[0].dim() - 2:
+        why = f"dimension {dim} is not in front of the matrices'"
+    if why is not None:
+        raise ValueError(f"quantized weights cannot be stacked: {why}")
+    names = [n for n in ("qdata", "scale_zero", "high_plane") if getattr(weights[0], n) is not None]
+    return weights[0].replace(**{n: torch.stack([getattr(w, n) for w in weights], dim) for n in names})
+
+
+@implements([aten.cat.default])
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    weights, dim = args[0], args[1] if len(args) > 1 else 0
+    first, why = weights[0], _alike(weights)
+    dim %= first.dim()
+    rows = first.dim() - (1 if first.transposed else 2) if why is None else 0
+    if why is None and dim > first.dim() - 3 and dim != rows:
+        why = "only their output features can be joined"
+    if why is not None:
+        raise ValueError(f"quantized weights cannot be concatenated: {why}")
+    names = [n for n in ("qdata", "scale_zero", "high_plane") if getattr(first, n) is not None]
+    if dim != rows:
+        return first.replace(**{n: torch.cat([getattr(w, n) for w in weights], dim) for n in names})
+    if all(w.out_features % TILE_ROWS == 0 for w in weights[:-1]):
+        inner = {n: torch.cat([getattr(w, n) for w in weights], -3) for n in names}
+        return first.replace(**inner, out_features=sum(w.out_features for w in weights))
+    parts = (torch.cat([f(w) for w in weights], -2) for f in (_codes, _scale, _zero_point))
+    return type(first).from_codes(*parts, dtype=first.dtype, perm=first.perm, transposed=first.transposed)
 
 
 def _on_dense(func: Any, types: Any, args: Any, kwargs: Any) -> Any:

@@ -113,7 +113,7 @@ def test_the_file_is_plain_and_portable(saved: Path) -> None:
 
 def test_it_holds_no_data_no_pickle_and_a_serialized_config_has_no_calibration(saved: Path) -> None:
     kinds = {p.suffix for p in saved.iterdir()}
-    assert kinds == {".json", ".safetensors"}
+    assert kinds == {".json", ".safetensors", ".md"}
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gptq_ao import cli
 from gptq_ao.tiny_lm.corpus import documents
@@ -107,6 +108,27 @@ def test_inspect(quantized: tuple[Path, dict[str, Any]], monkeypatch: pytest.Mon
     assert "lm_head.weight is model.embed_tokens.weight" in lines
 
 
+def test_convert_and_inspect(
+    quantized: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native → GPTQ → compressed-tensors → native: the same weights, the tokenizer along."""
+    before = run(monkeypatch, "inspect", str(quantized[0]), "--json")
+    previous, seen = quantized[0], "native"
+    for format in ("gptq", "compressed-tensors", "native"):
+        out = tmp_path / format
+        facts = run(monkeypatch, "convert", str(previous), str(out), "--format", format, "--json")
+        assert (facts["from"], facts["to"]) == (seen, format)
+        assert (out / "tokenizer.json").read_bytes() == (quantized[0] / "tokenizer.json").read_bytes()
+        found = run(monkeypatch, "inspect", str(out), "--json")
+        layers = sorted((x["name"], x["bits"], x["group_size"], x["shape"]) for x in found["quantized"])
+        assert layers == sorted((x["name"], x["bits"], x["group_size"], x["shape"]) for x in before["quantized"])
+        previous, seen = out, format
+    assert "gptq" in run(monkeypatch, "inspect", str(tmp_path / "gptq")).splitlines()[0]
+    name = "model-00001-of-00001.safetensors"
+    for part, tensor in load_file(quantized[0] / name).items():
+        assert torch.equal(load_file(tmp_path / "native" / name)[part], tensor), part
+
+
 def test_rtn_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = run(monkeypatch, "quantize", TINY, str(tmp_path / "q"), "--method", "rtn", "--asym", "--json")
     assert {x["method"] for x in report["layers"]} == {"rtn"}
@@ -123,6 +145,8 @@ def test_errors_are_one_message_and_a_status(
         (("quantize", str(tmp_path), out, "--method", "rtn"), "has no tokenizer that can be loaded"),
         (("quantize", TINY, out, "--method", "rtn", "--group-size", "100"), "group_size does not divide"),
         (("inspect", TINY), "has no gptq_ao.json"),
+        (("convert", "gone", out, "--format", "gptq"), "gone is not a directory: download the model first"),
+        (("convert", TINY, out, "--format", "gptq"), "has no gptq_ao.json"),
         (("quantize", TINY, out, "--group-sizes", "1"), "--group-size"),
     ]
     for arguments, message in cases:

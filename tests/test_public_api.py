@@ -7,6 +7,7 @@ import gptq_ao
 
 PUBLIC = {
     "GPTQConfig",
+    "GptqAoConfig",
     "Int2GroupTensor",
     "Int3GroupTensor",
     "Int4GroupTensor",

@@ -1,6 +1,10 @@
-"""Models and tokenizers from a local Hugging Face directory or a hub id. Safetensors only, no remote code."""
+"""transformers: models and tokenizers from a local directory or a hub id, and who loads which quantized checkpoint.
+
+Safetensors only, no remote code.
+"""
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +14,79 @@ import torch
 from torch import nn
 
 from gptq_ao.checkpoint import load_quantized
-from gptq_ao.errors import CheckpointError
-from gptq_ao.manifest import MANIFEST, check_weight_map
+from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.formats.directory import format_of
+from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
+from gptq_ao.manifest import check_weight_map
 
-__all__ = ["config_directory", "load_model", "load_tokenizer"]
+__all__ = [
+    "GptqAoConfig",
+    "config_directory",
+    "load_model",
+    "load_tokenizer",
+    "load_with_gptq_ao",
+    "load_with_transformers",
+    "register",
+]
+
+# What transformers' own loaders need. Where that is missing they only raise an error.
+_NEEDED = {"gptq": ("optimum", "gptqmodel"), "compressed-tensors": ("compressed_tensors",)}
+_replaced: dict[str, tuple[Any, Any]] = {}  # quant_method → transformers' own quantizer and config
+
+
+def register() -> None:
+    """Make `from_pretrained` know the own format, and the others where transformers' own loaders cannot run. Importing
+    gptq_ao does this."""
+    from transformers.quantizers import auto
+
+    auto.AUTO_QUANTIZER_MAPPING["gptq_ao"] = GptqAoQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq_ao"] = CheckpointConfig
+    for method, packages in _NEEDED.items():
+        if any(importlib.util.find_spec(p) is None for p in packages):
+            load_with_gptq_ao(method)
+
+
+def load_with_gptq_ao(*quant_methods: str) -> None:
+    """`from_pretrained` loads checkpoints of these methods, "gptq" or "compressed-tensors", into the tensors of this
+    package, from now on and in this process.
+
+    Raises:
+        ConfigError: it is another method.
+    """
+    from transformers.quantizers import auto
+
+    for method in _known(quant_methods):
+        own = (auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method])
+        _replaced.setdefault(method, own)
+        auto.AUTO_QUANTIZER_MAPPING[method] = GptqAoQuantizer
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
+
+
+def load_with_transformers(*quant_methods: str) -> None:
+    """The reverse of `load_with_gptq_ao`: transformers' own loaders, which need gptqmodel and optimum, or
+    compressed-tensors.
+
+    Raises:
+        ConfigError: it is another method.
+    """
+    from transformers.quantizers import auto
+
+    for method in _known(quant_methods):
+        if method in _replaced:
+            quantizer, config = _replaced.pop(method)
+            auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+
+
+def _known(quant_methods: tuple[str, ...]) -> tuple[str, ...]:
+    for method in quant_methods:
+        if method not in _NEEDED:
+            raise ConfigError(f"quant_method is {method!r}: give one of {', '.join(_NEEDED)}")
+    return quant_methods
 
 
 def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    """A causal language model in eval mode: quantized, if `source` is a directory that `save_quantized` wrote.
+    """A causal language model in eval mode: quantized, if `source` is a quantized checkpoint that can be read.
 
     Args:
         dtype: of an unquantized model; None: as stored.
@@ -28,9 +97,9 @@ def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.
     import transformers
 
     directory = Path(source)
-    if (directory / MANIFEST).is_file():
-        return load_quantized(directory, device=device).to(device)
     if directory.is_dir():
+        if format_of(directory) != "dense":
+            return load_quantized(directory, device=device).to(device)
         check_weight_map(directory)
     try:
         with _bars_on_a_terminal_only():

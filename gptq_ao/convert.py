@@ -1,0 +1,38 @@
+"""From a quantized checkpoint in one format to one in another. The weights stay what they are."""
+
+import shutil
+from pathlib import Path
+
+from gptq_ao.checkpoint import load_quantized, save_quantized
+from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.directory import format_of
+from gptq_ao.manifest import confined
+
+__all__ = ["convert_checkpoint"]
+
+# Files of a tokenizer or processor. They are taken over as they are: nothing in them depends on the weights.
+_SIDE_FILES = ("*token*", "vocab*", "merges.txt", "chat_template*", "*processor_config.json", "spiece.model")
+
+
+def convert_checkpoint(source: Path, out: Path, format: str) -> str:
+    """Read the directory `source` and write the directory `out`, with the tokenizer's files.
+
+    Args:
+        format: see `save_quantized`.
+
+    Returns:
+        The format of `source`.
+
+    Raises:
+        CheckpointError: `source` cannot be read, `format` cannot hold the model, or `out` cannot be written.
+    """
+    found = format_of(source)
+    save_quantized(load_quantized(source), out, format=format)
+    for pattern in _SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and not (out / file.name).exists():
+                try:
+                    shutil.copyfile(confined(source, file.name), out / file.name)
+                except OSError as e:
+                    raise CheckpointError(f"{file} could not be copied to {out}: {e}") from e
+    return found

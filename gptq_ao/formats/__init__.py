@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries: tensors of their files to codes, scales and zero points, and back."""

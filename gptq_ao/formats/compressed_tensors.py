@@ -1,0 +1,74 @@
+"""The tensors of compressed-tensors' format `pack-quantized`, which llm-compressor writes.
+
+A linear layer of N output and K input features, b bits (2 to 8), G groups (1 for strategy "channel"):
+
+    weight_packed      int32 [N, ⌈K·b/32⌉]   code + 2^(b−1), packed along K (see `words.py`)
+    weight_scale       [N, G]                in the model's dtype
+    weight_zero_point  int32 [⌈N·b/32⌉, G]   zero point + 2^(b−1), packed along N; only of asymmetric weights
+    weight_shape       int64 [2]             N, K
+    weight_g_idx       int32 [K]             group of each input feature; written up to compressed-tensors 0.18
+
+    w[n, k] = (code[n, k] − zero_point[n, g]) · weight_scale[n, g],  g = k // (K/G) or weight_g_idx[k]
+
+Codes of 5, 6 and 7 bits are held as 8-bit codes of the same value.
+
+Source: compressed-tensors 0.19, `compressors/pack_quantized`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gptq_ao.config import BITS
+from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.grouped import GroupedWeight, as_half, in_equal_groups
+from gptq_ao.formats.words import codes_to_words, words_to_codes
+
+__all__ = ["decode_compressed", "encode_compressed"]
+
+
+def decode_compressed(tensors: Mapping[str, Tensor], bits: int) -> GroupedWeight:
+    """Read one weight.
+
+    Args:
+        tensors: by the names above, `weight_zero_point` and `weight_g_idx` only where they are, in the shapes above.
+
+    Raises:
+        CheckpointError: `weight_shape` contradicts the shapes, `weight_g_idx` is out of range, a scale is not finite.
+    """
+    scale, rounded = as_half(tensors["weight_scale"])
+    n, groups = scale.shape
+    k = int(tensors["weight_shape"][1])
+    codes = words_to_codes(tensors["weight_packed"], bits, k)
+    if "weight_zero_point" in tensors:
+        zero_point = words_to_codes(tensors["weight_zero_point"].T, bits, n).T
+    else:
+        zero_point = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.uint8)
+    held = bits if bits in BITS else 8
+    up = 2 ** (held - 1) - 2 ** (bits - 1)
+    g_idx = tensors.get("weight_g_idx")
+    if g_idx is None:
+        g_idx = torch.arange(k) // (k // groups)
+    elif int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise CheckpointError(f"weight_g_idx reaches from {int(g_idx.min())} to {int(g_idx.max())}, of {groups} groups")
+    return GroupedWeight(held, *in_equal_groups(codes + up, scale, zero_point + up, g_idx.long()), rounded)
+
+
+def encode_compressed(weight: GroupedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a weight without `perm`; the inverse of `decode_compressed`.
+
+    Args:
+        dtype: of the scales, if it holds them exactly (they are fp16 otherwise).
+    """
+    n, k = weight.codes.shape
+    scale = weight.scale.to(dtype)
+    tensors = {
+        "weight_packed": codes_to_words(weight.codes, weight.bits),
+        "weight_scale": scale if torch.equal(scale.half(), weight.scale) else weight.scale,
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if bool((weight.zero_point != 2 ** (weight.bits - 1)).any()):
+        stream = codes_to_words(weight.zero_point.T.contiguous(), weight.bits)
+        tensors["weight_zero_point"] = stream.T.contiguous()
+    return {name: t.contiguous() for name, t in tensors.items()}

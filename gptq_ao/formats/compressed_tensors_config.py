@@ -1,0 +1,135 @@
+"""A compressed-tensors checkpoint before its weights are read: do its config and the headers of its files fit together?
+
+Bits, groups and symmetry of a module follow from its tensors; the config only says which schemes there are. Its
+targets, which may be regular expressions, are never matched.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.compressed_tensors import decode_compressed
+from gptq_ao.formats.packed_weight import PackedWeight, Rounding
+from gptq_ao.formats.words import word_count
+from gptq_ao.shards import StoredTensor
+
+__all__ = ["COMPRESSED_PARTS", "compressed_schemes", "compressed_weights"]
+
+COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_FORMAT = "pack-quantized"
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Of a config group. `group_size` is None for one scale per row."""
+
+    bits: int
+    sym: bool
+    group_size: int | None
+
+
+def compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
+    """
+    Raises:
+        CheckpointError: the config asks for what cannot be read, or is damaged.
+    """
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise CheckpointError("the config is damaged: it has no 'config_groups'")
+    inner = [g.get("format") for g in groups.values() if isinstance(g, dict)]
+    allowed = [_FORMAT, "mixed-precision", None] if all(f == _FORMAT for f in inner) else [_FORMAT]
+    odd = [f for f in inner if f not in (_FORMAT, None)] + [f for f in [config.get("format")] if f not in allowed]
+    if odd:
+        raise CheckpointError(f"compressed-tensors of the format {odd[0]!r} cannot be read, only {_FORMAT!r}")
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
+        if config.get(key):
+            raise CheckpointError(f"the checkpoint has a {key}: it is more than quantized weights, and cannot be read")
+    if config.get("quantization_status", "compressed") != "compressed":
+        raise CheckpointError(f"the checkpoint is {config['quantization_status']!r}, only 'compressed' can be read")
+    return [_scheme(name, group) for name, group in groups.items()]
+
+
+def compressed_weights(
+    config: Mapping[str, Any], stored: Mapping[str, StoredTensor], rounding: Rounding
+) -> Iterator[PackedWeight]:
+    """Every quantized weight of a checkpoint, of which the headers are known; only shapes are read.
+
+    Raises:
+        CheckpointError: config and tensors contradict each other.
+    """
+    schemes = compressed_schemes(config)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        if part in COMPRESSED_PARTS:
+            modules.setdefault(module, {})[part] = tensor
+    for module, parts in modules.items():
+        n, k, bits = _check(module, parts, schemes)
+        decode = functools.partial(decode_compressed, bits=bits)
+        scale = parts["weight_scale"]
+        group_size = k // scale.shape[1]
+        yield PackedWeight(f"{module}.weight", bits, group_size, (n, k), scale.dtype, parts, decode, rounding)
+
+
+def _scheme(name: str, group: Any) -> Scheme:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"the config is damaged: config group {name!r} has no 'weights'")
+    for key in ("input_activations", "output_activations"):
+        if group.get(key):
+            raise CheckpointError(f"config group {name!r} quantizes activations ({key}): only weights can be read")
+    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    if weights.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8:
+        raise CheckpointError(f"config group {name!r} has weights of {bits!r} bits, type {weights.get('type')!r}: only "
+                              "integers of 2 to 8 bits can be read")  # fmt: skip
+    if strategy == "group" and type(size) is int and size > 0:
+        return Scheme(bits, weights.get("symmetric", True) is True, size)
+    if strategy == "channel" or (strategy == "group" and size == -1):
+        return Scheme(bits, weights.get("symmetric", True) is True, None)
+    raise CheckpointError(f"config group {name!r} has the strategy {strategy!r} with group_size {size!r}: only groups "
+                          "and channels can be read")  # fmt: skip
+
+
+def _check(module: str, parts: Mapping[str, StoredTensor], schemes: list[Scheme]) -> tuple[int, int, int]:
+    """N, K and bits of a module whose tensors fit together."""
+    lacks = [p for p in COMPRESSED_PARTS[:3] if p not in parts]
+    if lacks:
+        raise CheckpointError(f"module {module!r} has {sorted(parts)[0]!r} and lacks {lacks[0]!r}")
+    found = {p: (t.dtype, t.shape) for p, t in parts.items()}
+    packed, scale, zero_point = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
+    g_idx = parts.get("weight_g_idx")
+    kinds = (
+        packed.dtype == torch.int32
+        and len(packed.shape) == len(scale.shape) == 2
+        and scale.dtype in _FLOATING
+        and parts["weight_shape"].dtype == torch.int64
+        and parts["weight_shape"].shape == (2,)
+        and (zero_point is None or zero_point.dtype == torch.int32)
+        and (g_idx is None or g_idx.dtype in (torch.int32, torch.int64))
+    )
+    if not kinds:
+        raise CheckpointError(f"the tensors of {module!r} are no quantized weight: {found}")
+    n, k = parts["weight_shape"].read().tolist()
+    groups = scale.shape[1]
+    fitting = {
+        scheme.bits
+        for scheme in schemes
+        if scheme.sym == (zero_point is None)
+        and 0 < k < 2**31
+        and groups == (1 if scheme.group_size is None else k / scheme.group_size)
+        and packed.shape == (n, word_count(k, scheme.bits))
+        and scale.shape == (n, groups)
+        and (zero_point is None or zero_point.shape == (word_count(n, scheme.bits), groups))
+        and (g_idx is None or g_idx.shape == (k,))
+    }
+    if len(fitting) != 1 or n <= 0:
+        raise CheckpointError(
+            f"the config ({', '.join(map(str, schemes))}) and the tensors of {module!r}, whose weight_shape is "
+            f"{[n, k]}, contradict each other: {found}"
+        )
+    return n, k, fitting.pop()

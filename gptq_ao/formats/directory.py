@@ -1,0 +1,112 @@
+"""What lies in a Hugging Face directory: its configs and the headers of its shards. Nothing in it is trusted."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptq_ao.errors import CheckpointError
+from gptq_ao.manifest import MANIFEST, check_weight_map, shard_path
+from gptq_ao.shards import StoredTensor, read_header
+
+__all__ = ["INDEX", "format_of", "quantization_config", "read_json", "stored_tensors"]
+
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 256 * 2**20
+_SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where GPTQ's settings were before config.json had them
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointError: it is too large, no JSON, or no object.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def quantization_config(directory: Path) -> dict[str, Any] | None:
+    """What the directory says of how its weights are quantized; None if it says nothing. For a model of several parts
+    it may be in the config of the part that has the language model.
+
+    Raises:
+        CheckpointError: a config is damaged, or two of them contradict each other.
+    """
+    path = directory / "config.json"
+    content = read_json(path) if path.is_file() else {}
+    found = content.get("quantization_config")
+    if found is None and isinstance(content.get("text_config"), dict):
+        found = content["text_config"].get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged: its quantization_config is a {type(found).__name__}")
+    for name in _SIDE_CONFIGS:
+        if not (directory / name).is_file():
+            continue
+        aside = read_json(directory / name)
+        if found is None:
+            return {"quant_method": "gptq", **aside}
+        for key in ("bits", "group_size", "checkpoint_format", "sym", "desc_act"):
+            if key in found and key in aside and found[key] != aside[key]:
+                raise CheckpointError(
+                    f"{path} says {key} = {found[key]!r}, {name} says {aside[key]!r}: remove the one that is wrong"
+                )
+        return {**aside, **found}
+    return found
+
+
+def format_of(directory: Path) -> str:
+    """What the directory says that it is; "dense" if it says nothing.
+
+    Raises:
+        CheckpointError: it is none, or a config is damaged.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: download the model first (`hf download`)")
+    if (directory / MANIFEST).is_file():
+        return "native"
+    config = quantization_config(directory)
+    if config is None:
+        return "dense"
+    method = str(config.get("quant_method"))
+    name = str(config.get("checkpoint_format") or config.get("format") or "gptq") if method == "gptq" else method
+    return "native" if name == "gptq_ao" else name
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a directory, by their names there; the index and the files have to agree.
+
+    Raises:
+        CheckpointError: there are none, a file is damaged or lies outside, or the index says otherwise.
+    """
+    check_weight_map(directory)
+    index = directory / INDEX
+    if not index.is_file():
+        return read_header(shard_path(directory, _only_file(directory)))
+    placed: Mapping[str, str] = read_json(index)["weight_map"]
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(placed.values())):
+        header = read_header(shard_path(directory, file))
+        listed = {name for name, f in placed.items() if f == file}
+        if listed != set(header):
+            name = sorted(listed ^ set(header))[0]
+            where = "is not in" if name in listed else "is in"
+            raise CheckpointError(f"{index} is damaged: tensor {name!r} {where} {file}, the index says otherwise")
+        stored |= header
+    return stored
+
+
+def _only_file(directory: Path) -> str:
+    """The one file with weights: `model.safetensors`, or whatever AutoGPTQ called it."""
+    files = sorted(p.name for p in directory.glob("*.safetensors"))
+    if "model.safetensors" in files:
+        return "model.safetensors"
+    if len(files) == 1 and not (directory / MANIFEST).is_file():
+        return files[0]
+    raise CheckpointError(f"{directory} has neither model.safetensors nor {INDEX}: no safetensors to read")

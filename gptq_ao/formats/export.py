@@ -1,0 +1,114 @@
+"""A quantized model as a hub checkpoint has it: names and splits of the files, not of the modules.
+
+transformers merges and renames on loading (experts become one 3-D parameter, a prefix comes or goes); to write a
+checkpoint that other libraries read, its own conversions are run backwards. A quantized weight stays one meanwhile.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.grouped import GroupedWeight
+from gptq_ao.tensor import GroupTensor
+
+__all__ = ["ExportedModel", "export_model", "grouped", "is_sym", "refuse"]
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What goes into files.
+
+    Attributes:
+        quantized: module → its weight, [out, in].
+        dense: name → tensor.
+        plain: modules with a matrix that is not quantized, embeddings apart: linear layers, output heads, routers.
+    """
+
+    quantized: Mapping[str, GroupTensor]
+    dense: Mapping[str, Tensor]
+    plain: tuple[str, ...]
+
+
+def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel:
+    """Take a model apart.
+
+    Args:
+        state: parameter or buffer → its value; of tied ones the first name.
+
+    Raises:
+        CheckpointError: a quantized weight is not that of a linear layer, so there is no place for it in a format whose
+            tensors belong to one.
+    """
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    stays = {n for n, t in state.items() if n.rpartition(".")[0] in linear and n.endswith(".weight")}
+    wrong = [
+        n
+        for n, t in state.items()
+        if isinstance(t, GroupTensor) and (t.view_as is not None or (t.dim() == 2 and n not in stays))
+    ]
+    parts = revert_conversions(model, state)
+    quantized = {n: t for n, t in parts.items() if isinstance(t, GroupTensor)}
+    split = sum(isinstance(t, GroupTensor) and t.dim() > 2 for t in state.values())
+    wrong += [n for n, t in quantized.items() if t.dim() > 2 or not n.endswith(".weight")]
+    if wrong or (split and len(quantized) <= sum(isinstance(t, GroupTensor) for t in state.values()) - split):
+        first = wrong[0] if wrong else next(n for n, t in state.items() if isinstance(t, GroupTensor) and t.dim() > 2)
+        raise CheckpointError(
+            f"{first!r} is not the weight of a linear layer, nor a stack that transformers stores as such: only the "
+            'formats "native" and "dense" have a place for it'
+        )
+    name_of = {id(t): n for n, t in parts.items()}
+    plain = [name_of.get(id(state.get(n)), n) for n in _plain(model)]
+    return ExportedModel(
+        {n.removesuffix(".weight"): t for n, t in quantized.items()},
+        {n: t for n, t in parts.items() if n not in quantized},
+        tuple(n.removesuffix(".weight") for n in plain),
+    )
+
+
+def _plain(model: nn.Module) -> Iterator[str]:
+    for name, p in model.named_parameters(remove_duplicate=False):
+        module, _, leaf = name.rpartition(".")
+        matrix = leaf == "weight" and p.dim() == 2 and not isinstance(p, GroupTensor)
+        if matrix and not isinstance(model.get_submodule(module), nn.Embedding):
+            yield name
+
+
+def revert_conversions(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the names and splits of a hub checkpoint."""
+    if not hasattr(model, "base_model_prefix"):
+        return dict(state)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    except (NotImplementedError, ValueError) as e:
+        raise CheckpointError(
+            f"the parameters of {type(model).__name__} cannot be taken apart as a hub checkpoint has them ({e}): only "
+            'the format "native" has a place for them'
+        ) from e
+    return reverted
+
+
+def refuse(weights: Mapping[str, GroupTensor], why_not: Callable[[GroupTensor], str | None], format: str) -> None:
+    """
+    Raises:
+        CheckpointError: the format cannot hold a weight, and why.
+    """
+    reasons = {name: why for name, w in weights.items() if (why := why_not(w)) is not None}
+    if reasons:
+        name, why = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise CheckpointError(f"{format!r} cannot hold the weight of {name!r}{more}: {why}")
+
+
+def grouped(weight: GroupTensor) -> GroupedWeight:
+    """What a 2-D quantized weight is made of, on the CPU."""
+    codes, scale, zero_point = (t.cpu() for t in (weight.codes(), weight.scale, weight.zero_point))
+    return GroupedWeight(weight.bits, codes, scale, zero_point, None if weight.perm is None else weight.perm.cpu())
+
+
+def is_sym(weight: GroupTensor) -> bool:
+    return bool((weight.zero_point == 2 ** (weight.bits - 1)).all())

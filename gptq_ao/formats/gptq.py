@@ -1,0 +1,128 @@
+"""GPTQ's tensors, as AutoGPTQ defined them and GPTQModel writes them.
+
+A linear layer of N output and K input features, b bits, G groups:
+
+    qweight  int32 [⌈K·b/32⌉, N]   codes, packed along K (see `words.py`)
+    qzeros   int32 [G, ⌈N·b/32⌉]   zero points, packed along N
+    scales   fp16  [G, N]          (also bf16 or fp32)
+    g_idx    int32 [K]             group of each input feature; may be missing where that is k // group_size
+
+    w[n, k] = (code[k, n] − zero_point[g, n]) · scales[g, n],  g = g_idx[k]
+
+**Version 1** (`"gptq"`) stores zero points minus one. GPTQModel subtracts 0x11111111 (at 4 bits) from the whole word,
+so that a zero point of 0 borrows from the field above it; only the addition of the same number to the whole word undoes
+that. At 3 bits each field is decremented by itself. **Version 2** (`"gptq_v2"`) stores them as they are.
+
+**Labels lie.** There are symmetric checkpoints that say version 1 and store version 2. As all zero points of a
+symmetric weight are 2^(b−1), what is stored decides, not the label.
+
+**What cannot be read.** AutoGPTQ packed asymmetric version-1 zero points so that a zero point of 0 sets all higher bits
+of its word to one: the fields above are lost. A word that ends in two fields of ones is refused, unless GPTQModel,
+which borrows, wrote it.
+
+Source: the packing code of GPTQModel 7.7 and AutoGPTQ 0.7.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.grouped import GroupedWeight, as_half, in_equal_groups
+from gptq_ao.formats.words import codes_to_words, words_to_codes
+
+__all__ = ["ZeroPoints", "decode_gptq", "encode_gptq"]
+
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field
+# Highest bits of a word that are all ones after AutoGPTQ packed a zero point of 0 below its last field. At 3 bits
+# three words are packed as one, and fields cross their borders: one number for each of the three.
+_LOST_BITS = {2: (4,), 3: (5, 4, 6), 4: (8,), 8: (16,)}
+
+
+@dataclass(frozen=True)
+class ZeroPoints:
+    """What a checkpoint says of its zero points.
+
+    Attributes:
+        version: 1 or 2.
+        sym: whether they are all 2^(b−1).
+        borrows: whether GPTQModel wrote them.
+    """
+
+    version: int
+    sym: bool
+    borrows: bool
+
+
+def decode_gptq(
+    tensors: Mapping[str, Tensor], bits: int, in_features: int, group_size: int, stored: ZeroPoints
+) -> GroupedWeight:
+    """Read one weight.
+
+    Args:
+        tensors: `qweight`, `qzeros`, `scales` and perhaps `g_idx`, in the shapes above.
+        in_features: K.
+        group_size: input features of a group, where there is no `g_idx`.
+        stored: how the checkpoint says that its zero points are stored.
+
+    Raises:
+        CheckpointError: a `g_idx` is out of range, a scale is not finite, or zero points cannot be recovered.
+    """
+    scale, rounded = as_half(tensors["scales"].T)
+    n, groups = scale.shape
+    codes = words_to_codes(tensors["qweight"].T, bits, in_features)
+    zero_point = _zero_points(tensors["qzeros"], bits, n, stored).T
+    g_idx = tensors.get("g_idx")
+    if g_idx is None:
+        g_idx = torch.arange(in_features) // group_size
+    elif int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise CheckpointError(f"g_idx reaches from {int(g_idx.min())} to {int(g_idx.max())}, of {groups} groups")
+    parts = in_equal_groups(codes, scale, zero_point, g_idx.long())
+    return GroupedWeight(bits, *parts, rounded)
+
+
+def encode_gptq(weight: GroupedWeight, *, version: int) -> dict[str, Tensor]:
+    """The tensors of a weight; the inverse of `decode_gptq` for weights in groups of one size.
+
+    Args:
+        version: 1 for symmetric weights, which every reader decodes alike, else 2.
+    """
+    codes, g_idx = weight.codes, torch.arange(weight.codes.shape[1])
+    group_of = g_idx // (codes.shape[1] // weight.scale.shape[1])
+    if weight.perm is not None:
+        codes = torch.empty_like(codes).index_copy_(1, weight.perm.long(), codes)
+        group_of = torch.empty_like(group_of).index_copy_(0, weight.perm.long(), group_of)
+    stored = weight.zero_point - int(version == 1)
+    return {
+        "qweight": codes_to_words(codes, weight.bits).T.contiguous(),
+        "qzeros": codes_to_words(stored.T.contiguous(), weight.bits),
+        "scales": weight.scale.T.contiguous(),
+        "g_idx": group_of.to(torch.int32),
+    }
+
+
+def _zero_points(qzeros: Tensor, bits: int, n: int, stored: ZeroPoints) -> Tensor:
+    """uint8 [G, N]."""
+    fields = words_to_codes(qzeros, bits, n)
+    middle = 2 ** (bits - 1)
+    if stored.sym and fields.unique().tolist() in ([middle], [middle - 1]):
+        return torch.full_like(fields, middle)
+    if stored.version == 2:
+        return fields
+    if not stored.borrows:
+        _check_recoverable(qzeros, bits)
+    if bits == 3:
+        return (fields + 1) & 7
+    plus = (qzeros.long() + _ONES[bits]) & 0xFFFFFFFF
+    return words_to_codes((plus - (plus >> 31 << 32)).int(), bits, n)
+
+
+def _check_recoverable(qzeros: Tensor, bits: int) -> None:
+    for first, top in enumerate(_LOST_BITS[bits]):
+        if bool((qzeros[:, first :: len(_LOST_BITS[bits])] >> (32 - top) == -1).any()):
+            raise CheckpointError(
+                "its zero points are stored minus one (version 1) by a writer that loses those above a zero point of "
+                "0, and there are such: the weight cannot be recovered. Quantize the original model again"
+            )

@@ -1,0 +1,138 @@
+"""A GPTQ checkpoint before its weights are read: do its config and the headers of its files fit together?
+
+Which bits and which group size a module has, its tensors' shapes say; the config (`dynamic` gives single modules other
+settings) only says which are possible. So the patterns of a config, which may be anything, are never matched.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptq_ao.config import BITS
+from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.gptq import ZeroPoints, decode_gptq
+from gptq_ao.formats.packed_weight import PackedWeight, Rounding
+from gptq_ao.formats.words import word_count
+from gptq_ao.shards import StoredTensor
+
+__all__ = ["GPTQ_PARTS", "gptq_settings", "gptq_weights"]
+
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """What a config allows.
+
+    Attributes:
+        bits, group_sizes: of the modules; −1 is one group.
+        zero_points: how they are stored.
+    """
+
+    bits: frozenset[int]
+    group_sizes: frozenset[int]
+    zero_points: ZeroPoints
+
+
+def gptq_settings(config: Mapping[str, Any]) -> GptqSettings:
+    """
+    Raises:
+        CheckpointError: the config asks for what cannot be read, or is damaged.
+    """
+    name = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if not isinstance(name, str) or name not in _VERSIONS:
+        raise CheckpointError(f"GPTQ checkpoints of the format {name!r} cannot be read, only {', '.join(_VERSIONS)}")
+    for key in ("rotation", "activation"):
+        if config.get(key):
+            raise CheckpointError(f"the checkpoint has {key} {config[key]!r}: it is more than quantized weights")
+    if config.get("pack_dtype") not in (None, "int32"):
+        raise CheckpointError(f"codes are packed in {config['pack_dtype']!r}, only int32 can be read")
+    settings = [config, *_overrides(config)]
+    bits = {_number(s, config, ("bits", "w_bit", "wbits")) for s in settings}
+    sizes = {_number(s, config, ("group_size", "q_group_size")) for s in settings}
+    odd = sorted(bits - set(BITS))
+    if odd:
+        raise CheckpointError(f"the checkpoint has weights of {odd[0]} bits, only {BITS} can be read")
+    if any(size < 1 and size != -1 for size in sizes):
+        raise CheckpointError(
+            f"the checkpoint has a group_size of {min(sizes)}: not a number of input features, nor -1"
+        )
+    meta = config.get("meta")
+    writers = meta.get("quantizer", ()) if isinstance(meta, dict) else ()
+    borrows = any("gptqmodel" in str(w) for w in (writers if isinstance(writers, list) else [writers]))
+    sym = any(s.get("sym", not s.get("zero_point", True)) for s in settings if "sym" in s or "zero_point" in s)
+    return GptqSettings(frozenset(bits), frozenset(sizes), ZeroPoints(_VERSIONS[name], sym, borrows))
+
+
+def gptq_weights(
+    config: Mapping[str, Any], stored: Mapping[str, StoredTensor], rounding: Rounding
+) -> Iterator[PackedWeight]:
+    """Every quantized weight of a checkpoint, of which the headers are known.
+
+    Raises:
+        CheckpointError: config and tensors contradict each other.
+    """
+    settings = gptq_settings(config)
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        if part in GPTQ_PARTS:
+            modules.setdefault(module, {})[part] = tensor
+    for module, parts in modules.items():
+        k, bits, group_size = _check(module, parts, settings)
+        decode = functools.partial(
+            decode_gptq, bits=bits, in_features=k, group_size=group_size, stored=settings.zero_points
+        )
+        n = parts["scales"].shape[1]
+        yield PackedWeight(f"{module}.weight", bits, group_size, (n, k), parts["scales"].dtype, parts, decode, rounding)
+
+
+def _check(module: str, parts: Mapping[str, StoredTensor], settings: GptqSettings) -> tuple[int, int, int]:
+    """K, bits and group size of a module whose tensors fit together."""
+    lacks = [p for p in GPTQ_PARTS[:3] if p not in parts]
+    if lacks:
+        raise CheckpointError(f"module {module!r} has {sorted(parts)[0]!r} and lacks {lacks[0]!r}")
+    found = {p: (t.dtype, t.shape) for p, t in parts.items()}
+    integers = all(parts[p].dtype == torch.int32 and len(parts[p].shape) == 2 for p in ("qweight", "qzeros"))
+    g_idx = parts.get("g_idx")
+    indexed = g_idx is None or (g_idx.dtype in (torch.int32, torch.int64) and len(g_idx.shape) == 1)
+    scales = parts["scales"]
+    if not integers or not indexed or scales.dtype not in _FLOATING or len(scales.shape) != 2:
+        raise CheckpointError(f"the tensors of {module!r} are no quantized weight: {found}")
+    rows, n = parts["qweight"].shape
+    groups = scales.shape[0]
+    fitting = []
+    for bits in settings.bits:
+        k = rows * 32 // bits if g_idx is None else g_idx.shape[0]
+        sizes = sorted({k if size == -1 else size for size in settings.group_sizes})
+        sizes = [size for size in sizes if -(-k // size) == groups] if k else []
+        if (
+            sizes
+            and rows == word_count(k, bits)
+            and scales.shape == (groups, n)
+            and parts["qzeros"].shape == (groups, word_count(n, bits))
+        ):
+            fitting.append((k, bits, sizes[0]))
+    if len(fitting) != 1 or n == 0:
+        allowed = f"{sorted(settings.bits)} bits, groups of {sorted(settings.group_sizes)}"
+        raise CheckpointError(f"the config ({allowed}) and the tensors of {module!r} contradict each other: {found}")
+    return fitting[0]
+
+
+def _overrides(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(v, dict) for v in dynamic.values()):
+        raise CheckpointError("the config is damaged: 'dynamic' gives patterns no settings")
+    return [v for pattern, v in dynamic.items() if not pattern.startswith("-:")]
+
+
+def _number(settings: Mapping[str, Any], otherwise: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    value = next((s[n] for s in (settings, otherwise) for n in names if n in s), None)
+    if type(value) is not int:
+        raise CheckpointError(f"the config is damaged: {names[0]!r} is {value!r}, not a number")
+    return value

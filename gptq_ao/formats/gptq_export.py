@@ -1,0 +1,80 @@
+"""A quantized model as a GPTQ checkpoint: `quantization_config`, and what the format cannot hold.
+
+One setting is the checkpoint's, that of most weights; modules with another one, and linear layers that stay as they
+are, are listed under `dynamic`, where GPTQModel and vLLM look. Engines that fuse layers look there for the name of the
+fused one, so a pattern for q_proj, k_proj and v_proj also matches qkv_proj.
+"""
+
+import re
+from collections import Counter
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from gptq_ao.formats.export import ExportedModel, grouped, is_sym, refuse
+from gptq_ao.formats.gptq import encode_gptq
+from gptq_ao.tensor import GroupTensor
+
+__all__ = ["gptq_config_of", "gptq_tensors_of"]
+
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+_FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+_HEAD = "lm_head"
+
+
+def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
+    """The quantization_config.
+
+    Args:
+        format: "gptq" (version 1, symmetric weights only) or "gptq_v2".
+
+    Raises:
+        CheckpointError: the format cannot hold a weight.
+    """
+    refuse(model.quantized, lambda w: _why_not(w, format), format)
+    settings = {module: (w.bits, _group_size(w)) for module, w in model.quantized.items()}
+    (bits, group_size), _ = Counter(settings.values()).most_common(1)[0]
+    dynamic: dict[str, dict[str, int]] = {}
+    for module in model.plain:
+        if module.rpartition(".")[2] != _HEAD:
+            dynamic[f"-:{_pattern(module)}"] = {}
+    for module, setting in settings.items():
+        if setting != (bits, group_size):
+            dynamic[f"+:{_pattern(module)}"] = {"bits": setting[0], "group_size": setting[1]}
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": any(w.perm is not None for w in model.quantized.values()),
+        "sym": all(is_sym(w) for w in model.quantized.values()),
+        "lm_head": _HEAD in model.quantized,
+        "checkpoint_format": format,
+        "pack_dtype": "int32",
+        **({"dynamic": dynamic} if dynamic else {}),
+        "meta": {"quantizer": [f"gptq_ao:{version('gptq_ao')}"]},
+    }
+
+
+def gptq_tensors_of(module: str, weight: GroupTensor, format: str) -> dict[str, Tensor]:
+    tensors = encode_gptq(grouped(weight), version=2 if format == "gptq_v2" else 1)
+    return {f"{module}.{part}": t for part, t in tensors.items()}
+
+
+def _why_not(weight: GroupTensor, format: str) -> str | None:
+    n, k = weight.out_features, weight.in_features
+    if n % 32 or k % 32:
+        return f"it has {n} output and {k} input features, and readers of GPTQ need multiples of 32"
+    if format == "gptq" and not is_sym(weight):
+        return "it is asymmetric, for which version 1 of the format is ambiguous: write gptq_v2 or compressed-tensors"
+    return None
+
+
+def _group_size(weight: GroupTensor) -> int:
+    return -1 if weight.group_size == weight.in_features else weight.group_size
+
+
+def _pattern(module: str) -> str:
+    parent, dot, leaf = module.rpartition(".")
+    leaves = f"({re.escape(leaf)}|{_FUSED[leaf]})" if leaf in _FUSED else re.escape(leaf)
+    return f"^{re.escape(parent + dot)}{leaves}$"

@@ -1,0 +1,85 @@
+"""What every format says of one weight, in the form in which `GroupTensor.from_codes` takes it.
+
+    w[n, perm[i]] = (code[n, i] − zero_point[n, i // g]) · scale[n, i // g]          g = K / G, the same for all groups
+
+Files may have groups that are not of that kind. Two ways of writing the same numbers make them so, without loss:
+
+1. Columns of a group that are scattered (a `g_idx` of activation order) are brought together by a permutation.
+2. Groups of unequal sizes (352 features in groups of 128: 128, 128, 96) are split into equal ones of the greatest size
+   that divides them all (32), which repeat the scale and zero point of the group they are part of.
+
+Shapes: N = out_features, K = in_features, G = number of groups in a row.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_ao.errors import CheckpointError
+
+__all__ = ["GroupedWeight", "as_half", "in_equal_groups"]
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """One weight.
+
+    Attributes:
+        bits: of the codes here, 2, 3, 4 or 8.
+        codes: uint8 [N, K].
+        scale: fp16 [N, G].
+        zero_point: uint8 [N, G].
+        perm: int64 [K] or None; column i of the codes belongs to input feature `perm[i]`.
+        rounded: the largest relative change of a scale that is no fp16 number; 0 if all are.
+    """
+
+    bits: int
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    perm: Tensor | None = None
+    rounded: float = 0.0
+
+
+def in_equal_groups(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, group_of: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Apply the two rules above; they leave alone what is in natural, equal groups already.
+
+    Args:
+        codes: [N, K].
+        scale, zero_point: [N, G].
+        group_of: int64 [K], the group of every input feature, in 0 … G − 1.
+
+    Returns:
+        codes, scale and zero_point in equal groups, and the permutation, None where the order is natural.
+    """
+    size = _common_size(torch.unique_consecutive(group_of, return_counts=True)[1])
+    perm = None
+    together = _common_size(group_of.unique(return_counts=True)[1])
+    if size < together:
+        perm = group_of.argsort(stable=True)
+        codes, group_of, size = codes[:, perm], group_of[perm], together
+    which = group_of[::size]
+    if not torch.equal(which, torch.arange(scale.shape[1])):
+        scale, zero_point = scale[:, which], zero_point[:, which]
+    return codes, scale, zero_point, perm
+
+
+def as_half(scale: Tensor) -> tuple[Tensor, float]:
+    """Scales as fp16, and the largest relative change that this is; of bf16 numbers, those below 2^-17 may change.
+
+    Raises:
+        CheckpointError: one is NaN, infinite, or too large for fp16.
+    """
+    half = scale.half()
+    if not torch.isfinite(half).all():
+        raise CheckpointError(f"a scale is not finite as fp16 (the largest is {scale.abs().max().item():.3g})")
+    change = (half.float() - scale.float()).abs() / scale.float().abs()
+    return half, float(change.nan_to_num(0.0).max())  # 0 / 0 where the scale is 0
+
+
+def _common_size(sizes: Tensor) -> int:
+    return math.gcd(*sizes.unique().tolist())

@@ -1,0 +1,82 @@
+"""A quantized weight that lies in a checkpoint of another format, and is read when it is asked for."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError, RoundedScalesWarning
+from gptq_ao.formats.grouped import GroupedWeight
+from gptq_ao.shards import StoredTensor
+from gptq_ao.tensor import GroupTensor, tensor_class
+
+__all__ = ["PackedWeight", "Rounding", "held"]
+
+
+@dataclass
+class Rounding:
+    """Collects, over a checkpoint, which weights have scales that had to be rounded to fp16."""
+
+    changes: dict[str, float] = field(default_factory=dict)
+
+    def warn(self) -> None:
+        if not self.changes:
+            return
+        worst = max(self.changes, key=self.changes.__getitem__)
+        warnings.warn(
+            f"{len(self.changes)} weights of the checkpoint have scales that are no fp16 numbers. They were rounded to "
+            f"the nearest; the largest change of one is {self.changes[worst]:.1e} of itself, in {worst!r}",
+            RoundedScalesWarning,
+            stacklevel=3,
+        )
+        self.changes.clear()
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """To the reader of a model a tensor of a file, like `StoredTensor`.
+
+    Attributes:
+        name: of the weight in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
+        bits: of its codes in the file.
+        group_size: input features of a group in the file; the last one may have fewer.
+        shape: [N, K].
+        dtype: the one it pretends to have.
+        parts: its tensors: the name's last part → where it lies.
+        decode: from the tensors to the weight.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Mapping[str, StoredTensor]
+    decode: Callable[[Mapping[str, Tensor]], GroupedWeight]
+    rounding: Rounding
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    def read(self) -> GroupTensor:
+        """
+        Raises:
+            CheckpointError: the tensors are no such weight.
+        """
+        try:
+            weight = self.decode({part: stored.read() for part, stored in self.parts.items()})
+            if weight.rounded:
+                self.rounding.changes[self.name] = weight.rounded
+            return held(weight, self.dtype)
+        except (CheckpointError, ConfigError, NonFiniteError) as e:
+            file = next(iter(self.parts.values())).path
+            raise CheckpointError(f"{file}: weight {self.name!r} is damaged: {e}") from e
+
+
+def held(weight: GroupedWeight, dtype: torch.dtype) -> GroupTensor:
+    return tensor_class(weight.bits).from_codes(
+        weight.codes, weight.scale, weight.zero_point, dtype=dtype, perm=weight.perm
+    )

@@ -1,0 +1,255 @@
+"""A quantizer for transformers: `from_pretrained` loads what this package reads, `save_pretrained` writes it again.
+
+`from_pretrained` collects the tensors of a checkpoint and converts them, parameter by parameter. For a quantized weight
+it is given one small tensor only, the scales, to learn when and where the parameter is wanted; the weight itself comes
+from the reader of this package, which has checked all files before. So there is one reader, and its rules hold here.
+
+With `quantization_config=GptqAoConfig(…)` an unquantized model is loaded as it is, and quantized then.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gptq_ao.config import GPTQConfig, gptq_config
+from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.formats.export import export_model
+from gptq_ao.formats.native import native_config
+from gptq_ao.formats.recognize import QuantizedFiles, open_quantized
+from gptq_ao.formats.write import config_of, tensors_of
+from gptq_ao.manifest import entry_json, format_version
+from gptq_ao.quantize import quantize_
+from gptq_ao.source import Source, source_of
+from gptq_ao.stored import stored_entry, stored_parts
+from gptq_ao.tensor import GroupTensor
+from gptq_ao.writer import state_names
+
+__all__ = ["CheckpointConfig", "GptqAoConfig", "GptqAoQuantizer"]
+
+# quant_method → the one tensor of a quantized weight that transformers reads, and those that it leaves alone
+_SCALES = {"gptq": "scales", "compressed-tensors": "weight_scale"}
+_OTHERS = {
+    "gptq": r"\.(qweight|qzeros|g_idx)$",
+    "compressed-tensors": r"_(packed|shape|zero_point|g_idx)$",  # 5.17 calls those of experts gate_up_proj_packed, …
+    "gptq_ao": r"\.(codes|zero_point|perm)$",
+}
+
+
+class CheckpointConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint, as it is there."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+    @property
+    def quant_method(self) -> str:
+        return str(self.content["quant_method"])
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.content)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class GptqAoConfig(CheckpointConfig):
+    """Quantize a model when it is loaded: `from_pretrained(…, quantization_config=GptqAoConfig(calibration=batches))`.
+
+    Args:
+        bits, group_size, calibration, settings: those of `gptq_config`. Without calibration, weights are rounded to
+            nearest.
+
+    Raises:
+        ConfigError: as `gptq_config`.
+    """
+
+    def __init__(self, bits: int = 4, group_size: int = 128, *, calibration: Any = None, **settings: Any) -> None:
+        super().__init__({"quant_method": "gptq_ao"})
+        if calibration is None:
+            settings.setdefault("method", "rtn")
+        self.recipe: GPTQConfig | None = gptq_config(bits, group_size, calibration=calibration, **settings)
+
+    def __deepcopy__(self, memo: Any) -> "GptqAoConfig":
+        """transformers copies configs; the calibration data, of any size and kind, is shared."""
+        same = copy.copy(self)
+        same.content = copy.deepcopy(self.content)
+        return same
+
+
+class GptqAoQuantizer(HfQuantizer):
+    """See the module's docstring. One object belongs to one model."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: Any = quantization_config
+        self._files: QuantizedFiles | None = None
+        self._source: Source | None = None
+        self._conversions: list[Any] | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized and getattr(self.quantization_config, "recipe", None) is None:
+            raise ConfigError("the model is not quantized: give quantization_config=GptqAoConfig(calibration=…)")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ConfigError("quantized weights cannot be offloaded to the disk: leave 'disk' out of device_map")
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        directory = _directory(model, checkpoint_files or [])
+        with torch.device("cpu"):  # transformers calls this where new tensors are on meta
+            self._files = open_quantized(directory)
+            self._source = source_of(directory, self._files.tensors, model, strict=False)
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, _OTHERS[self.quantization_config.quant_method]}
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The parameter `name`, and what else is made of the same tensors."""
+        assert self._source is not None
+        recipe, _ = self._source.recipes[name]
+        return recipe.make(self._source.model)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
+        method = self.quantization_config.quant_method
+        if method != "gptq_ao":
+            return [WeightConverter([_SCALES[method]], ["weight"], operations=[_Read(self)])]
+        leaves = {name.rpartition(".")[2] for name in self.quantization_config.to_dict().get("weights", ())}
+        return [WeightConverter([f"{leaf}.scale"], [leaf], operations=[_Read(self)]) for leaf in sorted(leaves)]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """transformers' own conversions (experts are stacked, projections joined) also for quantized weights."""
+        scales = _SCALES.get(self.quantization_config.quant_method) if self.pre_quantized else None
+        ours = []
+        for c in weight_conversions if scales is not None else ():
+            if isinstance(c, WeightConverter) and all(s.endswith(".weight") for s in c._original_source_patterns):
+                sources = [s.removesuffix("weight") + scales for s in c._original_source_patterns]
+                same = WeightConverter(sources, list(c._original_target_patterns), operations=[_Read(self, c)])
+                same.scope_prefix, same.base_model_prefix = c.scope_prefix, c.base_model_prefix
+                ours.append(same)
+        return [*ours, *weight_conversions, *self.get_weight_conversions()]
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element, for `device_map="auto"`: what the files hold, some bits more than the weight has."""
+        if self._source is not None and param_name in self._source.recipes:
+            recipe, _ = self._source.recipes[param_name]
+            if recipe.quantized:
+                tensors = [tensor for _, _, tensor in recipe.inputs]
+                return sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors)
+        return float(param.element_size())
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if "_keys_to_ignore_on_load_unexpected" in vars(model):
+            del model._keys_to_ignore_on_load_unexpected
+        for parameter in model.parameters():
+            if isinstance(parameter, GroupTensor):
+                parameter.requires_grad_(False)
+        # On saving, this class names and splits the tensors: transformers has nothing left to revert.
+        used = (_original(c) for c in getattr(model, "_weight_conversions", None) or ())
+        self._conversions = list({id(c): c for c in used if c is not None}.values())
+        model._weight_conversions = []
+        if self._files is not None:
+            self._files.rounding.warn()
+        self._files = self._source = None
+        recipe = getattr(self.quantization_config, "recipe", None)
+        if not self.pre_quantized and recipe is not None:
+            quantize_(model, recipe)
+            self.quantization_config.recipe = None  # and with it the data
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the format that was loaded, or the own one."""
+        state = model.state_dict(keep_vars=True)
+        values = {first: state[first].detach() for first, *_ in state_names(model)}
+        method, settings = self.quantization_config.quant_method, self.quantization_config.to_dict()
+        if method == "gptq_ao":
+            entries = {n: stored_entry(w) for n, w in values.items() if isinstance(w, GroupTensor)}
+            content = native_config({n: entry_json(e) for n, e in entries.items()}, format_version(entries))
+            tensors = dict(_native_tensors(values))
+        else:
+            version = settings.get("checkpoint_format") or settings.get("format")
+            format = "gptq_v2" if version == "gptq_v2" else method
+            model._weight_conversions = self._conversions
+            try:
+                exported = export_model(model, values)
+            finally:
+                model._weight_conversions = []
+            if format == "gptq" and not settings.get("sym", True):
+                format = "gptq_v2"  # version 1 is ambiguous for asymmetric weights
+            content, tensors = config_of(exported, format), dict(tensors_of(exported, format, model.dtype))
+        model.config.quantization_config = self.quantization_config = CheckpointConfig(content)
+        return tensors, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if isinstance(parameter, GroupTensor):
+                    dense = parameter.dequantize(wanted or parameter.dtype)
+                    module._parameters[name] = nn.Parameter(dense, requires_grad=False)
+        model._weight_conversions = self._conversions
+        return model
+
+
+class _Read(ConversionOps):
+    """In place of a conversion of tensors: the parameter, read by `GptqAoQuantizer.read`."""
+
+    def __init__(self, quantizer: GptqAoQuantizer, instead_of: Any = None) -> None:
+        self.hf_quantizer = quantizer  # under this name: transformers then casts nothing
+        self.instead_of = instead_of  # transformers' conversion of the same parameter
+
+    def __deepcopy__(self, memo: Any) -> "_Read":
+        return _Read(self.hf_quantizer)  # transformers copies the operation for each parameter
+
+    def convert(self, input_dict: Any, *args: Any, full_layer_name: str = "", **kwargs: Any) -> dict[str, Tensor]:
+        scales = next(iter(input_dict.values()))
+        device = (scales[0] if isinstance(scales, list) else scales).device
+        made = self.hf_quantizer.read(full_layer_name)
+        return {name: nn.Parameter(t.to(device), requires_grad=False) for name, t in made.items()}
+
+
+def _directory(model: Any, checkpoint_files: list[str]) -> Path:
+    """Where the files are that transformers found by joining the index's names, which may be anything."""
+    local = Path(str(model.config._name_or_path))
+    folders = {Path(file).parent for file in checkpoint_files}
+    directory = local if local.is_dir() else min(folders, default=local)
+    if folders != {directory}:
+        odd = sorted(str(f) for f in folders - {directory})
+        raise CheckpointError(f"{directory}: its index names files outside of it, in {', '.join(odd)}")
+    return directory
+
+
+def _original(conversion: Any) -> Any:
+    """The conversion that is transformers' own: itself, the one it stands for, or None."""
+    ours = next((o for o in getattr(conversion, "operations", ()) if isinstance(o, _Read)), None)
+    return conversion if ours is None else ours.instead_of
+
+
+def _native_tensors(values: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values.items():
+        yield from (stored_parts(name, value) if isinstance(value, GroupTensor) else {name: value}).items()

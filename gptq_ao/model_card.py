@@ -1,0 +1,61 @@
+"""The README.md that goes with a quantized model: what it is, how it was made, how to load it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+from gptq_ao.report import Report
+
+__all__ = ["CARD", "model_card"]
+
+CARD = "README.md"
+_LOADERS = {
+    "native": ("gptq_ao", "import gptq_ao  # before the next line: transformers then knows the format\n"),
+    "gptq": ("gptq", ""),
+    "gptq_v2": ("gptq", ""),
+    "compressed-tensors": ("compressed-tensors", ""),
+    "dense": (None, ""),
+}
+
+
+def model_card(model: Any, format: str, weights: Iterable[tuple[int, int]], report: Report | None = None) -> str:
+    """The text.
+
+    Args:
+        model: a Hugging Face model.
+        format: as `save_quantized` calls it.
+        weights: bits and group size of every quantized weight.
+        report: of the quantization; without it, the card does not say how it was done.
+    """
+    base = str(getattr(model.config, "_name_or_path", "") or "")
+    tag, first_line = _LOADERS[format]
+    loader = next((n for n in ("AutoModelForCausalLM",) if hasattr(model, "generate")), "AutoModel")
+    lines = ["---", "library_name: transformers"]
+    lines += [f"base_model: {base}"] if _is_hub_id(base) else []
+    lines += ["tags:", "- gptq_ao", *([f"- {tag}"] if tag and tag != "gptq_ao" else []), "---", ""]
+    lines += [f"# {type(model).__name__}, quantized" + (f" from {base}" if _is_hub_id(base) else ""), ""]
+    for (bits, group_size), count in sorted(Counter(weights).items()):
+        lines.append(f"- {count} weights of {bits} bits, {group_size} input features to a scale")
+    lines += [f"- format: {format}", *_recipe(report), f"- versions: {_versions()}", ""]
+    lines += ["```python", f"{first_line}from transformers import {loader}", ""]
+    lines += [f'model = {loader}.from_pretrained("THIS_REPOSITORY")', "```", ""]
+    return "\n".join(lines)
+
+
+def _recipe(report: Report | None) -> list[str]:
+    if report is None:
+        return []
+    lines = [f"- {key}: {value}" for key, value in report.recipe.items()]
+    if report.fallbacks:
+        lines.append(f"- {len(report.fallbacks)} weights were rounded to nearest, for want of data")
+    return [*lines, f"- {report.bits_per_weight:.3f} stored bits per weight, scales and zero points included"]
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("gptq_ao", "torch", "torchao", "transformers"))
+
+
+def _is_hub_id(name: str) -> bool:
+    """`owner/name`; a path on someone's machine is nobody's business."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and "\\" not in name

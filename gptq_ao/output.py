@@ -1,0 +1,126 @@
+"""A directory that appears when everything in it is there.
+
+Files grow in a temporary directory beside its place, which is renamed at the end and removed if anything fails.
+"""
+
+import contextlib
+import copy
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.directory import INDEX
+from gptq_ao.shards import ShardWriter
+
+__all__ = ["OutputDirectory", "as_json", "has_config"]
+
+
+class OutputDirectory:
+    """To be used in a `with` statement, which removes what is not finished.
+
+    Raises:
+        CheckpointError: the directory holds something, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise CheckpointError(
+                f"{directory} exists and is not empty: nothing is overwritten, choose another directory"
+            )
+        self.directory = directory
+        with self._disk_errors():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        self._shards = ShardWriter(self._temporary, max_shard_bytes)
+
+    def __enter__(self) -> "OutputDirectory":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def check_space(self, need: int) -> None:
+        free = shutil.disk_usage(self.directory.parent).free
+        if need > free:
+            raise CheckpointError(f"the disk of {self.directory} is full: {need} bytes needed, {free} free")
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors; the caller must not change them any more."""
+        with self._disk_errors():
+            self._shards.add(tensors)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor that was added."""
+        return self._shards.get(name)
+
+    def finish_shards(self) -> dict[str, str]:
+        """Returns tensor → file. After that, no tensor can be added."""
+        with self._disk_errors():
+            return self._shards.finish()
+
+    def finish(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        placed: Mapping[str, str],
+        quantization: Mapping[str, Any] | None,
+        texts: Mapping[str, str],
+    ) -> None:
+        """Write what else belongs to a Hugging Face model, then give all of it its name.
+
+        Args:
+            placed: tensor → file.
+            quantization: the `quantization_config` of config.json, None for unquantized weights.
+            texts: other files, the last one last.
+        """
+        parts: tuple[Any, ...] = (_config(model, quantization), getattr(model, "generation_config", None), tokenizer)
+        with self._disk_errors():
+            for part in parts:
+                if hasattr(part, "save_pretrained"):
+                    part.save_pretrained(str(self._temporary))
+            sizes = sum(p.stat().st_size for p in self._temporary.glob("*.safetensors"))
+            index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(placed.items()))}
+            for name, text in {INDEX: as_json(index), **texts}.items():
+                (self._temporary / name).write_text(text, encoding="utf-8")
+            self._temporary.chmod(0o755)  # mkdtemp makes it private
+            self._temporary.replace(self.directory)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as e:
+            full = getattr(e, "errno", None) == errno.ENOSPC or "StorageFull" in str(e) or "code: 28" in str(e)
+            what = "the disk is full" if full else str(e)
+            raise CheckpointError(f"{self.directory} could not be written, nothing is left of it: {what}") from e
+
+
+def as_json(content: object) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def has_config(model: nn.Module) -> bool:
+    """Whether it is a Hugging Face model."""
+    return hasattr(getattr(model, "config", None), "save_pretrained")
+
+
+def _config(model: nn.Module, quantization: Mapping[str, Any] | None) -> Any:
+    """The model's config, which names the class to build; a model made from a config does not say that by itself."""
+    if not has_config(model):
+        return None
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if quantization is not None:
+        config.quantization_config = dict(quantization)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
