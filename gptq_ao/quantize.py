@@ -135,7 +135,7 @@ def _quantize(
     if config.target_bits is not None:
         with clock("precision"):
             prepared, decisions = choose_precision(weights, prepared, config, limits)
-    prepared.warn()
+    prepared.warn(deeper=1)
     if prepared.calibrated is None:
         report = _report(round_all(weights, prepared.selection, clock), prepared, clock)
         return dataclasses.replace(report, precision=decisions)
@@ -182,7 +182,7 @@ def _in_step(
         check_support(config, selection)
         weights.check(selection)
     prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
-    prepared.warn(deeper=1)
+    prepared.warn(deeper=2)
     if all(c.method == "rtn" for c in selection.settings.values()):
         report = _report(round_all(weights, selection, clock), prepared, clock)
         return dataclasses.replace(report, capture="replay", capture_reason=reason)
