@@ -5,7 +5,8 @@
 
 One step (a token for each sequence of the batch, static key-value cache, greedy choice) is compiled by torch.compile,
 captured in a CUDA graph and replayed. Compares bf16, packed weights of this project (random codes, packed where they
-are: speed does not depend on them) and torchao's Int4WeightOnlyConfig, which runs PyTorch's tinygemm.
+are: speed does not depend on them), the same with projections fused (q, k and v; gate and up), and torchao's
+Int4WeightOnlyConfig, which runs PyTorch's tinygemm.
 """
 
 import argparse
@@ -19,9 +20,10 @@ from llama_8b import llama  # type: ignore[import-not-found]
 from packed import Shape, ring  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
+from gptq_ao import fuse_projections_
 from gptq_ao.tensor import tensor_class
 
-KINDS = ["bf16", "gptq_ao", "torchao"]
+KINDS = ["bf16", "gptq_ao", "fused", "torchao"]
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
@@ -46,7 +48,7 @@ def quantize_by_torchao(model: nn.Module, group: int) -> None:
     quantize_(model, config, filter_fn=lambda m, name: id(m) in chosen)
 
 
-def tokens_per_second(model: Any, batch: int, prompt: int, tokens: int, compiled: bool = True) -> float:
+def tokens_per_second(model: Any, batch: int, prompt: int, tokens: int) -> float:
     device = next(model.parameters()).device
     cache = transformers.StaticCache(config=model.config, max_cache_len=-(-(prompt + tokens + 8) // 64) * 64)
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
@@ -55,14 +57,9 @@ def tokens_per_second(model: Any, batch: int, prompt: int, tokens: int, compiled
     def step(token: Tensor) -> Tensor:
         return model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
-    run = torch.compile(step, fullgraph=True) if compiled else step
+    run = torch.compile(step, fullgraph=True)
     for _ in range(3):
         token.copy_(run(token))
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(tokens):
-            token.copy_(run(token))
-        return batch * tokens / (time.perf_counter() - start)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         token.copy_(run(token))
@@ -85,26 +82,26 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--kinds", nargs="*", default=KINDS)
-    parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
 
-    on_gpu = args.device == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    name = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{name}, {versions}, {args.layers} layers, {args.bits} bits, group {args.group_size}")
     for kind in args.kinds:
         torch._dynamo.reset()
-        model = llama(args.layers, args.vocabulary, args.device)
+        model = llama(args.layers, args.vocabulary, "cuda")
         try:
-            if kind == "gptq_ao":
+            if kind in ("gptq_ao", "fused"):
                 pack(model, args.bits, args.group_size)
+            if kind == "fused":
+                fuse_projections_(model, torch.zeros(1, 8, dtype=torch.long, device="cuda"))
             elif kind == "torchao":
                 quantize_by_torchao(model, args.group_size)
             gc.collect()
-            size = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0
+            size = torch.cuda.memory_allocated() / 2**30
             for batch in args.batch:
                 start = time.perf_counter()
-                speed = tokens_per_second(model, batch, args.prompt, args.tokens, compiled=on_gpu)
+                speed = tokens_per_second(model, batch, args.prompt, args.tokens)
                 took = time.perf_counter() - start
                 print(
                     f"{kind:>8} batch {batch:>3}: {speed:>8.1f} tokens/s, {batch / speed * 1e3:>7.3f} ms a step, "
@@ -117,8 +114,7 @@ def main() -> None:
             print(f"{kind:>8}: absent ({type(error).__name__}: {str(error)[:200]})")
         del model
         gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ quantize_(model, gptq_config(bits=4, group_size=128, calibration=batches))
 from gptq_ao import data, errors
 from gptq_ao.checkpoint import load_quantized, save_quantized
 from gptq_ao.config import GPTQConfig, gptq_config
+from gptq_ao.fuse import Fusion, fuse_projections_, unfuse_projections_
 from gptq_ao.integrations.torchao import register as _register_with_torchao
 from gptq_ao.integrations.transformers import GptqAoConfig
 from gptq_ao.integrations.transformers import register as _register_with_transformers
@@ -22,6 +23,7 @@ _register_with_torchao()
 _register_with_transformers()
 
 __all__ = [
+    "Fusion",
     "GPTQConfig",
     "GptqAoConfig",
     "Int2GroupTensor",
@@ -32,6 +34,7 @@ __all__ = [
     "Report",
     "data",
     "errors",
+    "fuse_projections_",
     "gptq_config",
     "load_quantized",
     "plan",
@@ -39,5 +42,6 @@ __all__ = [
     "quantize_checkpoint",
     "save_quantized",
     "tune",
+    "unfuse_projections_",
     "whole_model",
 ]

@@ -28,6 +28,7 @@ from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.formats.directory import quantization_config
 from gptq_ao.formats.recognize import open_quantized
 from gptq_ao.formats.write import write_dense, write_foreign
+from gptq_ao.fuse import FusedProjections
 from gptq_ao.manifest import MANIFEST, Manifest, read_manifest, shard_path
 from gptq_ao.report import Report
 from gptq_ao.shards import StoredTensor, read_header
@@ -68,6 +69,11 @@ def save_quantized(
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}: give one of {', '.join(FORMATS)}")
+    fused = next((name for name, m in model.named_modules() if isinstance(m, FusedProjections)), None)
+    if fused is not None:
+        raise CheckpointError(
+            f"{fused!r} is a fused weight, which belongs to no layer: call unfuse_projections_(model) first"
+        )
     if format == "dense":
         return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report)
     if format != "native":

@@ -81,7 +81,7 @@ FLOORS: list[set[str]] = [
         "passes.padding",
         "passes.rewrite",
     },
-    {"passes.survey", "forwards", "tune", "weights", "stored", "solve_bytes", "formats.packed_weight"},
+    {"passes.survey", "forwards", "fuse", "tune", "weights", "stored", "solve_bytes", "formats.packed_weight"},
     {"formats.gptq_config", "formats.compressed_tensors_config", "formats.native"},
     {"formats.recognize", "formats.export", "output", "model_card"},
     {"writer", "source", "prepare", "formats.gptq_export", "formats.compressed_tensors_export"},

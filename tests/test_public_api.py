@@ -6,6 +6,7 @@ import sys
 import gptq_ao
 
 PUBLIC = {
+    "Fusion",
     "GPTQConfig",
     "GptqAoConfig",
     "Int2GroupTensor",
@@ -16,6 +17,7 @@ PUBLIC = {
     "Report",
     "data",
     "errors",
+    "fuse_projections_",
     "gptq_config",
     "load_quantized",
     "plan",
@@ -23,6 +25,7 @@ PUBLIC = {
     "quantize_checkpoint",
     "save_quantized",
     "tune",
+    "unfuse_projections_",
     "whole_model",
 }
 
