@@ -49,6 +49,7 @@ def _recipe(report: Report | None) -> list[str]:
     lines = [f"- {key}: {value}" for key, value in report.recipe.items()]
     if report.fallbacks:
         lines.append(f"- {len(report.fallbacks)} weights were rounded to nearest, for want of data")
+    lines += [f"- {name}: {value:.4g}" for name, value in report.measured.items()]
     return [*lines, f"- {report.bits_per_weight:.3f} stored bits per weight, scales and zero points included"]
 
 

@@ -79,6 +79,7 @@ class Report:
         notes: what was done less well than it could have been, beside the fallbacks.
         precision: with `target_bits`, how the bits were chosen.
         recipe: the settings, and what identifies the calibration data.
+        measured: what you found of the quantized model, name → value, for its model card.
     """
 
     weights: tuple[WeightReport, ...]
@@ -93,6 +94,7 @@ class Report:
     notes: tuple[str, ...] = ()
     precision: tuple[Decision, ...] = ()
     recipe: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -122,6 +124,7 @@ class Report:
             "notes": list(self.notes),
             "precision": [d.to_dict() for d in self.precision],
             "recipe": dict(self.recipe),
+            "measured": dict(self.measured),
         }
 
     def __str__(self) -> str:

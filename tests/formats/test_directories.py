@@ -1,5 +1,6 @@
 """Whole checkpoints: written in every format, recognized, read again, written again with the same bytes."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -308,8 +309,10 @@ def test_experts_with_orders_of_their_own_have_no_common_one(tmp_path: Path) -> 
 def test_a_model_card_says_what_it_is_and_how_it_was_made(tmp_path: Path) -> None:
     model = tiny_llama()
     report = quantize_(model, gptq_config(bits=4, group_size=32, effort="fast", calibration=token_batches()))
+    report = dataclasses.replace(report, measured={"perplexity": 12.3456})
     save_quantized(model, tmp_path / "a", report=report)
     card = (tmp_path / "a" / "README.md").read_text()
+    assert "\n- perplexity: 12.35\n" in card
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- gptq_ao\n---\n")
     assert "- 14 weights of 4 bits, 32 input features to a scale" in card
     assert "- recipe: 4 bits, group_size 32, symmetric, GPTQ, act_order group_aware" in card
