@@ -309,6 +309,7 @@ def test_experts_with_orders_of_their_own_have_no_common_one(tmp_path: Path) -> 
 def test_a_model_card_says_what_it_is_and_how_it_was_made(tmp_path: Path) -> None:
     model = tiny_llama()
     report = quantize_(model, gptq_config(bits=4, group_size=32, effort="fast", calibration=token_batches()))
+    assert report is not None
     report = dataclasses.replace(report, measured={"perplexity": 12.3456})
     save_quantized(model, tmp_path / "a", report=report)
     card = (tmp_path / "a" / "README.md").read_text()
