@@ -121,10 +121,7 @@ def prepare(
         return Prepared(selection, weights.device, mixed_sets(sites, selection), None)
 
     with clock("capture"):
-        # Automatic precision runs sequences one by one.
-        only_these = config.target_bits is None
-        captured = capture(model, batches[0], weights.device, batches[1:], only_these=only_these)
-        program = canonicalize(captured, device)
+        program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), device)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
         found = Found(program, sites)

@@ -4,9 +4,8 @@ Invariant: every parameter, buffer and constant is a placeholder that maps to on
 tied). The model, its config and all global state are as before when this returns, whatever happens.
 
 The axes of the inputs are dynamic (`Dim.AUTO`), so that batches may differ in size; only what the model itself fixes
-gets a fixed size. Sizes in which all batches agree may become part of the graph (see `_rigid_axes`): a trace with
-plain numbers takes half as long. The capture runs in `calibration_mode`, on stand-ins for the weights, and its graph
-writes to nothing.
+gets a fixed size. An exception are the heights and widths of images, if all batches agree. The capture runs in
+`calibration_mode`, on stand-ins for the weights, and its graph writes to nothing.
 """
 
 import contextlib
@@ -40,12 +39,7 @@ __all__ = ["calibration_mode", "capture"]
 
 
 def capture(
-    model: nn.Module,
-    batch: Batch,
-    device: torch.device | str | None = None,
-    others: Sequence[Batch] = (),
-    *,
-    only_these: bool = False,
+    model: nn.Module, batch: Batch, device: torch.device | str | None = None, others: Sequence[Batch] = ()
 ) -> Program:
     """Trace `model(*batch.args, **batch.kwargs)`. No weight is read, moved or allocated: it may be on meta or on disk.
 
@@ -55,8 +49,7 @@ def capture(
 
     Args:
         device: that will run the graph. None: that of the model's first parameter which is not on meta, else the CPU.
-        others: further batches that the graph has to be valid for. They only say which sizes vary.
-        only_these: that it need not be valid for batches of other sizes.
+        others: further batches that the graph has to be valid for. They only say which sizes of images vary.
 
     Raises:
         CaptureError: torch.export cannot express the model as one graph; the message says why, where in the model's
@@ -67,7 +60,7 @@ def capture(
         raise CaptureError(f"keyword input {clash[0]!r} has a name that is used for positional inputs: rename it")
     device = running_device(model) if device is None else torch.device(device)
     fixed, is_transformers = _geometry(batch), hasattr(getattr(model, "config", None), "to_dict")
-    rigid = _rigid_axes(batch, others, only_these)
+    rigid = _rigid_axes(batch, others)
     try:
         return _captured(model, batch, device, rigid)
     except CaptureError as e:
@@ -97,7 +90,7 @@ def _captured(
         rigid: (position among the flattened inputs, axis) of the sizes that become part of the graph.
         fixed: positions of the inputs whose values do.
     """
-    sample = batch if fixed or any(axis == 0 for _, axis in rigid) else _two_rows(batch)
+    sample = batch if fixed else _two_rows(batch)
     first_name = first_names(model)
     env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
@@ -207,29 +200,18 @@ def _dynamic(leaf: Any, position: int, rigid: frozenset[tuple[int, int]]) -> dic
     return {axis: Dim.AUTO for axis in range(leaf.dim()) if (position, axis) not in rigid}
 
 
-def _rigid_axes(batch: Batch, others: Sequence[Batch], only_these: bool) -> frozenset[tuple[int, int]]:
-    """(input, axis) of the sizes that become part of the graph: with `only_these` all those in which batches agree.
-
-    Not if a mask says which positions hold tokens: the activations that it speaks of are known by the symbols of their
-    sizes (`token_rows.py`). Otherwise all axes but the first of images and videos in which batches agree: what
-    convolutions, windows and pooling make of a height and a width of unknown size are formulas that grow with each
-    layer.
-    """
+def _rigid_axes(batch: Batch, others: Sequence[Batch]) -> frozenset[tuple[int, int]]:
+    """All axes but the first of images and videos, where the batches agree. What convolutions, windows and pooling make
+    of a height and a width of unknown size are formulas that grow with each layer."""
     leaves = pytree.tree_leaves((batch.args, batch.kwargs))
     more = [pytree.tree_leaves((b.args, {k: b.kwargs.get(k) for k in batch.kwargs})) for b in others]
     alike = [m for m in more if len(m) == len(leaves)]  # another structure is reported by `Program.bind`
-    images_only = not only_these or any(name.endswith("attention_mask") for name in batch.kwargs)
-
-    def fixed(leaf: torch.Tensor, axis: int) -> bool:
-        return not images_only or (leaf.is_floating_point() and leaf.dim() >= 4 and axis > 0)
-
     return frozenset(
         (i, axis)
         for i, leaf in enumerate(leaves)
-        if isinstance(leaf, torch.Tensor)
-        for axis in range(leaf.dim())
-        if fixed(leaf, axis)
-        and all(isinstance(m[i], torch.Tensor) and m[i].shape[axis:][:1] == leaf.shape[axis : axis + 1] for m in alike)
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() >= 4
+        for axis in range(1, leaf.dim())
+        if all(isinstance(m[i], torch.Tensor) and m[i].shape[axis:][:1] == leaf.shape[axis : axis + 1] for m in alike)
     )
 
 

@@ -22,14 +22,9 @@ from .test_directories import FORMATS, MODELS, assert_same_files, assert_same_we
 
 
 @pytest.fixture(autouse=True)
-def loads_all_formats() -> Any:
+def loads_all_formats(loaders: None) -> None:
     """Also where the packages that transformers' own loaders need are installed."""
-    before = dict(auto.AUTO_QUANTIZER_MAPPING)
     integration.load_with_gptq_ao("gptq", "compressed-tensors")
-    yield
-    for method in ("gptq", "compressed-tensors"):
-        if before[method] is not GptqAoQuantizer:
-            integration.load_with_transformers(method)
 
 
 @pytest.mark.parametrize("format", FORMATS)
