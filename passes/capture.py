@@ -4,10 +4,10 @@ Invariant: every parameter, buffer and constant is a placeholder that maps to on
 tied). The model, its config and all global state are as before when this returns, whatever happens.
 
 The axes of the inputs are dynamic (`Dim.AUTO`), so that batches may differ in size; only what the model itself fixes
-gets a fixed size. An exception are the heights and widths of images, if all batches agree. (Fixing all sizes would halve
-the time. But what a model expands from parameters to the size of the batch, learned queries for example, would then be
-made of parameters alone, and no activation.) The capture runs in `calibration_mode`, on stand-ins for the weights, and
-its graph writes to nothing.
+gets a fixed size. An exception are the heights and widths of images, if all batches agree. (Fixing all sizes would
+halve the time. But what a model expands from parameters to the size of the batch, learned queries for example, would
+then be made of parameters alone, and no activation.) The capture runs in `calibration_mode`, on stand-ins for the
+weights, and its graph writes to nothing.
 """
 
 import contextlib
