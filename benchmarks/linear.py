@@ -47,9 +47,8 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {args.dtype}, group {args.group_size}")
-    print(
-        f"{'N x K':>14} {'bits':>4} {'M':>4} {'us':>10} {'GB/s':>8} {'dense us':>10} {'dense/quantized':>16} {'aten us':>10}"
-    )
+    titles = f"{'us':>10} {'GB/s':>8} {'dense us':>10} {'dense/quantized':>16} {'aten us':>10}"
+    print(f"{'N x K':>14} {'bits':>4} {'M':>4} {titles}")
     for n, k in SHAPES:
         dense = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         for bits in args.bits:

@@ -92,7 +92,7 @@ def main() -> None:
     size = args.batch_size or len(prompts)
     server = Server(*load(args.model, args.device), size, args.length)
     start = time.perf_counter()
-    server(prompts[:1], 4)  # compiles, and on a GPU captures
+    server(prompts[:1], min(4, args.tokens))  # compiles, and on a GPU captures
     print(f"ready after {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
     tokens, start = 0, time.perf_counter()

@@ -1,6 +1,7 @@
 """Quantized models compiled, exported, packaged for another process, and generating with a static cache."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,7 +226,12 @@ def test_the_serving_example() -> None:
     # What the small language model is sure of, also where it stands beside a longer prompt or fills up a batch.
     assert done.stdout == "".join(f"--- {p}{t}\n" for p, t in zip(prompts, ["\n  ", "ser", "or("], strict=True))
     assert done.stderr.rstrip().endswith(" tokens/s")
-    long = subprocess.run(
-        [*command, *options[:-2], "x" * 62], capture_output=True, text=True, check=False, env=environment
-    )
-    assert "prompts of 62 tokens and 3 new ones exceed --length 64" in long.stderr
+
+
+def test_the_serving_example_refuses_what_its_cache_cannot_hold() -> None:
+    from transformers import AutoTokenizer
+
+    server = runpy.run_path(str(ROOT / "examples" / "serve.py"))["Server"]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny_lm", pad_token="<|endoftext|>")
+    with pytest.raises(ValueError, match="prompts of 30 tokens and 3 new ones exceed --length 32"):
+        server(tiny_llama(layers=1), tokenizer, 2, 32)(["x", "x" * 30], 3)
