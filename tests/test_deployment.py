@@ -152,9 +152,10 @@ def nodes(program: torch.export.ExportedProgram, target: Any) -> int:
     return sum(node.target is target for node in program.graph.nodes)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # inside torch 2.11's own load
 def test_an_exported_model_keeps_packed_weights(tmp_path: Path) -> None:
     model = Logits(llama())
-    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=64)}
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     program = torch.export.export(model, (ids(2, 9),), dynamic_shapes=(sizes,))
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2")
