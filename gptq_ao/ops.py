@@ -5,13 +5,15 @@
 
 They take plain tensors and numbers, so torch.compile and torch.export keep each as one node, and the choice of a kernel
 (by device, dtype and number of rows) happens inside, at run time. Registered through `Library.define`, whose call is
-cheaper than that of the `custom_op` decorator. Kernels are imported when they run: this file needs torch alone.
+cheaper than that of the `custom_op` decorator. Triton is imported when its kernels run: this file needs torch alone.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gptq_ao.kernels import cpu, cuda, reference
 
 __all__ = ["dequantize", "kernel_name", "linear"]
 
@@ -36,8 +38,6 @@ def _linear(
     in_features: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    from gptq_ao.kernels import cpu, reference
-
     if x.device.type == "cpu" and cpu.supports(x, qdata, bits, group_size):
         y = cpu.linear(x, qdata, scale_zero, perm, group_size, out_features, in_features)
         return y if bias is None else y + bias
@@ -45,9 +45,10 @@ def _linear(
 
 
 def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
-    from gptq_ao.kernels import cuda
-
-    with torch.cuda.device(x.device):  # a kernel is launched on the current device
+    # A kernel is launched on the current device, and it takes longer to set it than to look.
+    if x.get_device() == torch.cuda.current_device():
+        return cuda.linear(x, *arguments)
+    with torch.cuda.device(x.device):
         return cuda.linear(x, *arguments)
 
 
@@ -55,8 +56,6 @@ def kernel_name(
     device: torch.device, dtype: torch.dtype, bits: int, group_size: int, in_features: int, stacked: bool
 ) -> str:
     """What `linear` runs on such a weight, in words. `stacked`: it is a stack of matrices."""
-    from gptq_ao.kernels import cpu, cuda
-
     rows, name = 0, ""
     if device.type == "cpu" and not stacked:
         rows, name = cpu.max_rows(dtype, bits, group_size), "cpu int4"
@@ -76,14 +75,10 @@ def _dequantize(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from gptq_ao.kernels import reference
-
     return reference.dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, dtype)
 
 
 def _dequantize_cuda(qdata: Tensor, *arguments: Any) -> Tensor:
-    from gptq_ao.kernels import cuda
-
     with torch.cuda.device(qdata.device):
         return cuda.dequantize(qdata, *arguments)
 

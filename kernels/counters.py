@@ -24,22 +24,22 @@ _kept: list[Tensor] = []  # supplies that graphs hold parts of
 _lock = threading.Lock()
 
 
-def zeroed_counters(device: torch.device, count: int) -> Tensor | None:
-    """At least `count` int32 zeros for a launch on the current stream of `device`, the current one; None if a graph is
+def zeroed_counters(device: int, count: int, stream: int) -> Tensor | None:
+    """At least `count` int32 zeros for a launch on `stream`, the current one of the current device; None if a graph is
     being captured and the supply is used up."""
-    number = device.index
+    count = -(-count // 4) * 4  # whole 16 bytes: for others Triton would compile another kernel
     with _lock:
         if torch.cuda.is_current_stream_capturing():
-            supply = _supply.get(number)
-            if supply is None or len(supply) < count:
+            supply = _supply.get(device)
+            if supply is None or supply.numel() < count:
                 return None
-            _supply[number] = supply[count:]
+            _supply[device] = supply[count:]
             return supply[:count]
-        if number not in _supply or len(_supply[number]) < SUPPLY // 2:
-            _supply[number] = torch.zeros(SUPPLY, dtype=torch.int32, device=device)
-            _kept.append(_supply[number])
+        if device not in _supply or _supply[device].numel() < SUPPLY // 2:
+            _supply[device] = torch.zeros(SUPPLY, dtype=torch.int32, device=device)
+            _kept.append(_supply[device])
             torch.cuda.current_stream(device).synchronize()  # the zeros will be used on other streams
-        key = (number, torch.cuda.current_stream(device).cuda_stream)
-        if key not in _of_stream or len(_of_stream[key]) < count:
-            _of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        return _of_stream[key]
+        own = _of_stream.get((device, stream))
+        if own is None or own.numel() < count:
+            own = _of_stream[device, stream] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        return own

@@ -52,11 +52,15 @@ def linear(
     """x·Wᵀ, x [..., K] bf16; the result is within bf16 rounding of the scales of `reference.linear`."""
     weight, scale_and_offset = _convert(qdata, scale_zero, out_features, in_features)
     rows = x.reshape(-1, in_features)
-    rows = rows if perm is None else rows[:, perm]
+    rows = (rows if perm is None else rows[:, perm]).contiguous()
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
-    parts = [product(part, weight, group_size, scale_and_offset) for part in rows.contiguous().split(ROWS_PER_CALL)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y[:, :out_features].contiguous().reshape(*x.shape[:-1], out_features)
+    if len(rows) <= ROWS_PER_CALL:
+        y = product(rows, weight, group_size, scale_and_offset)
+    else:
+        y = torch.cat([product(part, weight, group_size, scale_and_offset) for part in rows.split(ROWS_PER_CALL)])
+    if y.shape[-1] != out_features:
+        y = y[:, :out_features].contiguous()
+    return y.view(*x.shape[:-1], out_features)
 
 
 def _convert(qdata: Tensor, scale_zero: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

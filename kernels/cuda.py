@@ -9,6 +9,7 @@ A kernel that was never run on this architecture is compared with the reference 
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,19 +38,21 @@ def linear(
 ) -> Tensor:
     """See `reference.linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
     stacked = qdata.dim() > 3
-    if x.device != qdata.device or x.shape[-1] != in_features or (stacked and x.shape[:-2] != qdata.shape[:-3]):
+    device = x.get_device()
+    together = device == qdata.get_device() == scale_zero.get_device()
+    # Kernels are handed addresses, which nothing checks.
+    together = together and (high_plane is None or high_plane.get_device() == device)
+    together = together and (bias is None or bias.get_device() == device)
+    if not together or x.shape[-1] != in_features or (stacked and x.shape[:-2] != qdata.shape[:-3]):
         raise ValueError(f"x {tuple(x.shape)} on {x.device} and a weight [{out_features}, {in_features}] do not fit")
-    experts, rows = (len(qdata), x.shape[-2]) if stacked else (1, x.shape[:-1].numel())
+    experts = qdata.shape[:-3].numel() if stacked else 1
+    rows = x.numel() // (experts * in_features)
     if perm is not None:
         x = x[..., perm]
-    if x.dtype in (torch.bfloat16, torch.float16) and qdata.is_contiguous() and scale_zero.is_contiguous():
-        config = _config(bucket(rows), out_features, in_features, bits, group_size, experts, x.device)
-        if config is not None:
-            from gptq_ao.kernels.launch import launch
-
-            flat = x.contiguous().view(experts, rows, in_features)
-            y = launch(flat, qdata, scale_zero, high_plane, bits, group_size, out_features, config, bias)
-            return y.view(*x.shape[:-1], out_features)
+    launch = _launch(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
+    contiguous = qdata.is_contiguous() and scale_zero.is_contiguous()
+    if launch is not None and contiguous and (bias is None or bias.dtype == x.dtype):
+        return launch(x.contiguous(), qdata, scale_zero, high_plane, None if bias is None else bias.contiguous())
     numbers = (bits, group_size, out_features, in_features)
     if stacked:
         return torch.bmm(x, dequantize(qdata, scale_zero, high_plane, None, *numbers, x.dtype).mT)
@@ -119,7 +122,7 @@ def bucket(rows: int) -> int:
 def forget() -> None:
     """Choose configurations anew."""
     _tuned.cache_clear()
-    _config.cache_clear()
+    _launch.cache_clear()
 
 
 @functools.cache
@@ -128,6 +131,27 @@ def _tuned(device_name: str) -> dict[tuned.Product, tuned.Tuned]:
 
 
 @functools.cache
+def _launch(
+    rows: int,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    experts: int,
+    dtype: torch.dtype,
+    device: int,
+) -> Callable[..., Tensor] | None:
+    """The kernel that reads packed codes, ready to be launched; None if it does not compute this, or not faster."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    config = _config(rows, out_features, in_features, bits, group_size, experts, torch.device("cuda", device))
+    if config is None:
+        return None
+    from gptq_ao.kernels.launch import prepared
+
+    return prepared(config, bits, group_size, out_features, in_features, experts, dtype, device)
+
+
 def _config(
     rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, device: torch.device
 ) -> heuristics.LinearConfig | None:

@@ -1,6 +1,11 @@
-"""One launch of `linear_triton.py`: buffers, constants, and compiled kernels that are found again quickly."""
+"""Launches of `linear_triton.py`: what is the same each time is found out once.
+
+A product of few rows takes the GPU some microseconds, so what Python does before it counts. A `LinearLaunch` is all
+that a shape of weight, a configuration and a device decide; a call is left with buffers and pointers.
+"""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -12,15 +17,14 @@ from gptq_ao.kernels.counters import zeroed_counters
 from gptq_ao.kernels.heuristics import LinearConfig
 from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
 
-__all__ = ["constants", "launch", "warm_up"]
+__all__ = ["LinearLaunch", "constants", "launch", "prepared", "warm_up"]
 
 INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
+VERSION = tuple(int(i) for i in triton.__version__.split(".")[:2])
 # An operand of mma.sync made in registers: up to Triton 3.6 its columns are in an order of their own, see `unpack`.
-NATURAL_MMA = tuple(int(i) for i in triton.__version__.split(".")[:2]) > (3, 6)
+NATURAL_MMA = VERSION > (3, 6)
+DIRECT = (3, 6) <= VERSION <= (3, 9)  # where `CompiledKernel.run` is known to take the arguments given below
 ADD_BLOCK = 512  # results per program of the second kernel
-
-# What Triton's own launch finds out each time, some 20 µs, is the same for the same key.
-_compiled: dict[Any, Any] = {}
 
 
 def constants(
@@ -55,6 +59,123 @@ def constants(
     return values, options | ({"launch_pdl": True} if c.pdl else {})
 
 
+class _Kernel:
+    """A Triton kernel with its constants, on one device: compiled by Triton, and then called past it.
+
+    What Triton's own launch finds out each time, some 20 µs, is the same for tensors that are there or not and aligned
+    or not in the same way, as long as their dtypes and the numbers are.
+    """
+
+    def __init__(self, function: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self.function, self.constants, self.options = function, constants, options
+        self.values = tuple(constants.values())
+        self.compiled: dict[tuple[bool | None, ...], Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], stream: int, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]
+    ) -> None:
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        kind = tuple([None if p is None else p % 16 == 0 for p in pointers])
+        known = self.compiled.get(kind)
+        if known is None:
+            known = self.function[grid](*tensors, *numbers, **self.constants, **self.options)
+            if not INTERPRETED:
+                self.compiled[kind] = known
+        elif DIRECT and not _watched():
+            # Arguments: grid, stream, what the hooks would be told, the hooks, and the kernel's.
+            code = (known.function, known.packed_metadata)
+            known.run(*grid, stream, *code, None, None, None, *pointers, *numbers, *self.values)
+        else:
+            known[grid](*pointers, *numbers, *self.values)
+
+
+def _watched() -> bool:
+    """Whether somebody, such as a profiler, has asked Triton to be told of launches."""
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLaunch:
+    """Products of x with `experts` weights [out_features, in_features] on one device, cut by one configuration.
+
+    Attributes:
+        device: its index; -1 for the CPU, in Triton's interpreter.
+        fast: whether codes are cut out of words in pairs, see `unpack_triton.py`.
+    """
+
+    config: LinearConfig
+    bits: int
+    group_size: int
+    out_features: int
+    in_features: int
+    experts: int
+    dtype: torch.dtype
+    device: int
+    fast: bool = not INTERPRETED
+
+    @functools.cached_property
+    def product(self) -> _Kernel:
+        capability = torch.cuda.get_device_capability(self.device)[0] if self.device >= 0 else 0
+        sizes = (self.bits, self.group_size, self.in_features)
+        return _Kernel(linear_kernel, *constants(self.config, *sizes, self.dtype, capability, self.fast))
+
+    @functools.cached_property
+    def add_splits(self) -> _Kernel:
+        c = self.config
+        values = {"SPLIT": c.split, "BLOCK": ADD_BLOCK, "PDL": c.pdl}
+        options = {"num_warps": 4, "enable_fp_fusion": True} | ({"launch_pdl": True} if c.pdl else {})
+        return _Kernel(add_splits_kernel, values, options)
+
+    @functools.cached_property
+    def without_counters(self) -> "LinearLaunch":
+        """The same, with sums added up by a second kernel."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, last_adds=False))
+
+    def __call__(
+        self,
+        x: Tensor,
+        qdata: Tensor,
+        scale_zero: Tensor,
+        high_plane: Tensor | None,
+        bias: Tensor | None = None,
+        counters: Tensor | None = None,
+    ) -> Tensor:
+        """[..., N] from x [..., K], all contiguous, on the current device; x and bias of this dtype.
+
+        Args:
+            counters: int32 zeros, one for each program of one split, that no other launch uses at the same time; made
+                or found here if they are needed and not given.
+        """
+        c, experts, n, k = self.config, self.experts, self.out_features, self.in_features
+        rows = x.numel() // (experts * k)
+        blocks = -(-rows // c.block_m) * -(-n // c.block_n)
+        stream = torch._C._cuda_getCurrentRawStream(self.device) if self.device >= 0 else 0
+        if c.split == 1 or not c.last_adds:
+            counters = None
+        elif counters is None and rows:
+            counters = self._counters(experts * blocks, stream)
+            if counters is None:
+                return self.without_counters(x, qdata, scale_zero, high_plane, bias)
+        y = x.new_empty((*x.shape[:-1], n))
+        if rows == 0:
+            return y
+        partial = None if c.split == 1 else x.new_empty((experts, c.split, rows, n), dtype=torch.float32)
+        tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters)
+        self.product((blocks, c.split, experts), stream, tensors, (rows, n, k, k // self.group_size))
+        if c.split > 1 and not c.last_adds:
+            self.add_splits((-(-rows * n // ADD_BLOCK), experts, 1), stream, (partial, bias, y), (rows, n))
+        return y
+
+    def _counters(self, count: int, stream: int) -> Tensor | None:
+        if self.device >= 0:
+            return zeroed_counters(self.device, count, stream)
+        return torch.zeros(count, dtype=torch.int32)
+
+
+prepared = functools.cache(LinearLaunch)
+
+
 def launch(
     x: Tensor,
     qdata: Tensor,
@@ -68,41 +189,11 @@ def launch(
     fast: bool = not INTERPRETED,
     counters: Tensor | None = None,
 ) -> Tensor:
-    """[E, M, N] from x [E, M, K] and a stack of E weights, or from x [1, M, K] and one; all contiguous.
-
-    Args:
-        fast: whether codes are cut out of words in pairs, see `unpack_triton.py`.
-        counters: int32 zeros, one for each program of one split, that no other launch uses at the same time; made or
-            found here if they are needed and not given.
-    """
-    experts, rows, in_features = x.shape
-    y = x.new_empty(experts, rows, out_features)
-    if y.numel() == 0:
-        return y
-    blocks = -(-rows // c.block_m) * -(-out_features // c.block_n)
-    partial = None
-    if c.split > 1:
-        partial = x.new_empty(experts, c.split, rows, out_features, dtype=torch.float32)
-        if c.last_adds and counters is None:
-            counters = _counters(x.device, experts * blocks)
-            if counters is None:
-                c = dataclasses.replace(c, last_adds=False)
-    if c.split == 1 or not c.last_adds:
-        counters = None
-    tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters)
-    arguments = (*tensors, rows, out_features, in_features, scale_zero.shape[-2])
-    # All that Triton specializes a kernel for.
-    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors[:5])
-    shape = (out_features, in_features, scale_zero.shape[-2])
-    key: tuple[Any, ...] = (c, bits, group_size, *shape, x.dtype, bias is None, aligned, fast, x.device.index)
-    _run(linear_kernel, key, (blocks, c.split, experts), arguments, lambda: _constants(x, c, bits, group_size, fast))
-    if c.split > 1 and not c.last_adds:
-        grid = (-(-rows * out_features // ADD_BLOCK), experts, 1)
-        values = {"SPLIT": c.split, "BLOCK": ADD_BLOCK, "PDL": c.pdl}
-        options = {"num_warps": 4, "enable_fp_fusion": True} | ({"launch_pdl": True} if c.pdl else {})
-        key = ("add", c.split, c.pdl, out_features, x.dtype, bias is None, aligned, x.device.index)
-        _run(add_splits_kernel, key, grid, (partial, bias, y, rows, out_features), lambda: (values, options))
-    return y
+    """[E, M, N] from x [E, M, K] and a stack of E weights, or from x [1, M, K] and one; see `LinearLaunch`."""
+    experts, _, in_features = x.shape
+    sizes = (out_features, in_features, experts)
+    call = prepared(c, bits, group_size, *sizes, x.dtype, x.get_device(), fast)
+    return call(x, qdata, scale_zero, high_plane, bias, counters)
 
 
 def warm_up(
@@ -123,28 +214,3 @@ def warm_up(
     tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters)
     numbers = (rows, out_features, in_features, in_features // group_size)
     linear_kernel.warmup(*tensors, *numbers, grid=(1, 1, 1), **values, **options)
-
-
-def _constants(
-    x: Tensor, c: LinearConfig, bits: int, group_size: int, fast: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
-    return constants(c, bits, group_size, x.shape[-1], x.dtype, capability, fast)
-
-
-def _run(kernel: Any, key: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], describe: Any) -> None:
-    known = _compiled.get(key)
-    if known is None:
-        values, options = describe()
-        compiled = kernel[grid](*arguments, **values, **options)
-        if not INTERPRETED:
-            _compiled[key] = compiled, tuple(values.values())
-    else:
-        compiled, values = known
-        compiled[grid](*arguments, *values)
-
-
-def _counters(device: torch.device, count: int) -> Tensor | None:
-    if device.type == "cuda":
-        return zeroed_counters(device, count)
-    return torch.zeros(count, dtype=torch.int32, device=device)

@@ -250,6 +250,96 @@ def test_constants_are_in_the_order_of_the_kernel() -> None:
     assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "PDL"]
 
 
+class Compiled:
+    """In place of a kernel that Triton has compiled: what it was called with."""
+
+    function, packed_metadata = 7, (4, 1, 0)
+
+    def __init__(self) -> None:
+        self.direct: list[tuple[Any, ...]] = []
+        self.by_triton: list[tuple[Any, ...]] = []
+
+    def run(self, *arguments: Any) -> None:
+        self.direct.append(arguments)
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments: self.by_triton.append((grid, *arguments))
+
+
+class Source:
+    """In place of a kernel that Triton has to compile."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Compiled, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def compile_and_launch(*arguments: Any, **constants: Any) -> Compiled:
+            self.compiled.append((Compiled(), arguments, constants))
+            return self.compiled[-1][0]
+
+        return compile_and_launch
+
+
+def test_a_kernel_is_compiled_once_for_each_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptq_ao.kernels import launch
+
+    monkeypatch.setattr(launch, "DIRECT", True)
+    source = Source()
+    kernel = launch._Kernel(source, {"BM": 8}, {"num_warps": 4})
+    x, bias = torch.zeros(64), torch.zeros(64)
+    for _ in range(3):
+        kernel((2, 1, 1), 5, (x, bias), (3,))
+    ((compiled, first, constants),) = source.compiled
+    assert first[0] is x  # Triton reads the dtypes
+    assert constants == {"BM": 8, "num_warps": 4}
+    again = (2, 1, 1, 5, 7, (4, 1, 0), None, None, None, x.data_ptr(), bias.data_ptr(), 3, 8)
+    assert compiled.direct == [again] * 2
+    # Loads of a kernel for aligned tensors would fail on others; which of them is not aligned matters too.
+    for tensors in ((x[1:], bias), (x, bias[1:]), (x, None), (x[4:], bias[8:])):
+        kernel((2, 1, 1), 5, tensors, (3,))
+    assert len(source.compiled) == 4
+    assert compiled.direct[-1][9:11] == (x[4:].data_ptr(), bias[8:].data_ptr())
+
+
+@pytest.mark.parametrize("why", ["a hook", "another Triton"])
+def test_triton_launches_where_it_must(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from gptq_ao.kernels import launch
+
+    monkeypatch.setattr(launch, "DIRECT", why == "a hook")
+    if why == "a hook":  # of a profiler
+        monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])
+    source, x = Source(), torch.zeros(4)
+    kernel = launch._Kernel(source, {"BM": 8}, {})
+    for _ in range(2):
+        kernel((2, 1, 1), 5, (x,), (3,))
+    ((compiled, *_),) = source.compiled
+    assert compiled.by_triton == [((2, 1, 1), x.data_ptr(), 3, 8)]
+    assert not compiled.direct
+
+
+def test_without_counters_a_second_kernel_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptq_ao.kernels import launch
+
+    sources = Source(), Source()
+    monkeypatch.setattr(launch, "linear_kernel", sources[0])
+    monkeypatch.setattr(launch, "add_splits_kernel", sources[1])
+    monkeypatch.setattr(launch.LinearLaunch, "_counters", lambda *_: None)  # a graph is captured, the supply is used up
+    p = Product(4, 128, 3, 48, 512)
+    call = launch.LinearLaunch(split(BLOCK, 2), 4, 128, 48, 512, 1, FP16, -1)
+    y = call(p.x(), *p.packed())
+    (_, product, constants), (_, added, _) = (s.compiled[0] for s in sources)
+    *_, partial, counters = product[:8]
+    assert counters is None
+    assert not constants["LAST_ADDS"]
+    assert partial.shape == (1, 2, 3, 48)
+    assert (added[0] is partial, added[2] is y) == (True, True)
+    call(p.x(), *p.packed(), counters=torch.zeros(8, dtype=torch.int32))
+    assert sources[0].compiled[1][2]["LAST_ADDS"]
+    assert len(sources[1].compiled) == 1
+
+
 # bits, group, rows, capability: what is chosen for them, on as many multiprocessors as an A100 or H100 has.
 SHIPPED = [(4, 128, 1, 90), (4, 128, 16, 90), (4, 128, 64, 90), (4, 128, 256, 90), (4, 32, 1, 90), (4, 4096, 1, 90)]
 SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (4, 128, 1, 80), (4, 128, 64, 80)]
@@ -446,7 +536,7 @@ def test_an_unknown_gpu_is_checked_and_believed_or_not(monkeypatch: pytest.Monke
     device = torch.device("cuda", 0)
     monkeypatch.setattr(cuda, "TESTED", set())
     cuda._usable.cache_clear()
-    cuda._config.cache_clear()
+    cuda.forget()
     assert all(cuda._usable(device, bits) for bits in (2, 3, 4, 8))
     cuda._usable.cache_clear()
     right = dequantize_triton.dequantize
@@ -455,4 +545,4 @@ def test_an_unknown_gpu_is_checked_and_believed_or_not(monkeypatch: pytest.Monke
         assert not cuda._usable(device, 4)
     assert not cuda._usable(device, 4)  # known, and said once
     cuda._usable.cache_clear()
-    cuda._config.cache_clear()
+    cuda.forget()
