@@ -39,7 +39,7 @@ class GroupTensor(TorchAOBaseTensor):
     ]
     optional_tensor_data_names: ClassVar[list[str]] = ["high_plane", "perm"]
     # Operators of other libraries, which may be registered after this class: name → implementation.
-    on_dense_by_name: ClassVar[dict[str, Any]] = {}
+    implemented_by_name: ClassVar[dict[str, Any]] = {}
 
     qdata: Tensor
     scale_zero: Tensor
@@ -157,7 +157,7 @@ class GroupTensor(TorchAOBaseTensor):
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if func not in cls._ATEN_OP_TABLE[cls] and func.has_kernel_for_dispatch_key(composite):
             return func.decompose(*args, **(kwargs or {}))
-        by_name = cls.on_dense_by_name.get(func._schema.name)
+        by_name = cls.implemented_by_name.get(func._schema.name)
         if by_name is not None:
             return by_name(func, types, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs or {})

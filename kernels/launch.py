@@ -24,14 +24,22 @@ _compiled: dict[Any, Any] = {}
 
 
 def constants(
-    c: LinearConfig, bits: int, group_size: int, in_features: int, dtype: torch.dtype, capability: int, fast: bool
+    c: LinearConfig,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+    capability: int,
+    fast: bool,
+    experts: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The kernel's constants, and the compiler's options."""
+    """The kernel's constants, and the compiler's options. `experts`: that share the rows of a grouped product."""
     step = c.slices * c.block_k
     steps = -(-in_features // step)
     per_program = -(-steps // c.split)
     wgmma = capability == 9 and c.block_m >= 16 and c.block_n >= 64 and c.warps % 4 == 0 and c.slices == 1
     values = {
+        "EXPERTS": experts,
         "BITS": bits,
         "GROUP": 0 if group_size == in_features else group_size,
         "BM": c.block_m,
@@ -89,7 +97,7 @@ def launch(
                 c = dataclasses.replace(c, last_adds=False)
     if c.split == 1 or not c.last_adds:
         counters = None
-    tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters)
+    tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters, None)
     arguments = (*tensors, rows, out_features, in_features, scale_zero.shape[-2])
     # All that Triton specializes a kernel for.
     aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors[:5])
@@ -120,7 +128,7 @@ def warm_up(
     partial = torch.float32 if c.split > 1 else None
     counters = torch.int32 if c.split > 1 and c.last_adds else None
     high_plane = torch.int32 if bits == 3 else None
-    tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters)
+    tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters, None)
     numbers = (rows, out_features, in_features, in_features // group_size)
     linear_kernel.warmup(*tensors, *numbers, grid=(1, 1, 1), **values, **options)
 

@@ -1,0 +1,123 @@
+"""What `gptq_ao::grouped_linear` runs on a CUDA device: rows of x, sorted by expert, by a stack of packed weights.
+
+    few rows per expert     one launch of `linear_triton.py`, whose programs find their expert's rows in `offsets`
+    many, or no such kernel dequantize some output features of all experts, multiply by torch's grouped_mm, and so on
+
+The host never reads `offsets`. What it knows are the rows and the experts: that bounds the programs, of which those
+that find no rows end at once; and whether rows are few is decided by their number per expert, on average.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptq_ao.kernels import cuda, heuristics
+from gptq_ao.kernels.reference import check_grouped
+from gptq_ao.packing import TILE_ROWS
+
+__all__ = ["launch", "linear", "most_blocks"]
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    offsets: Tensor,
+) -> Tensor:
+    """See `reference.grouped_linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
+    check_grouped(x, qdata, in_features, offsets)
+    x = x if perm is None else x[:, perm]
+    offsets = offsets.to(torch.int32).contiguous()
+    packed = (qdata, scale_zero, high_plane)
+    if qdata.is_contiguous() and scale_zero.is_contiguous():
+        numbers = (bits, group_size, out_features, in_features)
+        config = _config(cuda.bucket(len(x)), *numbers, len(qdata), x.dtype, x.device)
+        if config is not None:
+            return launch(x.contiguous(), *packed, bits, group_size, out_features, offsets, config)
+    most = max(1, cuda.SCRATCH // (len(qdata) * TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
+    y = x.new_empty(len(x), out_features)
+    for first in range(0, out_features, most):
+        last = min(first + most, out_features)
+        tiles = slice(first // TILE_ROWS, (first + most) // TILE_ROWS)
+        high = None if high_plane is None else high_plane[:, tiles].contiguous()
+        part = (qdata[:, tiles].contiguous(), scale_zero[:, tiles].contiguous(), high, None)
+        weight = cuda.dequantize(*part, bits, group_size, last - first, in_features, x.dtype)
+        y[:, first:last] = F.grouped_mm(x, weight.mT, offs=offsets)
+    beyond = torch.arange(len(x), device=x.device) >= offsets[-1]
+    return y.masked_fill_(beyond.unsqueeze(1), 0)
+
+
+@functools.cache
+def _config(
+    rows: int,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    experts: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> heuristics.LinearConfig | None:
+    if rows > experts * cuda.max_rows(device, dtype, bits, group_size, in_features):
+        return None
+    p = torch.cuda.get_device_properties(device)
+    sms, capability = p.multi_processor_count, p.major
+    return heuristics.choose_grouped(rows, out_features, in_features, bits, group_size, experts, sms, capability)
+
+
+def launch(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    offsets: Tensor,
+    c: heuristics.LinearConfig,
+    fast: bool | None = None,
+) -> Tensor:
+    """[rows, N] from x [rows, K], a stack of E weights and int32 `offsets` [E]; all contiguous.
+
+    Args:
+        c: without a split, and without `pdl`, as the kernel before may be the one that writes `offsets`.
+        fast: see `kernels/launch.py`.
+    """
+    from gptq_ao.kernels.launch import INTERPRETED, _run, constants
+    from gptq_ao.kernels.linear_triton import linear_kernel
+
+    assert c.split == 1
+    assert not c.pdl
+    fast = not INTERPRETED if fast is None else fast
+    rows, in_features = x.shape
+    y = x.new_empty(rows, out_features)
+    if y.numel() == 0:
+        return y
+    experts, groups = len(qdata), scale_zero.shape[-2]
+    blocks = most_blocks(rows, experts, c.block_m) * -(-out_features // c.block_n)
+    tensors = (x, qdata, high_plane, scale_zero, None, y, None, None, offsets)
+    # All that Triton specializes a kernel for.
+    aligned = tuple(t is not None and t.data_ptr() % 16 == 0 for t in tensors)
+    shape = (out_features, in_features, groups)
+    key = ("grouped", c, bits, group_size, experts, *shape, x.dtype, aligned, fast, x.device.index)
+
+    def describe() -> tuple[dict[str, object], dict[str, object]]:
+        capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+        return constants(c, bits, group_size, in_features, x.dtype, capability, fast, experts)
+
+    _run(linear_kernel, key, (blocks, 1, 1), (*tensors, rows, *shape), describe)
+    return y
+
+
+def most_blocks(rows: int, experts: int, block_m: int) -> int:
+    """See `rows_triton.py`."""
+    begun = min(rows, experts + 1)
+    return begun + (rows - begun) // block_m
