@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "grouped_linear", "kernel_name", "linear"]
+__all__ = ["dequantize", "grouped_linear", "grouped_linear_backward", "kernel_name", "linear"]
 
 _PACKED = (
     "Tensor qdata, Tensor scale_zero, Tensor? high_plane, Tensor? perm, "
@@ -236,7 +236,7 @@ def _grouped_input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     *packed, offsets = ctx.saved_tensors
     dx = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.gptq_ao.grouped_linear_backward(grad, *packed, *ctx.numbers, offsets)
+        dx = grouped_linear_backward(grad, *packed, *ctx.numbers, offsets)
     return (dx, *([None] * 9))
 
 
@@ -246,4 +246,5 @@ torch.library.register_autograd(
 
 linear = torch.ops.gptq_ao.linear.default
 grouped_linear = torch.ops.gptq_ao.grouped_linear.default
+grouped_linear_backward = torch.ops.gptq_ao.grouped_linear_backward.default
 dequantize = torch.ops.gptq_ao.dequantize.default

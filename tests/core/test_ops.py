@@ -269,8 +269,7 @@ def test_grouped_linear_is_a_well_formed_operator(
     x = random(sum(counts) + beyond, k, dtype=dtype)
     torch.library.opcheck(ops.grouped_linear, (x.requires_grad_(), *packed.arguments, offsets(counts)))
     grad = random(len(x), n, dtype=dtype)
-    backward = torch.ops.gptq_ao.grouped_linear_backward.default
-    torch.library.opcheck(backward, (grad, *packed.arguments, offsets(counts)))
+    torch.library.opcheck(ops.grouped_linear_backward, (grad, *packed.arguments, offsets(counts)))
 
 
 @grouped_cases
