@@ -152,6 +152,17 @@ class GroupTensor(TorchAOBaseTensor):
         return weight if self.view_as is None else weight.reshape(self.view_as)
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = None
+        if isinstance(func, torch._ops.OpOverloadPacket):
+            name = func._qualified_op_name
+        elif isinstance(func, torch._ops.OpOverload):
+            name = func._schema.name
+        if name in cls.implemented_by_name:  # here already, so that autograd does not meet the subclass
+            return cls.implemented_by_name[name](func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Under inference_mode composite operators (`.to`, `.T`, `matmul`) arrive whole: take them apart first.
         composite = torch._C.DispatchKey.CompositeImplicitAutograd

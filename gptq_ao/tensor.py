@@ -284,30 +284,18 @@ def _on_dense(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     return func(*dense[0], **dense[1])
 
 
-def _is_grouped(x: Any, weight: Any) -> bool:
-    """Whether rows [rows, K], sorted by expert, meet a stack [E, K, N] whose codes are packed along K."""
-    quantized = isinstance(weight, GroupTensor) and not isinstance(x, GroupTensor)
-    return quantized and weight.transposed and weight.qdata.dim() == 4 and x.dim() == 2
-
-
 def _grouped_arguments(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     return x, weight, offs, bias is None and out_dtype is None
 
 
 def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """Rows [rows, K], sorted by expert, by a stack [E, K, N]: from its codes, if they are packed along K."""
     names = {"mat_a": "x", "mat_b": "weight", "self": "x", "mat2": "weight", "input": "x"}
     x, weight, offsets, plain = _grouped_arguments(*args, **{names.get(n, n): v for n, v in (kwargs or {}).items()})
-    if plain and offsets is not None and _is_grouped(x, weight):
+    along_k = isinstance(weight, GroupTensor) and weight.transposed and weight.qdata.dim() == 4
+    if along_k and plain and offsets is not None and x.dim() == 2 and not isinstance(x, GroupTensor):
         return ops.grouped_linear(x, *weight.packed(), offsets)
     return _on_dense(func, types, args, kwargs)
-
-
-def _grouped_mm_backward(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    x, weight, offsets, grad = args
-    if not _is_grouped(x, weight):
-        return _on_dense(func, types, args, kwargs)
-    # Nobody asks for the gradient of a quantized weight, but the operator has two results: zeros, without memory.
-    return ops.grouped_linear_backward(grad, *weight.packed(), offsets), grad.new_zeros(()).expand(weight.shape)
 
 
 # As functions too, so that autograd meets the dense weight, not the subclass.
@@ -327,10 +315,7 @@ implements([aten.convolution.default, aten.baddbmm.default, aten.mv.default])(_o
 _functions = [torch.nn.functional.grouped_mm, torch._grouped_mm, aten._grouped_mm, aten._grouped_mm.default]
 implements_torch_function(_functions)(_grouped_mm)
 implements([aten._grouped_mm.default])(_grouped_mm)
-GroupTensor.implemented_by_name = {
-    "transformers::grouped_mm_fallback": _grouped_mm,
-    "transformers::grouped_mm_fallback_backward": _grouped_mm_backward,
-}
+GroupTensor.implemented_by_name = {"transformers::grouped_mm_fallback": _grouped_mm}
 
 
 @implements([aten._to_copy.default, aten.to.dtype_layout])

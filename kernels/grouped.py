@@ -3,8 +3,9 @@
     few rows per expert     one launch of `linear_triton.py`, whose programs find their expert's rows in `offsets`
     many, or no such kernel dequantize some output features of all experts, multiply by torch's grouped_mm, and so on
 
-The host never reads `offsets`. What it knows are the rows and the experts: that bounds the programs, of which those
-that find no rows end at once; and whether rows are few is decided by their number per expert, on average.
+Nothing here reads `offsets` on the host, so that CUDA graphs work. (torch's grouped_mm does, but for bf16 on Hopper or
+later.) What the host knows are the numbers of rows and experts: they bound the programs, of which those that find no
+rows end at once. Whether rows are few is decided by their number per expert, on average.
 """
 
 import functools
@@ -34,14 +35,17 @@ def linear(
 ) -> Tensor:
     """See `reference.grouped_linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
     check_grouped(x, qdata, in_features, offsets)
-    x = x if perm is None else x[:, perm]
+    if len(x) == 0:
+        return x.new_empty(0, out_features)
+    x = (x if perm is None else x[:, perm]).contiguous()
     offsets = offsets.to(torch.int32).contiguous()
     packed = (qdata, scale_zero, high_plane)
     if qdata.is_contiguous() and scale_zero.is_contiguous():
         numbers = (bits, group_size, out_features, in_features)
         config = _config(cuda.bucket(len(x)), *numbers, len(qdata), x.dtype, x.device)
         if config is not None:
-            return launch(x.contiguous(), *packed, bits, group_size, out_features, offsets, config)
+            return launch(x, *packed, bits, group_size, out_features, offsets, config)
+    # Parts by output features, not by experts: where the rows of an expert begin is not known here.
     most = max(1, cuda.SCRATCH // (len(qdata) * TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
     y = x.new_empty(len(x), out_features)
     for first in range(0, out_features, most):
