@@ -211,20 +211,19 @@ def linear_kernel(
     if offsets is None:
         m_blocks = tl.cdiv(M, BM)
         m = block % m_blocks * BM + tl.arange(0, BM)
-        x += expert * M * K
-        y += expert * M * N
+        first_row = expert * M
     else:
         m_blocks = most_blocks(M, EXPERTS, BM)
-        owner, first_row, M = find_rows(offsets, block % m_blocks, M, EXPERTS, BM)
-        expert = owner.to(tl.int64)
+        owner, begin, M = find_rows(offsets, block % m_blocks, M, EXPERTS, BM)
+        expert, first_row = owner.to(tl.int64), begin.to(tl.int64)
         m = tl.arange(0, BM)
-        x += first_row.to(tl.int64) * K
-        y += first_row.to(tl.int64) * N
         if owner >= EXPERTS:  # nobody's rows, if there are any: zeros
             n = block // m_blocks * BN + tl.arange(0, BN)
+            at = (first_row + m)[:, None] * N + n[None, :]
             mask = (m < M)[:, None] & (n < N)[None, :]
-            tl.store(y + m[:, None] * N + n[None, :], tl.zeros((BM, BN), y.dtype.element_ty), mask=mask)
+            tl.store(y + at, tl.zeros((BM, BN), y.dtype.element_ty), mask=mask)
             return
+    x += first_row * K
     n0 = block // m_blocks * BN
     tile_row = n0 // 16
     row = tl.minimum(n0 + tl.arange(0, SLICES * BN) % BN, row_tiles * 16 - 1)
@@ -292,6 +291,7 @@ def linear_kernel(
     n = n0 + tl.arange(0, BN)
     at = m[None, :] * N + n[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
+    y += first_row * N
     if SPLIT > 1:
         partial += expert * SPLIT * M * N
         tl.store(partial + split * M * N + at, total, mask=mask)
