@@ -213,6 +213,7 @@ def test_chosen_kernels_compile_without_spilling(
     assert chosen is not None
     compiled = compile_ahead(chosen, bits, group, experts, architecture)
     assert set(re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])) <= {"0"}  # see `_settled`
+    assert "async_copy" in compiled.asm["ttgir"]  # programs that end early do not keep the loop from being pipelined
     (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     shown = subprocess.run(
