@@ -459,3 +459,15 @@ def test_cpu_kernel_keeps_no_memory_alive() -> None:
     assert len(alive) == 3
     assert all(r() is None for r in alive)
     assert len(cpu._converted) == kept
+
+
+@pytest.mark.parametrize(
+    ("bits", "stacked", "expected"),
+    [
+        (4, False, "cpu int4 up to 256 rows, else dequantize + matmul"),
+        (4, True, "cpu int4 up to 256 rows per expert, else dequantize + matmul"),
+        (3, True, "dequantize + matmul"),
+    ],
+)
+def test_kernels_have_names(bits: int, stacked: bool, expected: str) -> None:
+    assert ops.kernel_name(torch.device("cpu"), BF16, bits, 32, 64, stacked) == expected
