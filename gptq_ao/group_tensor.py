@@ -39,7 +39,7 @@ class GroupTensor(TorchAOBaseTensor):
     ]
     optional_tensor_data_names: ClassVar[list[str]] = ["high_plane", "perm"]
     # Operators of other libraries, which may be registered after this class: name → implementation.
-    on_dense_by_name: ClassVar[dict[str, Any]] = {}
+    implemented_by_name: ClassVar[dict[str, Any]] = {}
 
     qdata: Tensor
     scale_zero: Tensor
@@ -152,12 +152,23 @@ class GroupTensor(TorchAOBaseTensor):
         return weight if self.view_as is None else weight.reshape(self.view_as)
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = None
+        if isinstance(func, torch._ops.OpOverloadPacket):
+            name = func._qualified_op_name
+        elif isinstance(func, torch._ops.OpOverload):
+            name = func._schema.name
+        if name in cls.implemented_by_name:  # here already, so that autograd does not meet the subclass
+            return cls.implemented_by_name[name](func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Under inference_mode composite operators (`.to`, `.T`, `matmul`) arrive whole: take them apart first.
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if func not in cls._ATEN_OP_TABLE[cls] and func.has_kernel_for_dispatch_key(composite):
             return func.decompose(*args, **(kwargs or {}))
-        by_name = cls.on_dense_by_name.get(func._schema.name)
+        by_name = cls.implemented_by_name.get(func._schema.name)
         if by_name is not None:
             return by_name(func, types, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs or {})

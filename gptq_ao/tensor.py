@@ -286,11 +286,24 @@ def _on_dense(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     return func(*dense[0], **dense[1])
 
 
+def _grouped_arguments(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    return x, weight, offs, bias is None and out_dtype is None
+
+
+def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """Rows [rows, K], sorted by expert, by a stack [E, K, N]: from its codes, if they are packed along K."""
+    names = {"mat_a": "x", "mat_b": "weight", "self": "x", "mat2": "weight", "input": "x"}
+    x, weight, offsets, plain = _grouped_arguments(*args, **{names.get(n, n): v for n, v in (kwargs or {}).items()})
+    along_k = isinstance(weight, GroupTensor) and weight.transposed and weight.qdata.dim() == 4
+    if along_k and plain and offsets is not None and x.dim() == 2 and not isinstance(x, GroupTensor):
+        return ops.grouped_linear(x, *weight.packed(), offsets)
+    return _on_dense(func, types, args, kwargs)
+
+
 # As functions too, so that autograd meets the dense weight, not the subclass.
 implements_torch_function(
     [
         torch.einsum,
-        torch.nn.functional.grouped_mm,
         torch.conv1d,
         torch.conv2d,
         torch.conv3d,
@@ -299,11 +312,12 @@ implements_torch_function(
         torch.conv_transpose3d,
     ]
 )(_on_dense)
-implements([aten.convolution.default, aten._grouped_mm.default, aten.baddbmm.default, aten.mv.default])(_on_dense)
-GroupTensor.on_dense_by_name = {
-    "transformers::grouped_mm_fallback": _on_dense,
-    "transformers::grouped_mm_fallback_backward": _on_dense,
-}
+implements([aten.convolution.default, aten.baddbmm.default, aten.mv.default])(_on_dense)
+# torch.nn.functional.grouped_mm hands its work to the builtin; torch.compile meets it itself.
+_functions = [torch.nn.functional.grouped_mm, torch._grouped_mm, aten._grouped_mm, aten._grouped_mm.default]
+implements_torch_function(_functions)(_grouped_mm)
+implements([aten._grouped_mm.default])(_grouped_mm)
+GroupTensor.implemented_by_name = {"transformers::grouped_mm_fallback": _grouped_mm}
 
 
 @implements([aten._to_copy.default, aten.to.dtype_layout])

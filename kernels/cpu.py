@@ -1,7 +1,8 @@
 """bf16 4-bit linear on CPU by PyTorch's own kernel, which is faster than a dense product for few rows.
 
 `aten::_weight_int4pack_mm_for_cpu` computes with w = (code − 8)·scale + offset, scale and offset in bf16. Its weight
-layout depends on the instruction set, so it is made from ours at first use and kept beside it, as long as that lives.
+layout depends on the instruction set, so it is made from ours at first use and kept beside it, as long as that lives;
+of a stack, expert by expert.
 """
 
 import weakref
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gptq_ao.kernels import reference
 from gptq_ao.packing import unpack_codes, unpack_scale_zero
 
-__all__ = ["linear", "max_rows", "supports"]
+__all__ = ["grouped_linear", "linear", "max_rows", "supports"]
 
 ROWS_PER_CALL = 64  # the kernel is slower per row when it gets more than about 96
 # Above, one dequantization is shared by many rows. Where that pays depends on the processor's dense bf16 product; where
@@ -21,7 +23,8 @@ MAX_ROWS = 256
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 16
 
-# qdata -> (versions when converted, the scale_zero it was converted with, converted weight, scales and offsets)
+# qdata -> (versions when converted, the scale_zero it was converted with, {expert: weight, scales and offsets}), where
+# the expert of a matrix is None
 _converted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -30,12 +33,12 @@ def max_rows(dtype: torch.dtype, bits: int, group_size: int) -> int:
     return MAX_ROWS if bits == 4 and dtype == torch.bfloat16 and group_size in GROUP_SIZES else 0
 
 
-def supports(x: Tensor, qdata: Tensor, bits: int, group_size: int) -> bool:
-    """Whether `linear` computes this, and is the faster way."""
+def supports(x: Tensor, qdata: Tensor, bits: int, group_size: int, stacked: bool = False) -> bool:
+    """Whether `linear` computes this, and is the faster way. `stacked`: by one expert of a stack."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return (
         0 < rows <= max_rows(x.dtype, bits, group_size)
-        and qdata.dim() == 3
+        and qdata.dim() == (4 if stacked else 3)
         and not qdata.is_inference()  # no version counter: a change in place would go unnoticed
     )
 
@@ -48,9 +51,11 @@ def linear(
     group_size: int,
     out_features: int,
     in_features: int,
+    expert: int | None = None,
 ) -> Tensor:
-    """x·Wᵀ, x [..., K] bf16; the result is within bf16 rounding of the scales of `reference.linear`."""
-    weight, scale_and_offset = _convert(qdata, scale_zero, out_features, in_features)
+    """x·Wᵀ, x [..., K] bf16; the result is within bf16 rounding of the scales of `reference.linear`. W is a matrix, or
+    one of a stack."""
+    weight, scale_and_offset = _convert(qdata, scale_zero, out_features, in_features, expert)
     rows = x.reshape(-1, in_features)
     rows = (rows if perm is None else rows[:, perm]).contiguous()
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -63,16 +68,49 @@ def linear(
     return y.view(*x.shape[:-1], out_features)
 
 
-def _convert(qdata: Tensor, scale_zero: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+def grouped_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    offsets: Tensor,
+) -> Tensor:
+    """See `reference.grouped_linear`; each expert's rows by `linear`, where that is supported."""
+    reference.check_grouped(x, qdata, in_features, offsets)
+
+    def product(rows: Tensor, expert: int) -> Tensor:
+        if supports(rows, qdata, bits, group_size, stacked=True):
+            return linear(rows, qdata, scale_zero, perm, group_size, out_features, in_features, expert)
+        high = None if high_plane is None else high_plane[expert]
+        return reference.linear(rows, qdata[expert], scale_zero[expert], high, perm, bits, out_features, in_features)
+
+    return reference.by_expert(x, offsets, out_features, product)
+
+
+def _convert(
+    qdata: Tensor, scale_zero: Tensor, out_features: int, in_features: int, expert: int | None = None
+) -> tuple[Tensor, Tensor]:
     version = (qdata._version, scale_zero._version)
     known = _converted.get(qdata)
-    if known is not None and known[0] == version and known[1]() is scale_zero:
-        return known[2], known[3]
+    if known is None or known[0] != version or known[1]() is not scale_zero:
+        known = _converted[qdata] = (version, weakref.ref(scale_zero), {})
+    experts: dict[int | None, tuple[Tensor, Tensor]] = known[2]
+    if expert not in experts:
+        one = (qdata, scale_zero) if expert is None else (qdata[expert], scale_zero[expert])
+        experts[expert] = _converted_matrix(*one, out_features, in_features)
+    return experts[expert]
+
+
+def _converted_matrix(qdata: Tensor, scale_zero: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     padded = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     codes = unpack_codes(qdata, None, 4, padded, in_features)
     scale, zero_point = (t.float() for t in unpack_scale_zero(scale_zero, padded))
     offset = (8 - zero_point) * scale
     weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     scale_and_offset = torch.stack([scale, offset], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
-    _converted[qdata] = (version, weakref.ref(scale_zero), weight, scale_and_offset)
     return weight, scale_and_offset

@@ -3,6 +3,8 @@
     few rows of x    one kernel that reads packed codes (`linear_triton.py`)
     many             dequantize a part of the weight, multiply by it, and so on: a part at a time bounds the memory
 
+For products that are grouped by expert, see `grouped.py`.
+
 A kernel that was never run on this architecture is compared with the reference once, and not used if it is wrong.
 """
 

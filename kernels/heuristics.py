@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose", "computes"]
+__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose", "choose_grouped", "computes"]
 
 FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
 # Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
@@ -55,14 +55,45 @@ def choose(
         None if the kernel does not compute this (a group size other than 32, 64, a multiple of 128, or the whole row),
         or is not the fastest way.
     """
-    whole = group_size == in_features
-    if not (whole or group_size in (32, 64) or group_size % 128 == 0) or rows > FUSED_ROWS[min(capability, 9)]:
+    if not _takes(group_size, in_features) or rows > FUSED_ROWS[min(capability, 9)]:
         return None
     if rows > 64:
         return _many_rows(rows, out_features, in_features, bits, experts, sms)
-    # It takes a step's sums beside the total: on Ampere, those of 64 rows do not fit into registers.
-    scale_sum = (whole or group_size % 128 == 0) and (capability >= 9 or rows <= 32)
+    scale_sum = _scale_sum(rows, in_features, group_size, capability)
     return _few_rows(rows, out_features, in_features, scale_sum, experts, sms)
+
+
+def choose_grouped(
+    rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, sms: int, capability: int
+) -> LinearConfig | None:
+    """The configuration for x [rows, in_features], sorted by expert, and `experts` weights: see `choose`. A block of
+    rows is as long as an expert's share, if all get equally many. There is no split: programs are plenty, as experts
+    multiply them."""
+    share = -(-rows // experts)
+    if not _takes(group_size, in_features) or share > FUSED_ROWS[min(capability, 9)]:
+        return None
+    if share > 64:
+        return LinearConfig(128, 128, 64 if bits == 8 else 128, warps=8, stages=3, scale_sum=False)
+    block_m = max(8, 1 << (share - 1).bit_length())
+    scale_sum = _scale_sum(block_m, in_features, group_size, capability)
+    if block_m >= 32:
+        return LinearConfig(block_m, 128, 128, warps=4, stages=3, scale_sum=scale_sum)
+    reached = min(rows, experts)
+    if reached * -(-out_features // 128) >= 1.6 * sms:
+        return LinearConfig(block_m, 128, 128, warps=4, stages=5, scale_sum=scale_sum)
+    if block_m == 8 and in_features >= 1024:
+        return LinearConfig(block_m, 16, 128, warps=4, slices=4, scale_sum=scale_sum)
+    return LinearConfig(block_m, 64, 128, warps=4, stages=3, scale_sum=scale_sum)
+
+
+def _takes(group_size: int, in_features: int) -> bool:
+    return group_size == in_features or group_size in (32, 64) or group_size % 128 == 0
+
+
+def _scale_sum(rows: int, in_features: int, group_size: int, capability: int) -> bool:
+    """Sums are scaled where a step lies in one group. That takes a step's sums beside the total: on Ampere, those of 64
+    rows do not fit into registers."""
+    return (group_size == in_features or group_size % 128 == 0) and (capability >= 9 or rows <= 32)
 
 
 def _few_rows(rows: int, out_features: int, in_features: int, scale_sum: bool, experts: int, sms: int) -> LinearConfig:

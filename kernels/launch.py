@@ -17,7 +17,7 @@ from gptq_ao.kernels.counters import zeroed_counters
 from gptq_ao.kernels.heuristics import LinearConfig
 from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
 
-__all__ = ["LinearLaunch", "constants", "launch", "prepared", "warm_up"]
+__all__ = ["Kernel", "LinearLaunch", "constants", "launch", "prepared", "warm_up"]
 
 INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 VERSION = tuple(int(i) for i in triton.__version__.split(".")[:2])
@@ -28,14 +28,22 @@ ADD_BLOCK = 512  # results per program of the second kernel
 
 
 def constants(
-    c: LinearConfig, bits: int, group_size: int, in_features: int, dtype: torch.dtype, capability: int, fast: bool
+    c: LinearConfig,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+    capability: int,
+    fast: bool,
+    experts: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The kernel's constants, and the compiler's options."""
+    """The kernel's constants, and the compiler's options. `experts`: that share the rows of a grouped product."""
     step = c.slices * c.block_k
     steps = -(-in_features // step)
     per_program = -(-steps // c.split)
     wgmma = capability == 9 and c.block_m >= 16 and c.block_n >= 64 and c.warps % 4 == 0 and c.slices == 1
     values = {
+        "EXPERTS": experts,
         "BITS": bits,
         "GROUP": 0 if group_size == in_features else group_size,
         "BM": c.block_m,
@@ -59,7 +67,7 @@ def constants(
     return values, options | ({"launch_pdl": True} if c.pdl else {})
 
 
-class _Kernel:
+class Kernel:
     """A Triton kernel with its constants, on one device: compiled by Triton, and then called past it.
 
     What Triton's own launch finds out each time, some 20 µs, is the same for tensors that are there or not and aligned
@@ -115,17 +123,17 @@ class LinearLaunch:
     fast: bool = not INTERPRETED
 
     @functools.cached_property
-    def product(self) -> _Kernel:
+    def product(self) -> Kernel:
         capability = torch.cuda.get_device_capability(self.device)[0] if self.device >= 0 else 0
         sizes = (self.bits, self.group_size, self.in_features)
-        return _Kernel(linear_kernel, *constants(self.config, *sizes, self.dtype, capability, self.fast))
+        return Kernel(linear_kernel, *constants(self.config, *sizes, self.dtype, capability, self.fast))
 
     @functools.cached_property
-    def add_splits(self) -> _Kernel:
+    def add_splits(self) -> Kernel:
         c = self.config
         values = {"SPLIT": c.split, "BLOCK": ADD_BLOCK, "PDL": c.pdl}
         options = {"num_warps": 4, "enable_fp_fusion": True} | ({"launch_pdl": True} if c.pdl else {})
-        return _Kernel(add_splits_kernel, values, options)
+        return Kernel(add_splits_kernel, values, options)
 
     @functools.cached_property
     def without_counters(self) -> "LinearLaunch":
@@ -161,7 +169,7 @@ class LinearLaunch:
         if rows == 0:
             return y
         partial = None if c.split == 1 else x.new_empty((experts, c.split, rows, n), dtype=torch.float32)
-        tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters)
+        tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters, None)
         self.product((blocks, c.split, experts), stream, tensors, (rows, n, k, k // self.group_size))
         if c.split > 1 and not c.last_adds:
             self.add_splits((-(-rows * n // ADD_BLOCK), experts, 1), stream, (partial, bias, y), (rows, n))
@@ -211,6 +219,6 @@ def warm_up(
     partial = torch.float32 if c.split > 1 else None
     counters = torch.int32 if c.split > 1 and c.last_adds else None
     high_plane = torch.int32 if bits == 3 else None
-    tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters)
+    tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters, None)
     numbers = (rows, out_features, in_features, in_features // group_size)
     linear_kernel.warmup(*tensors, *numbers, grid=(1, 1, 1), **values, **options)

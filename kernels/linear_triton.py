@@ -9,13 +9,15 @@ it, as it takes them by eights.
 
 W [N, K] in the layout of `packing.py`, any N and K; x [M, K] contiguous, bf16 or fp16; sums in fp32. What lies beyond
 the last tile is read as the last one, which does no harm: rows beyond N are not stored, and x counts as zero beyond K
-and M. A stack of E weights with x [E, M, K] is one launch. How the work is cut: `heuristics.LinearConfig`, whose
-attributes are the constants here: BM, BN, BK = block_m, block_n, block_k.
+and M. A stack of E weights is one launch: with x [E, M, K], or with x [M, K] sorted by expert and `offsets`, where each
+expert's rows end. How the work is cut: `heuristics.LinearConfig`, whose attributes are the constants here: BM, BN, BK =
+block_m, block_n, block_k.
 """
 
 import triton
 import triton.language as tl
 
+from gptq_ao.kernels.rows_triton import find_rows, most_blocks
 from gptq_ao.kernels.unpack_triton import unpack
 
 __all__ = ["add_splits_kernel", "linear_kernel"]
@@ -177,10 +179,12 @@ def linear_kernel(
     y,
     partial,
     counters,
+    offsets,  # or None
     M,
     N,
     K,
     groups,
+    EXPERTS: tl.constexpr,  # that share the rows of x; needed with offsets
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # 0: one group
     BM: tl.constexpr,
@@ -202,14 +206,27 @@ def linear_kernel(
 ):
     KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
     STEP: tl.constexpr = SLICES * BK
-    m_blocks = tl.cdiv(M, BM)
     block, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row_tiles, column_tiles = tl.cdiv(N, 16), tl.cdiv(K, KE)
-    m = block % m_blocks * BM + tl.arange(0, BM)
+    if offsets is None:
+        m_blocks = tl.cdiv(M, BM)
+        m = block % m_blocks * BM + tl.arange(0, BM)
+        first_row = expert * M
+    else:
+        m_blocks = most_blocks(M, EXPERTS, BM)
+        owner, begin, M = find_rows(offsets, block % m_blocks, M, EXPERTS, BM)
+        expert, first_row = owner.to(tl.int64), begin.to(tl.int64)
+        m = tl.arange(0, BM)
+        if owner >= EXPERTS:  # nobody's rows, if there are any: zeros
+            n = block // m_blocks * BN + tl.arange(0, BN)
+            at = (first_row + m)[:, None] * N + n[None, :]
+            mask = (m < M)[:, None] & (n < N)[None, :]
+            tl.store(y + at, tl.zeros((BM, BN), y.dtype.element_ty), mask=mask)
+            return
+    x += first_row * K
     n0 = block // m_blocks * BN
     tile_row = n0 // 16
     row = tl.minimum(n0 + tl.arange(0, SLICES * BN) % BN, row_tiles * 16 - 1)
-    x += expert * M * K
     qdata += expert * row_tiles * column_tiles * 128
     scale_zero += expert * row_tiles * groups * 16
     if BITS == 3:
@@ -274,7 +291,7 @@ def linear_kernel(
     n = n0 + tl.arange(0, BN)
     at = m[None, :] * N + n[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
-    y += expert * M * N
+    y += first_row * N
     if SPLIT > 1:
         partial += expert * SPLIT * M * N
         tl.store(partial + split * M * N + at, total, mask=mask)

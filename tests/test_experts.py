@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from gptq_ao import Int4GroupTensor, gptq_config, load_quantized, quantize_, save_quantized
 from gptq_ao.activations import ActivationStore
@@ -176,6 +177,27 @@ def test_every_implementation_of_experts_runs_quantized_stacks(implementation: s
         a, b = model(ids).logits, dense(ids).logits
     # The same products of the same numbers, perhaps in another order.
     assert (a - b).abs().max() <= 64 * 2**-24 * 16 * b.abs().max()
+
+
+def test_a_mixture_compiles_without_dense_experts() -> None:
+    model, _ = quantized(method="rtn")
+    model.config._experts_implementation = "grouped_mm"
+    ids = token_batches(1)[0]["input_ids"]
+    seen: list[str] = []
+
+    def remember(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    torch.compiler.reset()
+    try:
+        compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=remember))
+        with torch.no_grad():
+            assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    finally:
+        torch.compiler.reset()
+    assert seen.count("gptq_ao.grouped_linear.default") == 4  # two products in each of two layers
+    assert not any("dequantize" in name or "grouped_mm" in name for name in seen)
 
 
 def test_starved_experts_take_the_hessian_of_all_and_are_listed() -> None:

@@ -1,4 +1,5 @@
-"""The few PTX instructions that the kernels' inline assembly consists of, for Triton's interpreter, which has none."""
+"""What Triton's interpreter lacks: the few PTX instructions that the kernels' inline assembly consists of, and loops
+over scalars with Triton 3.6 and NumPy 2.4."""
 
 from typing import Any
 
@@ -11,6 +12,14 @@ def install() -> None:
     from triton.runtime import interpreter
 
     vars(interpreter)["InterpreterBuilder"].create_inline_asm = _elementwise
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    vars(interpreter)["_patch_lang_tensor"] = patch_index
 
 
 class _Results:

@@ -120,19 +120,9 @@ DENSE = [(2, 32, 40, 96), (3, 96, 33, 288), (4, 8, 16, 72), (4, 128, 50, 640), (
 
 def interpret(folder: Path) -> None:
     """In a process of its own: run the kernels on the CPU."""
-    from triton.runtime import interpreter
-
     from gptq_ao.kernels.dequantize_triton import dequantize
     from gptq_ao.kernels.launch import launch
 
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    vars(interpreter)["_patch_lang_tensor"] = patch_index
     runpy.run_path(str(Path(__file__).with_name("ptx_in_numpy.py")))["install"]()
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     results = {}
@@ -224,7 +214,7 @@ def compile_ahead(c: LinearConfig, bits: int, group: int, dtype: torch.dtype, ar
     from gptq_ao.kernels.linear_triton import linear_kernel
 
     values, options = constants(c, bits, group, 4096, dtype, architecture // 10, fast=True)
-    values["bias"] = None
+    values |= {"bias": None, "offsets": None}
     if bits != 3:
         values["high"] = None
     if c.split == 1:
@@ -246,7 +236,7 @@ def test_constants_are_in_the_order_of_the_kernel() -> None:
     from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
 
     values, _ = constants(BLOCK, 4, 128, 4096, BF16, 9, fast=True)
-    assert linear_kernel.arg_names[12:] == list(values)
+    assert linear_kernel.arg_names[13:] == list(values)
     assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "PDL"]
 
 
@@ -285,7 +275,7 @@ def test_a_kernel_is_compiled_once_for_each_alignment(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(launch, "DIRECT", True)
     source = Source()
-    kernel = launch._Kernel(source, {"BM": 8}, {"num_warps": 4})
+    kernel = launch.Kernel(source, {"BM": 8}, {"num_warps": 4})
     x, bias = torch.zeros(64), torch.zeros(64)
     for _ in range(3):
         kernel((2, 1, 1), 5, (x, bias), (3,))
@@ -311,7 +301,7 @@ def test_triton_launches_where_it_must(why: str, monkeypatch: pytest.MonkeyPatch
     if why == "a hook":  # of a profiler
         monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])
     source, x = Source(), torch.zeros(4)
-    kernel = launch._Kernel(source, {"BM": 8}, {})
+    kernel = launch.Kernel(source, {"BM": 8}, {})
     for _ in range(2):
         kernel((2, 1, 1), 5, (x,), (3,))
     ((compiled, *_),) = source.compiled

@@ -212,6 +212,131 @@ def cpu_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return calls
 
 
+GROUPED = [
+    # counts of rows, rows beyond, N, K, group, permuted
+    ((3, 0, 4), 0, 40, 96, 32, False),
+    ((0, 5), 2, 19, 130, 26, True),
+    ((6,), 0, 16, 64, 64, True),
+    ((0, 0, 0), 4, 16, 64, 32, False),
+    ((0, 0), 0, 16, 64, 32, False),
+]
+grouped_cases = pytest.mark.parametrize(
+    ("counts", "beyond", "n", "k", "group", "permuted"),
+    GROUPED,
+    ids=["empty-between", "beyond", "one-expert", "all-beyond", "no-rows"],
+)
+
+
+def by_expert(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The meaning of a grouped product with dense weights [E, N, K]."""
+    each = x[: sum(counts)].split(list(counts))
+    beyond = x.new_zeros(len(x) - sum(counts), weight.shape[1])
+    return torch.cat([*(rows @ w.T for rows, w in zip(each, weight, strict=True)), beyond])
+
+
+def offsets(counts: tuple[int, ...]) -> Tensor:
+    return torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+@kinds
+@grouped_cases
+def test_grouped_linear_is_each_expert_s_product(
+    counts: tuple[int, ...], beyond: int, n: int, k: int, group: int, permuted: bool, bits: int, dtype: torch.dtype
+) -> None:
+    packed = pack(len(counts), n, k, bits=bits, group=group, permuted=permuted)
+    x = random(sum(counts) + beyond, k, dtype=dtype)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        y = ops.grouped_linear(x, *packed.arguments, offsets(counts))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = by_expert(x.double(), packed.dense(), counts)
+    # As in test_linear_is_the_dense_product.
+    u = U if dtype == BF16 else 2.0**-24
+    magnitude = packed.steps_from_eight() if bits == 4 and dtype == BF16 else packed.dense().abs()
+    bound = by_expert(x.double().abs(), magnitude, counts) * (2 * u + k * 2.0**-23) + 1.01 * u * exact.abs()
+    assert y.dtype == dtype
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@some_kinds
+@grouped_cases
+def test_grouped_linear_is_a_well_formed_operator(
+    counts: tuple[int, ...], beyond: int, n: int, k: int, group: int, permuted: bool, bits: int, dtype: torch.dtype
+) -> None:
+    packed = pack(len(counts), n, k, bits=bits, group=group, permuted=permuted)
+    x = random(sum(counts) + beyond, k, dtype=dtype)
+    torch.library.opcheck(ops.grouped_linear, (x.requires_grad_(), *packed.arguments, offsets(counts)))
+    grad = random(len(x), n, dtype=dtype)
+    torch.library.opcheck(ops.grouped_linear_backward, (grad, *packed.arguments, offsets(counts)))
+
+
+@grouped_cases
+def test_input_gradient_of_grouped_linear(
+    counts: tuple[int, ...], beyond: int, n: int, k: int, group: int, permuted: bool
+) -> None:
+    packed = pack(len(counts), n, k, bits=4, group=group, permuted=permuted)
+    x = random(sum(counts) + beyond, k).double().requires_grad_()
+    y = ops.grouped_linear(x, *packed.arguments, offsets(counts))
+    weight = random(*y.shape, seed=2).double()
+    (gradient,) = torch.autograd.grad((y * weight).sum(), x)
+    expected = by_expert(weight, packed.dense().mT, counts)
+    assert (gradient - expected).abs().max() <= 1e-11 if len(x) else gradient.shape == x.shape
+    assert not ops.grouped_linear(x.detach(), *packed.arguments, offsets(counts)).requires_grad
+
+
+def test_grouped_linear_takes_sizes_that_are_not_known_yet() -> None:
+    packed = pack(3, 16, 64, bits=4, group=32)
+
+    def some_rows(x: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+        return ops.grouped_linear(x[mask], *packed.arguments, ends)
+
+    x, mask = random(6, 64), torch.tensor([True, False, True, True, False, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(some_rows, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, mask, offsets((1, 0, 3))), some_rows(x, mask, offsets((1, 0, 3))))
+
+
+def test_grouped_linear_says_what_does_not_fit() -> None:
+    packed = pack(3, 16, 64, bits=4, group=32)
+    for x, ends, message in (
+        (random(5, 63), offsets((1, 2, 2)), r"x \(5, 63\) is not \[rows, 64\]"),
+        (random(3, 5, 64), offsets((1, 2, 2)), r"x \(3, 5, 64\) is not \[rows, 64\]"),
+        (random(5, 64), offsets((1, 4)), r"offsets torch.int32 \(2,\) do not give integers for 3 experts"),
+        (random(5, 64), offsets((1, 2, 2)).float(), r"offsets torch.float32 \(3,\)"),
+    ):
+        for device in ("cpu", "meta"):
+            there = [t.to(device) if isinstance(t, Tensor) else t for t in (x, *packed.arguments, ends)]
+            with pytest.raises(RuntimeError, match=message):
+                ops.grouped_linear(*there)
+
+
+def test_grouped_linear_converts_each_expert_that_has_rows_once(
+    monkeypatch: pytest.MonkeyPatch, cpu_calls: list[Tensor]
+) -> None:
+    conversions: list[Tensor] = []
+    unpack = cpu.unpack_codes
+
+    def spy(qdata: Tensor, *arguments: Any) -> Tensor:
+        conversions.append(qdata)
+        return unpack(qdata, *arguments)
+
+    monkeypatch.setattr(cpu, "unpack_codes", spy)
+    packed = pack(4, 19, 64, bits=4, group=32)
+    counts = (2, 0, 300, 1)  # 300 rows are too many for the CPU's own kernel
+    x = random(303, 64, dtype=BF16)
+    results = [ops.grouped_linear(x, *packed.arguments, offsets(counts)) for _ in range(3)]
+    assert [len(rows) for rows in cpu_calls] == [2, 1] * 3
+    assert len(conversions) == 2
+    assert all(torch.equal(y, results[0]) for y in results)
+    packed.arguments[0].copy_(pack(4, 19, 64, bits=4, group=32, seed=9).arguments[0])
+    changed = ops.grouped_linear(x, *packed.arguments, offsets(counts))
+    fresh = [t.clone() if isinstance(t, Tensor) else t for t in packed.arguments]
+    assert torch.equal(changed, ops.grouped_linear(x, *fresh, offsets(counts)))
+    assert not torch.equal(changed, results[0])
+
+
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 @pytest.mark.parametrize("rows", [1, 7, 65, 256])
 @pytest.mark.parametrize("n", [16, 19, 160])
@@ -327,10 +452,22 @@ def test_cpu_kernel_keeps_no_memory_alive() -> None:
     packed = pack(19, 64, bits=4, group=32)
     ops.linear(random(5, 64, dtype=BF16), *packed.arguments)
     assert len(cpu._converted) == kept + 1
-    converted = [t for t in cpu._converted[packed.arguments[0]] if isinstance(t, Tensor)]
+    converted = [*cpu._converted[packed.arguments[0]][2][None]]
     alive = [weakref.ref(t) for t in (packed.arguments[0], *converted)]
     del packed, converted
     gc.collect()
     assert len(alive) == 3
     assert all(r() is None for r in alive)
     assert len(cpu._converted) == kept
+
+
+@pytest.mark.parametrize(
+    ("bits", "stacked", "expected"),
+    [
+        (4, False, "cpu int4 up to 256 rows, else dequantize + matmul"),
+        (4, True, "cpu int4 up to 256 rows per expert, else dequantize + matmul"),
+        (3, True, "dequantize + matmul"),
+    ],
+)
+def test_kernels_have_names(bits: int, stacked: bool, expected: str) -> None:
+    assert ops.kernel_name(torch.device("cpu"), BF16, bits, 32, 64, stacked) == expected

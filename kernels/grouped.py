@@ -1,0 +1,138 @@
+"""What `gptq_ao::grouped_linear` runs on a CUDA device: rows of x, sorted by expert, by a stack of packed weights.
+
+    few rows per expert     one launch of `linear_triton.py`, whose programs find their expert's rows in `offsets`
+    many, or no such kernel dequantize some output features of all experts, multiply by torch's grouped_mm, and so on
+
+Nothing here reads `offsets` on the host, so that CUDA graphs work. (torch's grouped_mm does, but for bf16 on Hopper or
+later.) What the host knows are the numbers of rows and experts: they bound the programs, of which those that find no
+rows end at once. Whether rows are few is decided by their number per expert, on average.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptq_ao.kernels import cuda, heuristics
+from gptq_ao.kernels.reference import check_grouped
+from gptq_ao.packing import TILE_ROWS
+
+__all__ = ["launch", "linear", "most_blocks"]
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    offsets: Tensor,
+) -> Tensor:
+    """See `reference.grouped_linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
+    check_grouped(x, qdata, in_features, offsets)
+    if len(x) == 0:
+        return x.new_empty(0, out_features)
+    x = (x if perm is None else x[:, perm]).contiguous()
+    offsets = offsets.to(torch.int32).contiguous()
+    packed = (qdata, scale_zero, high_plane)
+    if qdata.is_contiguous() and scale_zero.is_contiguous():
+        numbers = (bits, group_size, out_features, in_features)
+        config = _config(cuda.bucket(len(x)), *numbers, len(qdata), x.dtype, x.device)
+        if config is not None:
+            return launch(x, *packed, bits, group_size, out_features, offsets, config)
+    # Parts by output features, not by experts: where the rows of an expert begin is not known here.
+    most = max(1, cuda.SCRATCH // (len(qdata) * TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
+    y = x.new_empty(len(x), out_features)
+    for first in range(0, out_features, most):
+        last = min(first + most, out_features)
+        tiles = slice(first // TILE_ROWS, (first + most) // TILE_ROWS)
+        high = None if high_plane is None else high_plane[:, tiles].contiguous()
+        part = (qdata[:, tiles].contiguous(), scale_zero[:, tiles].contiguous(), high, None)
+        weight = cuda.dequantize(*part, bits, group_size, last - first, in_features, x.dtype)
+        y[:, first:last] = F.grouped_mm(x, weight.mT, offs=offsets)
+    beyond = torch.arange(len(x), device=x.device) >= offsets[-1]
+    return y.masked_fill_(beyond.unsqueeze(1), 0)
+
+
+@functools.cache
+def _config(
+    rows: int,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    experts: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> heuristics.LinearConfig | None:
+    if rows > experts * cuda.max_rows(device, dtype, bits, group_size, in_features):
+        return None
+    p = torch.cuda.get_device_properties(device)
+    sms, capability = p.multi_processor_count, p.major
+    return heuristics.choose_grouped(rows, out_features, in_features, bits, group_size, experts, sms, capability)
+
+
+def launch(
+    x: Tensor,
+    qdata: Tensor,
+    scale_zero: Tensor,
+    high_plane: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    offsets: Tensor,
+    c: heuristics.LinearConfig,
+    fast: bool | None = None,
+) -> Tensor:
+    """[rows, N] from x [rows, K], a stack of E weights and int32 `offsets` [E]; all contiguous.
+
+    Args:
+        c: without a split, and without `pdl`, as the kernel before may be the one that writes `offsets`.
+        fast: see `kernels/launch.py`.
+    """
+    assert c.split == 1
+    assert not c.pdl
+    rows, in_features = x.shape
+    y = x.new_empty(rows, out_features)
+    if y.numel() == 0:
+        return y
+    blocks = most_blocks(rows, len(qdata), c.block_m) * -(-out_features // c.block_n)
+    tensors = (x, qdata, high_plane, scale_zero, None, y, None, None, offsets)
+    device = x.get_device()
+    stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
+    run = _kernel(c, bits, group_size, out_features, in_features, len(qdata), x.dtype, device, fast)
+    run((blocks, 1, 1), stream, tensors, (rows, out_features, in_features, in_features // group_size))
+    return y
+
+
+@functools.cache
+def _kernel(
+    c: heuristics.LinearConfig,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    experts: int,
+    dtype: torch.dtype,
+    device: int,
+    fast: bool | None,
+) -> Callable[..., None]:
+    """What Triton specializes a kernel for, but for the alignment of tensors. A device of -1 is the interpreter's."""
+    from gptq_ao.kernels.launch import INTERPRETED, Kernel, constants
+    from gptq_ao.kernels.linear_triton import linear_kernel
+
+    capability = torch.cuda.get_device_capability(device)[0] if device >= 0 else 0
+    fast = not INTERPRETED if fast is None else fast
+    return Kernel(linear_kernel, *constants(c, bits, group_size, in_features, dtype, capability, fast, experts))
+
+
+def most_blocks(rows: int, experts: int, block_m: int) -> int:
+    """See `rows_triton.py`."""
+    begun = min(rows, experts + 1)
+    return begun + (rows - begun) // block_m
