@@ -89,3 +89,13 @@ def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(sys, "argv", ["x", *options])
     script["main"]()
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "loading.py"))
+    small = ["--layers", "1", "--width", "2048", "--formats", "gptq", "--devices", "meta"]
+    monkeypatch.setattr(sys, "argv", ["x", *small])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("gptq: ")
+    assert "of a file" in lines[2]
