@@ -127,7 +127,8 @@ def packed_bytes(shape: tuple[int, ...], bits: int, groups: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)]."""
+    """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)], contiguous."""
+    codes = codes.contiguous()
     size = -(-codes.shape[-1] * bits // 8)
     if 8 % bits == 0:
         joined = _fill(codes, size * (8 // bits))
@@ -138,7 +139,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     words = eights[..., :1].long()  # eight codes each, in the low `bits` bytes
     for i in range(1, 8):
         words |= eights[..., i : i + 1].long() << (bits * i)
-    return words.view(torch.uint8)[..., :bits].flatten(-2)[..., :size]
+    return words.view(torch.uint8)[..., :bits].flatten(-2)[..., :size].contiguous()
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
@@ -167,7 +168,7 @@ def _pack_plane(codes: Tensor, plane: Plane) -> Tensor:
     while bits < 8:  # the last factors, of two each, are places within a byte: what moves is bytes, not codes
         low, high = split.unbind(-1)
         split, bits = low | high << bits, 2 * bits
-    return split.reshape(*lead, tile_rows, tile_cols, -1).view(torch.int32)
+    return split.flatten().view(torch.int32).view(*lead, tile_rows, tile_cols, -1)
 
 
 def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:

@@ -26,5 +26,6 @@ def words_to_codes(words: Tensor, bits: int, count: int) -> Tensor:
 def codes_to_words(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `words_to_codes`: uint8 [R, count] to int32 [R, word_count(count, bits)]."""
     stream = pack_bits(codes, bits)
-    size = 4 * word_count(codes.shape[1], bits)
-    return torch.nn.functional.pad(stream, (0, size - stream.shape[1])).view(torch.int32)
+    count = word_count(codes.shape[1], bits)
+    filled = torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[1]))
+    return filled.flatten().view(torch.int32).unflatten(0, (-1, count))  # flat: a single row may have any stride
