@@ -1,13 +1,17 @@
-"""How much host memory loading takes, beside what it loads to.
+"""How fast a checkpoint loads, and how much host memory that takes beside what is loaded.
 
-    python benchmarks/loading.py [--format gptq]
+    python benchmarks/loading.py [--formats gptq native] [--shard-mib 512]
 
-Writes a checkpoint of a Llama with random weights in shards, and loads it in a new process onto the meta device, which
-stands for a device with memory of its own. Prints the private memory that loading took at its peak, and the largest
-shard.
+Writes a checkpoint of the shape of Llama-2-7B in shards; all layers are equal, which no reader can make use of. Loads
+it in a new process, once its modules are imported. "meta" stands for a device with memory of its own (the own format is
+unpacked on the device, which meta cannot do). Prints size and speed, next to that of reading the files' tensors with
+safetensors and no more, and the private memory at its peak: what the process has more than before, without the model if
+that is on the CPU. All files are in the system's cache.
 """
 
 import argparse
+import copy
+import platform
 import subprocess
 import sys
 import tempfile
@@ -18,57 +22,97 @@ import torch
 
 from gptq_ao import gptq_config, quantize_, save_quantized
 
+PLAIN = """
+import sys, time
+from pathlib import Path
+from safetensors import safe_open
+
+start = time.perf_counter()
+for file in Path(sys.argv[1]).glob("*.safetensors"):
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():
+            tensors.get_tensor(name).clone()
+print(time.perf_counter() - start)
+"""
 LOAD = """
-import ctypes, gc, sys, time
+import ctypes, gc, sys, threading, time
 import gptq_ao
 
-def private(key):
-    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key)) * 1024
+def private():
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("RssAnon")) * 1024
 
-gptq_ao.load_quantized(sys.argv[1], device="meta")  # modules are imported, whatever they take
+small, folder, device = sys.argv[1:]
+gptq_ao.load_quantized(small, device=device)  # modules are imported, whatever they take
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would not be seen to be used again
-start = time.perf_counter()
-before = private("RssAnon")
-peak = before
-import threading
+before = peak = private()
 done = threading.Event()
 
 def watch():
     global peak
     while not done.wait(0.002):
-        peak = max(peak, private("RssAnon"))
+        peak = max(peak, private())
 
 thread = threading.Thread(target=watch)
 thread.start()
-gptq_ao.load_quantized(sys.argv[1], device="meta")
+start = time.perf_counter()
+model = gptq_ao.load_quantized(folder, device=device)
+seconds = time.perf_counter() - start
 done.set()
 thread.join()
-print(peak - before, time.perf_counter() - start)
+on_host = 0
+for p in model.parameters():
+    parts = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "qdata") else [p]
+    on_host += sum(t.nbytes for t in parts if t.device.type == "cpu")
+print(seconds, peak - before - on_host)
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--format", default="gptq")
-    parser.add_argument("--shard-mib", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=8)
-    arguments = parser.parse_args()
+def llama(layers: int, width: int) -> torch.nn.Module:
+    """A quantized model whose layers are copies of the first."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=arguments.layers, vocab_size=32000,
-                         num_attention_heads=16, num_key_value_heads=4)  # fmt: skip
+    config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=1, vocab_size=32000)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    warnings.simplefilter("ignore")
     quantize_(model, gptq_config(4, 128, method="rtn", effort="fast"))
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        save_quantized(model, out, format=arguments.format, max_shard_bytes=arguments.shard_mib * 2**20)
-        sizes = [f.stat().st_size for f in out.glob("*.safetensors")]
-        done = subprocess.run([sys.executable, "-c", LOAD, str(out)], capture_output=True, text=True, check=True)
-        peak, seconds = done.stdout.split()
-        print(f"torch {torch.__version__}, {arguments.format}: {sum(sizes) / 2**20:.0f} MiB in {len(sizes)} shards")
-        print(f"largest shard {max(sizes) / 2**20:.0f} MiB, peak {int(peak) / 2**20:.0f} MiB, {float(seconds):.1f} s")
+    first = model.model.layers[0]
+    model.model.layers.extend(copy.deepcopy(first) for _ in range(layers - 1))
+    config.num_hidden_layers = layers
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="*", default=["gptq", "compressed-tensors", "native"])
+    parser.add_argument("--shard-mib", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--devices", nargs="*", default=["cpu", "meta"])
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for format in arguments.formats:
+        with tempfile.TemporaryDirectory() as folder:
+            small, large = f"{folder}/small", f"{folder}/large"
+            save_quantized(llama(1, 2048), small, format=format)
+            model = llama(arguments.layers, arguments.width)
+            save_quantized(model, large, format=format, max_shard_bytes=arguments.shard_mib * 2**20)
+            del model
+            sizes = [f.stat().st_size for f in Path(large).glob("*.safetensors")]
+            plain = float(_run(PLAIN, large)[0])
+            print(f"{format}: {sum(sizes) / 2**30:.2f} GiB in {len(sizes)} files, the largest {max(sizes) / 2**20:.0f} "
+                  f"MiB; safetensors reads {sum(sizes) / plain / 1e9:.2f} GB/s")  # fmt: skip
+            for device in arguments.devices:
+                if format == "native" and device == "meta":
+                    continue
+                seconds, peak = map(float, _run(LOAD, small, large, device))
+                print(f"  to {device:4} {seconds:6.1f} s, {sum(sizes) / seconds / 1e9:.2f} GB/s, "
+                      f"peak {peak / 2**20:.0f} MiB, {peak / max(sizes):.2f} of a file", flush=True)  # fmt: skip
+
+
+def _run(program: str, *arguments: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 if __name__ == "__main__":

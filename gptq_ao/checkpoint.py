@@ -28,6 +28,7 @@ from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.formats.directory import quantization_config
 from gptq_ao.formats.recognize import open_quantized
 from gptq_ao.formats.write import write_dense, write_foreign
+from gptq_ao.freed_memory import return_freed_memory
 from gptq_ao.fuse import FusedProjections
 from gptq_ao.manifest import MANIFEST, Manifest, read_manifest, shard_path
 from gptq_ao.report import Report
@@ -132,6 +133,8 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
         elif name not in loaded:
             made_of = {m: t.to(device) for m, t in recipe.make(source.model).items()}
             loaded |= {n: made_of[m] for n, (r, m) in source.recipes.items() if r is recipe}
+            if device.type != "cpu":
+                return_freed_memory()
     files.rounding.warn()
     _assign(source.model, loaded, tied)
     return source.model
@@ -166,6 +169,8 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     loaded = {name: read(name) for name in manifest.dense}
     for name, entry in manifest.quantized.items():
         loaded[name] = from_stored(name, entry, read, directory)
+        if device.type != "cpu":
+            return_freed_memory()
     return loaded
 
 

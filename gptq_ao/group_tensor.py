@@ -1,6 +1,6 @@
 """GroupTensor: what a quantized weight is made of, and how it is built. Its operators are in `tensor.py`."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -172,6 +172,17 @@ class GroupTensor(TorchAOBaseTensor):
         if by_name is not None:
             return by_name(func, types, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    def storage(self) -> NoReturn:
+        """What safetensors and `save_pretrained` ask every tensor for.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no storage of its own, so it cannot be written as one tensor: save the model "
+            "with gptq_ao.save_quantized(model, directory)"
+        )
 
     def packed(self) -> tuple[Any, ...]:
         """The arguments of the operators in `ops.py`, after x."""

@@ -23,7 +23,8 @@ either one is a plain slice. Rows and columns that do not fill a tile are padded
 **File layout.** Each row of codes is one little-endian stream of bits, code j at bits [j·bits, (j+1)·bits): portable,
 without tiles, without padding but the last byte's.
 
-Leading dimensions (a stack of experts) pass through all functions here.
+Leading dimensions (a stack of experts) pass through all functions here. Words are viewed as bytes: PyTorch runs on
+little-endian machines only.
 """
 
 from dataclasses import dataclass
@@ -126,40 +127,53 @@ def packed_bytes(shape: tuple[int, ...], bits: int, groups: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)]."""
+    """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)], contiguous."""
+    codes = codes.contiguous()
+    size = -(-codes.shape[-1] * bits // 8)
     if 8 % bits == 0:
-        place = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-        whole = _pad(codes.unsqueeze(-2), 1, 8 // bits).squeeze(-2).unflatten(-1, (-1, 8 // bits))
-        return (whole << place).sum(-1, dtype=torch.uint8)
-    stream = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
-    stream = _pad(stream.flatten(-2).unsqueeze(-2), 1, 8).squeeze(-2).unflatten(-1, (-1, 8))
-    place = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (stream << place).sum(-1, dtype=torch.uint8)
+        joined = _fill(codes, size * (8 // bits))
+        while bits < 8:  # neighbours are joined until a byte is full
+            joined, bits = joined[..., ::2] | joined[..., 1::2] << bits, 2 * bits
+        return joined
+    eights = _fill(codes, -(-codes.shape[-1] // 8) * 8).unflatten(-1, (-1, 8))
+    words = eights[..., :1].long()  # eight codes each, in the low `bits` bytes
+    for i in range(1, 8):
+        words |= eights[..., i : i + 1].long() << (bits * i)
+    return words.view(torch.uint8)[..., :bits].flatten(-2)[..., :size].contiguous()
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_bits`: uint8 [..., count]."""
     if 8 % bits == 0:
         place = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
-        return ((stream.unsqueeze(-1) >> place) & (2**bits - 1)).flatten(-2)[..., :count]
-    place = torch.arange(8, dtype=torch.uint8, device=stream.device)
-    single = ((stream.unsqueeze(-1) >> place) & 1).flatten(-2)[..., : count * bits].unflatten(-1, (count, bits))
-    weight = torch.arange(bits, dtype=torch.uint8, device=stream.device)
-    return (single << weight).sum(-1, dtype=torch.uint8)
+        return (stream.unsqueeze(-1) >> place).bitwise_and_(2**bits - 1).flatten(-2)[..., :count]
+    eights = _fill(stream, -(-count // 8) * bits).unflatten(-1, (-1, bits))
+    words = _fill(eights, 8).view(torch.int64)
+    codes = stream.new_empty(*eights.shape[:-1], 8)
+    for i in range(8):
+        codes[..., i : i + 1] = words >> (bits * i) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count]
+
+
+def _fill(x: Tensor, size: int) -> Tensor:
+    """The last dimension, cut or with zeros, so long."""
+    return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
 
 
 def _pack_plane(codes: Tensor, plane: Plane) -> Tensor:
     *lead, rows, columns = codes.shape
     tile_rows, tile_cols = rows // TILE_ROWS, columns // plane.tile_columns
-    split = codes.reshape(-1, tile_rows, 2, 8, tile_cols, *plane.columns)
-    parts = split.permute(plane.permutation).reshape(*lead, tile_rows, tile_cols, -1, 8 // plane.bits)
-    place = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=codes.device)  # byte by byte, as in _unpack_plane
-    return (parts << place).sum(-1, dtype=torch.uint8).view(torch.int32)
+    split = codes.reshape(-1, tile_rows, 2, 8, tile_cols, *plane.columns).permute(plane.permutation)
+    bits = plane.bits
+    while bits < 8:  # the last factors, of two each, are places within a byte: what moves is bytes, not codes
+        low, high = split.unbind(-1)
+        split, bits = low | high << bits, 2 * bits
+    return split.flatten().view(torch.int32).view(*lead, tile_rows, tile_cols, -1)
 
 
 def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
     *lead, tile_rows, tile_cols, _ = words.shape
-    # Byte by byte, a quarter of the traffic of whole words. (PyTorch runs on little-endian machines only.)
+    # Byte by byte, a quarter of the traffic of whole words.
     place = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=words.device)
     codes = (words.contiguous().view(torch.uint8).unsqueeze(-1) >> place).bitwise_and_(2**plane.bits - 1)
     factors = (2, 8, *plane.columns)

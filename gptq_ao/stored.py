@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
@@ -13,7 +12,6 @@ from gptq_ao.tensor import GroupTensor, tensor_class
 __all__ = ["from_stored", "stored_entry", "stored_parts"]
 
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-_SLAB = 2**22  # codes that are turned into bits at once: that takes some 16 times their size
 
 
 def stored_entry(weight: GroupTensor) -> QuantizedEntry:
@@ -31,7 +29,7 @@ def stored_entry(weight: GroupTensor) -> QuantizedEntry:
 
 def stored_parts(name: str, weight: GroupTensor) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU."""
-    codes = _row_by_row(weight.codes().cpu(), lambda rows: pack_bits(rows, weight.bits))
+    codes = pack_bits(weight.codes().cpu(), weight.bits)
     parts = {"codes": codes, "scale": weight.scale, "zero_point": weight.zero_point}
     if weight.perm is not None:
         parts["perm"] = weight.perm.clone()  # weights solved together share it, files do not share tensors
@@ -47,7 +45,7 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
     k = entry.shape[-1]
     try:
         return tensor_class(entry.bits).from_codes(
-            _row_by_row(get(f"{name}.codes"), lambda rows: unpack_bits(rows, entry.bits, k)),
+            unpack_bits(get(f"{name}.codes"), entry.bits, k),
             get(f"{name}.scale"),
             get(f"{name}.zero_point"),
             dtype=DTYPES[entry.dtype],
@@ -57,9 +55,3 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
         )
     except (ConfigError, NonFiniteError) as error:
         raise CheckpointError(f"{where}: weight {name!r} is damaged: {error}") from error
-
-
-def _row_by_row(rows: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
-    """`convert` applied to a [..., K] tensor, few rows at a time."""
-    slabs = rows.flatten(0, -2).split(max(1, _SLAB // rows.shape[-1]))
-    return torch.cat([convert(slab) for slab in slabs]).unflatten(0, rows.shape[:-1])

@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
         "manifest",
         "shards",
         "live_bytes",
+        "freed_memory",
         "formats",
         "kernels.heuristics",
         "kernels.counters",

@@ -89,3 +89,25 @@ def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(sys, "argv", ["x", *options])
     script["main"]()
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "loading.py"))
+    small = ["--layers", "1", "--width", "2048", "--formats", "gptq", "--devices", "meta"]
+    monkeypatch.setattr(sys, "argv", ["x", *small])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("gptq: ")
+    assert "of a file" in lines[2]
+
+
+def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The row of this package; the others need their libraries."""
+    (tmp_path / "text.txt").write_text("\n".join(documents("heldout")[:4]))
+    script = runpy.run_path(str(ROOT / "benchmarks" / "comparison.py"))
+    options = ["--data", str(tmp_path / "text.txt"), "--seq-len", "64", "--max-chunks", "4"]
+    monkeypatch.setattr(sys, "argv", ["x", str(ROOT / "examples/tiny_lm"), *options])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("original: perplexity")
+    assert lines[2].startswith("round to nearest, group 128  gptq_ao")

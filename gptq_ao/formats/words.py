@@ -12,8 +12,6 @@ from gptq_ao.packing import pack_bits, unpack_bits
 
 __all__ = ["codes_to_words", "word_count", "words_to_codes"]
 
-_SLAB = 2**22  # codes that are converted at once: that takes some 16 times their size
-
 
 def word_count(codes: int, bits: int) -> int:
     """Words of a row with so many codes."""
@@ -22,19 +20,12 @@ def word_count(codes: int, bits: int) -> int:
 
 def words_to_codes(words: Tensor, bits: int, count: int) -> Tensor:
     """int32 [R, W] to the first `count` codes of each row, uint8 [R, count]."""
-    return torch.cat(
-        [
-            unpack_bits(slab.contiguous().view(torch.uint8), bits, count)
-            for slab in words.split(max(1, _SLAB // (count + 1)))
-        ]
-    )
+    return unpack_bits(words.contiguous().view(torch.uint8), bits, count)
 
 
 def codes_to_words(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `words_to_codes`: uint8 [R, count] to int32 [R, word_count(count, bits)]."""
-    size = 4 * word_count(codes.shape[1], bits)
-    slabs = []
-    for slab in codes.split(max(1, _SLAB // (codes.shape[1] + 1))):
-        stream = pack_bits(slab, bits)
-        slabs.append(torch.nn.functional.pad(stream, (0, size - stream.shape[1])).view(torch.int32))
-    return torch.cat(slabs)
+    stream = pack_bits(codes, bits)
+    count = word_count(codes.shape[1], bits)
+    filled = torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[1]))
+    return filled.flatten().view(torch.int32).unflatten(0, (-1, count))  # flat: a single row may have any stride

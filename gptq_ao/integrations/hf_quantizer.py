@@ -25,6 +25,7 @@ from gptq_ao.formats.export import export_model
 from gptq_ao.formats.native import native_config
 from gptq_ao.formats.recognize import QuantizedFiles, open_quantized
 from gptq_ao.formats.write import config_of, tensors_of
+from gptq_ao.freed_memory import return_freed_memory
 from gptq_ao.manifest import entry_json, format_version
 from gptq_ao.quantize import quantize_
 from gptq_ao.source import Source, source_of
@@ -230,7 +231,11 @@ class _Read(ConversionOps):
         scales = next(iter(input_dict.values()))
         device = (scales[0] if isinstance(scales, list) else scales).device
         made = self.hf_quantizer.read(full_layer_name)
-        return {name: nn.Parameter(t.to(device), requires_grad=False) for name, t in made.items()}
+        moved: dict[str, Tensor] = {name: nn.Parameter(t.to(device), requires_grad=False) for name, t in made.items()}
+        if device.type != "cpu":
+            del made
+            return_freed_memory()
+        return moved
 
 
 def _directory(model: Any, checkpoint_files: list[str]) -> Path:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptq_ao.formats.words import codes_to_words, word_count, words_to_codes
 from gptq_ao.packing import (
     TILE_ROWS,
     pack_bits,
@@ -237,3 +238,17 @@ def test_bit_stream_of_non_contiguous_codes() -> None:
     assert torch.equal(pack_bits(codes, 3), pack_bits(codes.contiguous(), 3))
     stream = pack_bits(codes, 3).T.contiguous().T
     assert torch.equal(unpack_bits(stream, 3, 33), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("rows", [1, 3])  # a single row may have any stride
+@pytest.mark.parametrize("count", [1, 5, 8, 10, 11, 12, 16, 33, 64])
+def test_streams_are_contiguous_whatever_the_codes_are(bits: int, count: int, rows: int) -> None:
+    """Files view them as words."""
+    codes = torch.randint(0, 2**bits, (count, rows), dtype=torch.uint8).T
+    stream = pack_bits(codes, bits)
+    assert stream.is_contiguous()
+    words = codes_to_words(codes, bits)
+    assert words.shape == (rows, word_count(count, bits))
+    assert torch.equal(words.view(torch.uint8)[:, : stream.shape[1]], stream)
+    assert torch.equal(words_to_codes(words.T.contiguous().T, bits, count), codes)

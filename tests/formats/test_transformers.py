@@ -1,5 +1,6 @@
 """transformers' own calls: `from_pretrained`, `save_pretrained`, `dequantize`, `generate`."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,26 @@ def test_device_maps(tmp_path: Path) -> None:
     assert assert_same_weights(quantized(), model) == 14
     with pytest.raises(ConfigError, match="cannot be offloaded to the disk"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_what_would_be_offloaded_to_the_disk_is_refused(tmp_path: Path) -> None:
+    """Also where nobody said "disk": two layers of 14 weights do not fit into so little memory."""
+    save_quantized(quantized(), tmp_path / "a", format="gptq")
+    with pytest.raises(ConfigError, match="cannot be offloaded to the disk"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "a", device_map="auto", max_memory={"cpu": "50KB"}, offload_folder=tmp_path / "offload"
+        )
+
+
+def test_save_pretrained_of_a_model_that_was_quantized_in_memory_says_what_to_call(tmp_path: Path) -> None:
+    model = tiny_llama()
+    quantize_(model, gptq_config(bits=4, group_size=32, method="rtn"))
+    with pytest.raises(ConfigError, match=r"Int4GroupTensor has no storage .* gptq_ao\.save_quantized"):
+        model.save_pretrained(tmp_path / "a")
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+    save_quantized(model, tmp_path / "b")
+    assert assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path / "b")) == 14
+    assert assert_same_weights(model, copy.deepcopy(model)) == 14  # needs no storage
 
 
 def test_an_unquantized_module_stays_as_it_is(tmp_path: Path) -> None:
