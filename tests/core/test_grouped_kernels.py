@@ -2,17 +2,15 @@
 time, and on a GPU."""
 
 import dataclasses
-import os
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_ao import ops
@@ -134,17 +132,6 @@ def interpret(folder: Path) -> None:
     results["pairs"] = run(p, c, fast=True)
     results["no rows"] = run(dataclasses.replace(p, counts=(0, 0)), c)
     save_file(results, folder / "results.safetensors")
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    folder = tmp_path_factory.mktemp("interpreted")
-    # Triton reads the flag when it is imported.
-    code = f"import pathlib, runpy\nrunpy.run_path({__file__!r})['interpret'](pathlib.Path({str(folder)!r}))"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return load_file(folder / "results.safetensors")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,17 +1,15 @@
 """The Triton kernels that read packed codes: in the interpreter, compiled ahead of time, and on a GPU."""
 
 import dataclasses
-import os
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_ao.kernels import reference
@@ -149,17 +147,6 @@ def interpret(folder: Path) -> None:
                 dense = dequantize(*p.packed(), bits, group, n, k, dtype, fast)
                 results[f"{bits}-{group} {dtype} {fast}"] = dense
     save_file(results, folder / "results.safetensors")
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    folder = tmp_path_factory.mktemp("interpreted")
-    # Triton reads the flag when it is imported.
-    code = f"import pathlib, runpy\nrunpy.run_path({__file__!r})['interpret'](pathlib.Path({str(folder)!r}))"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return load_file(folder / "results.safetensors")
 
 
 @pytest.mark.parametrize("name", CASES)
