@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -346,23 +345,6 @@ def test_scores_on_cuda_agree(bits: int) -> None:
             check_scores(loss.cpu(), a, bits)
 
 
-def compile_ahead(absent: list[str], tiles: int, architecture: int) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from gptq_ao.kernels import columns_triton
-
-    function = columns_triton._walk
-    constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": columns_triton.ROWS, **dict.fromkeys(absent)}
-    types = {"rows": "i32", "columns": "i32", "codes": "*u8"}
-    names = function.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(columns_triton.OPTIONS))
-
-
 # The arguments that are None.
 VARIANTS = {
     "round": ["before", "importance", "loss"],
@@ -375,16 +357,14 @@ VARIANTS = {
 @pytest.mark.parametrize("tiles", [1, 2, 4])
 @pytest.mark.parametrize("absent", VARIANTS.values(), ids=VARIANTS)
 def test_kernels_compile_without_spilling(
-    absent: list[str], tiles: int, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    absent: list[str], tiles: int, architecture: int, compile_ahead: Callable[..., Any]
 ) -> None:
-    import triton
+    from gptq_ao.kernels import columns_triton
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = compile_ahead(absent, tiles, architecture)
-    (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    shown = subprocess.run([tool, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True, check=True)
-    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", shown.stdout + shown.stderr))
+    constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": columns_triton.ROWS, **dict.fromkeys(absent)}
+    types = {"rows": "i32", "columns": "i32", "codes": "*u8"}
+    options = columns_triton.OPTIONS
+    _, usage = compile_ahead(columns_triton._walk, constants, types, "*fp32", options, architecture)
     # A register that does not fit goes to the stack, in local memory.
     assert usage["STACK"] == usage["LOCAL"] == "0"
     assert int(usage["REG"]) <= 255

@@ -4,7 +4,7 @@ time, and on a GPU."""
 import dataclasses
 import re
 import runpy
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,47 +166,22 @@ SHIPPED += [(4, 32, 8, 60, 90), (2, 128, 8, 8, 90), (3, 128, 8, 8, 90), (8, 128,
 SHIPPED += [(4, 128, 8, 128, 80), (4, 128, 512, 8, 80), (3, 128, 256, 8, 80)]
 
 
-def compile_ahead(c: LinearConfig, bits: int, group: int, experts: int, architecture: int) -> Any:
-    """The kernel as it would run on `experts` weights [4096, 4096]."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+@pytest.mark.parametrize(("bits", "group", "rows", "experts", "architecture"), SHIPPED)
+def test_chosen_kernels_compile_without_spilling(
+    bits: int, group: int, rows: int, experts: int, architecture: int, compile_ahead: Callable[..., Any]
+) -> None:
     from gptq_ao.kernels.launch import constants
     from gptq_ao.kernels.linear_triton import linear_kernel
 
-    values, options = constants(c, bits, group, 4096, BF16, architecture // 10, True, experts)
-    values |= {"bias": None, "partial": None, "counters": None} | ({} if bits == 3 else {"high": None})
-    types = {"x": "*bf16", "y": "*bf16", "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
-    names = linear_kernel.arg_names
-    signature = {n: "constexpr" if n in values else types.get(n, "*i32") for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in ("N", "K")
-    }
-    source = ASTSource(linear_kernel, signature, {(names.index(n),): v for n, v in values.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-@pytest.mark.parametrize(("bits", "group", "rows", "experts", "architecture"), SHIPPED)
-def test_chosen_kernels_compile_without_spilling(
-    bits: int, group: int, rows: int, experts: int, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-
-    import triton
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sms = 132 if architecture == 90 else 108
     chosen = choose_grouped(rows, 4096, 4096, bits, group, experts, sms, architecture // 10)
     assert chosen is not None
-    compiled = compile_ahead(chosen, bits, group, experts, architecture)
+    values, options = constants(chosen, bits, group, 4096, BF16, architecture // 10, True, experts)
+    values |= {"bias": None, "partial": None, "counters": None} | ({} if bits == 3 else {"high": None})
+    types = {"x": "*bf16", "y": "*bf16", "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
+    compiled, usage = compile_ahead(linear_kernel, values, types, "*i32", options, architecture, ("N", "K"))
     assert set(re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])) <= {"0"}  # see `_settled`
     assert "async_copy" in compiled.asm["ttgir"]  # programs that end early do not keep the loop from being pipelined
-    (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    shown = subprocess.run(
-        [str(tool), "-res-usage", str(tmp_path / "cubin")], capture_output=True, text=True, check=True
-    )
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", shown.stdout + shown.stderr))
     # As for single weights: two registers on the stack, outside of the loop.
     assert int(usage["STACK"]) <= 8
     assert usage["LOCAL"] == "0"

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import runpy
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,32 +192,6 @@ def test_dequantize_in_the_interpreter_is_the_reference(
         assert all(torch.equal(t, expected) for t in found)
 
 
-def compile_ahead(c: LinearConfig, bits: int, group: int, dtype: torch.dtype, architecture: int) -> Any:
-    """The kernel as it would run on 4096 × 4096."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from gptq_ao.kernels.launch import constants
-    from gptq_ao.kernels.linear_triton import linear_kernel
-
-    values, options = constants(c, bits, group, 4096, dtype, architecture // 10, fast=True)
-    values |= {"bias": None, "offsets": None}
-    if bits != 3:
-        values["high"] = None
-    if c.split == 1:
-        values |= {"partial": None, "counters": None}
-    numbers = {BF16: "*bf16", FP16: "*fp16"}[dtype]
-    types = {"x": numbers, "y": numbers, "partial": "*fp32", "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
-    names = linear_kernel.arg_names
-    signature = {n: "constexpr" if n in values else types.get(n, "*i32") for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in ("N", "K")
-    }
-    source = ASTSource(linear_kernel, signature, {(names.index(n),): v for n, v in values.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
 def test_constants_are_in_the_order_of_the_kernel() -> None:
     """Kernels that are compiled already are launched with all arguments by position."""
     from gptq_ao.kernels.launch import constants
@@ -324,30 +299,30 @@ SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (4, 128, 1, 80), 
 
 @pytest.mark.parametrize(("bits", "group", "rows", "architecture"), SHIPPED)
 def test_chosen_kernels_compile_without_spilling(
-    bits: int, group: int, rows: int, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bits: int, group: int, rows: int, architecture: int, tmp_path: Path, compile_ahead: Callable[..., Any]
 ) -> None:
     import triton
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from gptq_ao.kernels.launch import constants
+    from gptq_ao.kernels.linear_triton import linear_kernel
+
     chosen = choose(rows, 4096, 4096, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
     assert chosen is not None
-    compiled = compile_ahead(chosen, bits, group, BF16, architecture)
+    values, options = constants(chosen, bits, group, 4096, BF16, architecture // 10, fast=True)
+    values |= {"bias": None, "offsets": None} | ({} if bits == 3 else {"high": None})
+    if chosen.split == 1:
+        values |= {"partial": None, "counters": None}
+    types = {"x": "*bf16", "y": "*bf16", "partial": "*fp32", "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
+    compiled, usage = compile_ahead(linear_kernel, values, types, "*i32", options, architecture, ("N", "K"))
     # No product is still running when its operands' registers are written again, see `_settled`.
     assert set(re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])) <= {"0"}
-    (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-    def shown(tool: str, option: str) -> str:
-        command = [str(tools / tool), option, str(tmp_path / "cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
-
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", shown("cuobjdump", "-res-usage")))
     # What does not fit goes to the stack, in local memory: allow two registers there, outside of the loop.
     assert int(usage["STACK"]) <= 8
     assert usage["LOCAL"] == "0"
     if architecture == 90:
-        code = shown("nvdisasm", "-c")
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        command = [str(tool), "-c", str(tmp_path / "cubin")]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         # Codes reach the matrix instruction in the lane that loaded them. A split's last program may shuffle, and warps
         # exchange the sums of slices at the end.
         assert code.count("SHFL") <= 1 or chosen.slices > 1
