@@ -53,7 +53,7 @@ def _sweep_some(products: list[Product], pool: Any, file: Any, deadline: float) 
     properties = torch.cuda.get_device_properties()
     sms, capability = properties.multi_processor_count, properties.major
     tried: dict[Product, list[tuple[LinearConfig, bool]]] = {
-        (s, m): [(c, True) for c in candidates(m, s.n, s.k, s.bits, s.group, sms)] for s, m in products
+        (s, m): [(c, True) for c in candidates(m, s.n, s.k, s.bits, s.group, sms, capability)] for s, m in products
     }
     start = time.monotonic()
     _compile([_job(p, *each) for p, all_ in tried.items() for each in all_], pool)

@@ -9,8 +9,6 @@ measured first, by a kernel that does nothing else. Prints "absent" for what is 
 """
 
 import argparse
-import functools
-import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,10 +20,11 @@ import torch.nn.functional as F
 import triton
 from kernel_sweep import sweep  # type: ignore[import-not-found]
 from packed import Shape, Weight, read_bandwidth, ring  # type: ignore[import-not-found]
+from peers import PEERS, dense_us, peer_us  # type: ignore[import-not-found]
 from torch import Tensor
 
 from gptq_ao import ops
-from gptq_ao.kernels.timing import BEYOND_CACHE, microseconds
+from gptq_ao.kernels.timing import microseconds
 
 SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192)]  # N, K
 ROWS = [1, 16, 64, 256, 2048]
@@ -36,51 +35,6 @@ BF16 = torch.bfloat16
 def ours(w: Weight, x: Tensor) -> Tensor:
     s = w.shape
     return ops.linear(x, w.qdata, w.scale_zero, w.high_plane, None, s.bits, s.group, s.n, s.k)
-
-
-@functools.cache
-def dense_us(n: int, k: int, m: int) -> float:
-    """cuBLAS, bf16."""
-    weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(-(-BEYOND_CACHE // (2 * n * k)))]
-    x = torch.randn(m, k, device="cuda", dtype=BF16)
-    return microseconds(lambda i: F.linear(x, weights[i]), len(weights), calls=_calls(m))
-
-
-@functools.cache
-def tinygemm_us(n: int, k: int, m: int, group: int) -> float:
-    """PyTorch's own 4-bit kernel."""
-    count = -(-BEYOND_CACHE // (n * k // 2))
-    codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-    weights = [torch.ops.aten._convert_weight_to_int4pack(codes, 8).clone() for _ in range(count)]
-    scales = torch.rand(k // group, n, 2, device="cuda", dtype=BF16)
-    x = torch.randn(m, k, device="cuda", dtype=BF16)
-    product = torch.ops.aten._weight_int4pack_mm
-    return microseconds(lambda i: product(x, weights[i], group, scales), count, calls=_calls(m))
-
-
-@functools.cache
-def gemlite_us(n: int, k: int, m: int, group: int) -> float:
-    from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
-
-    count = -(-BEYOND_CACHE // (n * k // 2))
-    layers = []
-    for _ in range(count):
-        layer = GemLiteLinear(4, group, k, n, DType.BF16, DType.BF16)
-        codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
-        scales = torch.rand(n * k // group, 1, device="cuda", dtype=BF16)
-        layer.pack(codes, scales, torch.full_like(scales, 8), None)
-        layers.append(layer)
-    x = torch.randn(m, k, device="cuda", dtype=BF16)
-    return microseconds(lambda i: layers[i](x), count, calls=_calls(m))
-
-
-def attempt(module: str, measure: Callable[..., float], *arguments: int) -> str:
-    if importlib.util.find_spec(module) is None:
-        return "absent"
-    try:
-        return f"{measure(*arguments):.1f}"
-    except Exception as error:  # of another project: say so and go on
-        return type(error).__name__
 
 
 def _calls(m: int) -> int:
@@ -96,16 +50,11 @@ def table(shapes: list[Shape], rows: list[int], roof: float) -> None:
             us = microseconds(lambda i, w=weights, x=x: ours(w[i], x), len(weights), calls=_calls(m))  # type: ignore[misc]
             dense = dense_us(s.n, s.k, m)
             least = s.bytes / roof / 1e3
-            others = "-", "-"
-            if s.bits == 4 and m <= 256:
-                others = (
-                    attempt("torch", tinygemm_us, s.n, s.k, m, s.group),
-                    attempt("gemlite", gemlite_us, s.n, s.k, m, s.group),
-                )
+            others = [peer_us(p, s.n, s.k, m, s.group) if s.bits == 4 and s.group == 128 else "-" for p in PEERS]
             print(
-                f"{f'{s.n} x {s.k}':>14} {s.bits:>4} {s.group:>5} {m:>5} {us:>9.2f} {s.bytes / us / 1e3:>7.0f} "
-                f"{least / us:>6.0%} {2e-6 * m * s.n * s.k / us:>7.1f} {dense:>9.2f} {dense / us:>6.2f} "
-                f"{others[0]:>9} {others[1]:>9}",
+                f"{f'{s.n} x {s.k}':>14} {s.bits:>4} {s.group:>5} {m:>5} {us:>8.2f} {s.bytes / us / 1e3:>6.0f} "
+                f"{least / us:>5.0%} {2e-6 * m * s.n * s.k / us:>7.1f} {dense:>8.2f} {dense / us:>5.2f} "
+                + " ".join(f"{other:>9}" for other in others),
                 flush=True,
             )
 
@@ -189,10 +138,8 @@ def main() -> None:
         f"{properties.name}, {properties.multi_processor_count} SMs, torch {torch.__version__}, {triton.__version__=}"
     )
     print(f"reads {roof:.0f} GB/s")
-    print(
-        f"{'N x K':>14} bits group     M        us    GB/s   roof TFLOP/s bf16 us  ratio  tinygemm   gemlite\n"
-        "(marlin and mslk: not compared)"
-    )
+    names = " ".join(f"{p:>9}" for p in PEERS)
+    print(f"{'N x K':>14} bits group     M       us   GB/s  roof TFLOP/s  bf16 us ratio {names}")
     table([Shape(4, 128, n, k) for n, k in sizes], args.rows, roof)
     few = [m for m in args.rows if m <= 16]
     table([Shape(b, g, n, k) for b, g in formats for n, k in sizes], few, roof)

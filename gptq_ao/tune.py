@@ -81,8 +81,9 @@ def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
     expected = x[0].float() @ weight.T
     # Rounding to bf16 of weights (when multiplied by their scales) and of the result, with room to spare.
     tolerance = 2.0**-6 * (x[0].float().abs() @ weight.abs().T)
-    sms = torch.cuda.get_device_properties().multi_processor_count
-    for c in candidates(p.rows, p.out_features, p.in_features, p.bits, p.group_size, sms):
+    properties = torch.cuda.get_device_properties()
+    gpu = (properties.multi_processor_count, properties.major)
+    for c in candidates(p.rows, p.out_features, p.in_features, p.bits, p.group_size, *gpu):
         took = _time(p, c, ring, x, expected, tolerance)
         if took < best.microseconds:
             best = Tuned(c, took)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from gptq_ao.kernels.heuristics import LinearConfig
+from gptq_ao.kernels.heuristics import LinearConfig, columns_ahead
 
 __all__ = ["candidates", "variations"]
 
@@ -12,7 +12,7 @@ REGISTERS = 160  # of a thread for codes that are on their way, in the kernel wi
 
 
 def candidates(
-    rows: int, out_features: int, in_features: int, bits: int, group_size: int, sms: int
+    rows: int, out_features: int, in_features: int, bits: int, group_size: int, sms: int, capability: int
 ) -> Iterator[LinearConfig]:
     """For x [rows, in_features] and a weight [out_features, in_features]; the smallest first."""
     few = rows <= 16
@@ -31,7 +31,8 @@ def candidates(
             if (each == 1 and c.stages > 0) or (each < c.stages - 1 and c.stages > 2):
                 continue  # a loop that is over before its pipeline is full
             scale_sum = whole and rows <= 64
-            found = dataclasses.replace(c, split=split, scale_sum=scale_sum)
+            ahead = columns_ahead(c.block_n) if capability >= 9 else 0
+            found = dataclasses.replace(c, split=split, scale_sum=scale_sum, ahead=ahead)
             if _fits(found, bits, each):
                 yield found
 
@@ -44,7 +45,7 @@ def variations(c: LinearConfig, group_size: int, in_features: int, capability: i
     if c.scale_sum or group_size == in_features or group_size % c.block_k == 0:
         yield dataclasses.replace(c, scale_sum=not c.scale_sum)
     if capability >= 9:
-        yield dataclasses.replace(c, pdl=not c.pdl)
+        yield dataclasses.replace(c, ahead=0 if c.ahead else columns_ahead(c.block_n))
     for stages in {2, 3, 4, 5, 6, 8} - {c.stages} if c.stages else ():
         yield dataclasses.replace(c, stages=stages)
 
@@ -52,7 +53,7 @@ def variations(c: LinearConfig, group_size: int, in_features: int, capability: i
 def _few_rows(block_m: int) -> Iterator[LinearConfig]:
     """Memory is the limit: much must be on its way."""
     for stages in (0, 3, 5):
-        for block_n, warps in ((32, 2), (64, 4), (64, 2), (128, 4)):
+        for block_n, warps in ((32, 2), (64, 4), (64, 2), (128, 4), (256, 8)):
             for block_k in (128, 256):
                 yield LinearConfig(block_m, block_n, block_k, warps, stages=stages)
         for block_n in (16, 32, 64):

@@ -93,11 +93,10 @@ def launch(
     """[rows, N] from x [rows, K], a stack of E weights and int32 `offsets` [E]; all contiguous.
 
     Args:
-        c: without a split, and without `pdl`, as the kernel before may be the one that writes `offsets`.
+        c: without a split.
         fast: see `kernels/launch.py`.
     """
     assert c.split == 1
-    assert not c.pdl
     rows, in_features = x.shape
     y = x.new_empty(rows, out_features)
     if y.numel() == 0:

@@ -1,16 +1,16 @@
 """How the linear kernel is cut into programs, chosen by a formula: nothing is tried out when a model runs."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
 
-__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose", "choose_grouped", "computes"]
+__all__ = ["FUSED_ROWS", "SMALLEST_RUN", "LinearConfig", "choose", "choose_grouped", "columns_ahead", "computes"]
 
 FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
 # Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
 SMALLEST_RUN = 8
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LinearConfig:
     """How `linear_triton.py` computes one product.
 
@@ -27,7 +27,8 @@ class LinearConfig:
         scale_sum: multiply the sums of a step by the scale, not each weight. A step then has to lie in one group.
         last_adds: with a split, whether the program that comes last adds up all sums, else a second kernel.
         evict_first: whether the weight is the first to leave the L2 cache.
-        pdl: programmatic dependent launch: begin to read the weight while the kernel before is still running.
+        ahead: columns, a power of two, that each program asks for, into the L2 cache, while the kernel before is still
+            running (programmatic dependent launch, from Hopper on); 0: it starts when that one is done.
     """
 
     block_m: int
@@ -40,7 +41,7 @@ class LinearConfig:
     scale_sum: bool = True
     last_adds: bool = True
     evict_first: bool = True
-    pdl: bool = False
+    ahead: int = 0
 
 
 def choose(
@@ -60,7 +61,7 @@ def choose(
     if rows > 64:
         return _many_rows(rows, out_features, in_features, bits, experts, sms)
     scale_sum = _scale_sum(rows, in_features, group_size, capability)
-    return _few_rows(rows, out_features, in_features, scale_sum, experts, sms)
+    return _few_rows(rows, out_features, in_features, bits, scale_sum, experts, sms)
 
 
 def choose_grouped(
@@ -73,7 +74,7 @@ def choose_grouped(
     if not _takes(group_size, in_features) or share > FUSED_ROWS[min(capability, 9)]:
         return None
     if share > 64:
-        return LinearConfig(128, 128, 64 if bits == 8 else 128, warps=8, stages=3, scale_sum=False)
+        return _large_block(bits)
     block_m = max(8, 1 << (share - 1).bit_length())
     scale_sum = _scale_sum(block_m, in_features, group_size, capability)
     if block_m >= 32:
@@ -96,24 +97,40 @@ def _scale_sum(rows: int, in_features: int, group_size: int, capability: int) ->
     return (group_size == in_features or group_size % 128 == 0) and (capability >= 9 or rows <= 32)
 
 
-def _few_rows(rows: int, out_features: int, in_features: int, scale_sum: bool, experts: int, sms: int) -> LinearConfig:
+def _few_rows(
+    rows: int, out_features: int, in_features: int, bits: int, scale_sum: bool, experts: int, sms: int
+) -> LinearConfig:
     """Two programs per multiprocessor, each of 128 rows of the weight, have enough on its way if each goes on for a
     while. For smaller weights, more and smaller programs. (Measured on an H200.)"""
     block_m = max(8, 1 << (rows - 1).bit_length())
     steps = -(-in_features // 128)
     blocks = experts * -(-out_features // 128)
     split = _power_of_two(1.6 * sms / blocks)
-    if steps >= 8 * split or block_m >= 32:
-        split = min(split, _power_of_two(steps / (8 if block_m >= 32 else 4)))
-        # With many rows, sums are too many for the program that comes last.
-        stages, last_adds = (3, False) if block_m >= 32 else (5, True)
-        return LinearConfig(
-            block_m, 128, 128, warps=4, split=split, stages=stages, scale_sum=scale_sum, last_adds=last_adds
-        )
+    if block_m >= 32:
+        # Sums are too many for the program that comes last.
+        split = min(split, _power_of_two(steps / 4))
+        block_k, stages = (64, 4) if split >= 8 and bits >= 4 else (128, 3)
+        ahead = columns_ahead(128) if split > 1 else 0
+        return LinearConfig(block_m, 128, block_k, 4, 1, split, stages, scale_sum, last_adds=False, ahead=ahead)
+    if steps >= 4 * split and (block_m == 8 or split == 1):
+        return LinearConfig(block_m, 128, 128, 4, 1, split, 5, scale_sum, ahead=columns_ahead(128))
     if block_m == 8 and experts * out_features >= 16 * 1.5 * sms and steps >= 8:
-        return LinearConfig(block_m, 16, 128, warps=4, slices=4, scale_sum=scale_sum)
-    split = min(_power_of_two(3 * sms / (2 * blocks)), _power_of_two(steps / 2))
-    return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=3, scale_sum=scale_sum)
+        return LinearConfig(block_m, 16, 128, 4, 4, 1, 4, scale_sum, ahead=columns_ahead(16))
+    blocks, ahead = experts * -(-out_features // 64), columns_ahead(64)
+    most = _power_of_two(steps / 4)
+    if not scale_sum:
+        split = min(_power_of_two(1.6 * sms / blocks), most)
+        return LinearConfig(block_m, 64, 128, 4, 1, split, 5, scale_sum=False, ahead=ahead)
+    split = min(_power_of_two(3 * sms / blocks), most)
+    if steps <= 4 * split:
+        return LinearConfig(block_m, 64, 128, 4, 1, split, stages=0, ahead=ahead)
+    # Steps of two groups of columns, whose weights are scaled, not their sums.
+    return LinearConfig(block_m, 64, 256, 4, 1, split, 3, scale_sum=False, ahead=ahead)
+
+
+def columns_ahead(block_n: int) -> int:
+    """`LinearConfig.ahead` that is worth it: some KB. (With more, times grow, as measured on an H200.)"""
+    return max(128, 2**14 // block_n)
 
 
 def _power_of_two(x: float) -> int:
@@ -127,19 +144,25 @@ def _balance(programs: int, sms: int) -> float:
 
 
 def _many_rows(rows: int, out_features: int, in_features: int, bits: int, experts: int, sms: int) -> LinearConfig:
-    """Large blocks use the matrix instructions best, if there are enough of them; a split costs memory traffic."""
-    best, most = (64, 128, 4, 1), 0.0
-    for block_m, block_n, warps, worth in ((256, 128, 8, 1.2), (128, 128, 8, 1.0), (64, 128, 4, 0.85)):
-        if block_m >= 2 * rows:
-            continue
-        blocks = experts * -(-rows // block_m) * -(-out_features // block_n)
+    """Large blocks use the matrix instructions best, if there are enough for two per multiprocessor: while one unpacks,
+    the other multiplies. A split costs memory traffic."""
+    best, most = (64, 1), 0.0
+    for block_m, worth in ((128, 1.0), (64, 0.8)):
+        blocks = experts * -(-rows // block_m) * -(-out_features // 128)
         for split in (1, 2, 4):
-            value = worth * _balance(blocks * split, sms) / (1 + 800 / in_features * split * (split > 1))
+            value = worth * _balance(blocks * split, 2 * sms) / (1 + 800 / in_features * split * (split > 1))
             if value > most and in_features >= 512 * split:
-                best, most = (block_m, block_n, warps, split), value
-    block_m, block_n, warps, split = best
-    block_k = 64 if bits == 8 else 128  # more would not fit into registers
-    return LinearConfig(block_m, block_n, block_k, warps, split=split, stages=3, scale_sum=False)
+                best, most = (block_m, split), value
+    block_m, split = best
+    if block_m == 128:
+        return dataclasses.replace(_large_block(bits), split=split, ahead=columns_ahead(128))
+    return LinearConfig(64, 128, 128, 4, 1, split, stages=4, scale_sum=False, ahead=columns_ahead(128))
+
+
+def _large_block(bits: int) -> LinearConfig:
+    """Four warps: two programs fit into a multiprocessor."""
+    block_k, stages = (64, 4) if bits >= 4 else (128, 3)  # at least a tile
+    return LinearConfig(128, 128, block_k, 4, stages=stages, scale_sum=False, last_adds=False)
 
 
 def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:
@@ -149,5 +172,7 @@ def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> b
         return False
     whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
     one_group = group_size == in_features or group_size % c.block_k == 0
+    if c.ahead < 0 or c.ahead & (c.ahead - 1) or c.ahead % 128:
+        return False
     whole_groups = one_group or (c.block_k % group_size == 0 and not c.scale_sum)
     return whole_tiles and whole_groups and c.slices in (1, c.warps)

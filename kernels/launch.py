@@ -42,6 +42,7 @@ def constants(
     steps = -(-in_features // step)
     per_program = -(-steps // c.split)
     wgmma = capability == 9 and c.block_m >= 16 and c.block_n >= 64 and c.warps % 4 == 0 and c.slices == 1
+    ahead = c.ahead if capability >= 9 else 0
     values = {
         "EXPERTS": experts,
         "BITS": bits,
@@ -57,14 +58,14 @@ def constants(
         "LAST_ADDS": c.last_adds,
         "EVEN": in_features % (step * c.split) == 0,
         "POLICY": "evict_first" if c.evict_first else "",
-        "PDL": c.pdl,
+        "AHEAD": ahead,
         "FAST": fast,
         "NATURAL": wgmma or NATURAL_MMA,
         "ASYNC": capability == 9,
         "COMPUTE": tl.float16 if dtype == torch.float16 else tl.float32 if INTERPRETED else tl.bfloat16,
     }
     options = {"num_warps": c.warps, "num_stages": max(c.stages, 1), "enable_fp_fusion": True}
-    return values, options | ({"launch_pdl": True} if c.pdl else {})
+    return values, options | ({"launch_pdl": True} if ahead else {})
 
 
 class Kernel:
@@ -131,8 +132,9 @@ class LinearLaunch:
     @functools.cached_property
     def add_splits(self) -> Kernel:
         c = self.config
-        values = {"SPLIT": c.split, "BLOCK": ADD_BLOCK, "PDL": c.pdl}
-        options = {"num_warps": 4, "enable_fp_fusion": True} | ({"launch_pdl": True} if c.pdl else {})
+        ahead = self.product.constants["AHEAD"]
+        values = {"SPLIT": c.split, "BLOCK": ADD_BLOCK, "AHEAD": ahead}
+        options = {"num_warps": 4, "enable_fp_fusion": True} | ({"launch_pdl": True} if ahead else {})
         return Kernel(add_splits_kernel, values, options)
 
     @functools.cached_property

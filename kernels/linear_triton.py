@@ -97,6 +97,49 @@ def _read_weight(
 
 
 @triton.jit
+def _prefetch(pointer, row, end, length, first, BYTES: tl.constexpr, NT: tl.constexpr):
+    """Ask for BYTES, from byte `first` on, of each of NT rows of `length` bytes: they are to be in the L2 cache when
+    they are read. All multiprocessors share it, so that what is written in between is read as it was written."""
+    i = tl.arange(0, 128)  # NT threads ask for a row each, and the copy engine does the rest
+    address = pointer.to(tl.int64) + tl.minimum(row + i, end - 1).to(tl.int64) * length + first
+    size = tl.where(i < NT, tl.minimum(BYTES, length - first), 0)
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}",
+        "=r,l,r",
+        [address, size],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch_weight(
+    qdata,
+    high,
+    scale_zero,
+    k,
+    tile_row,
+    end,
+    column_tiles,
+    groups,
+    NT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of COLUMNS columns from k on."""
+    KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
+    TILES: tl.constexpr = COLUMNS // KE
+    _prefetch(qdata, tile_row, end, column_tiles * 512, k // KE * 512, TILES * 512, NT)
+    if BITS == 3:
+        _prefetch(high, tile_row, end, column_tiles * 256, k // KE * 256, TILES * 256, NT)
+    if GROUP > 0:
+        GROUPS: tl.constexpr = COLUMNS // GROUP if COLUMNS > GROUP else 1
+        _prefetch(scale_zero, tile_row, end, groups * 64, k // GROUP * 64, GROUPS * 64, NT)
+
+
+@triton.jit
 def _read_x(x, k, m, M, K, BK: tl.constexpr, EVEN: tl.constexpr):
     """xᵀ [BK, BM]."""
     c = k + tl.arange(0, BK)[:, None]
@@ -198,7 +241,7 @@ def linear_kernel(
     LAST_ADDS: tl.constexpr,
     EVEN: tl.constexpr,  # whether all steps of all programs are full
     POLICY: tl.constexpr,
-    PDL: tl.constexpr,
+    AHEAD: tl.constexpr,  # columns that are asked for before the kernel before is done; 0: it has to be, to begin
     FAST: tl.constexpr,
     NATURAL: tl.constexpr,
     ASYNC: tl.constexpr,  # whether the matrix instruction may be
@@ -208,6 +251,16 @@ def linear_kernel(
     STEP: tl.constexpr = SLICES * BK
     block, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row_tiles, column_tiles = tl.cdiv(N, 16), tl.cdiv(K, KE)
+    if AHEAD > 0:
+        if offsets is None:
+            before, first = expert.to(tl.int32) * row_tiles, split * tl.cdiv(tl.cdiv(K, STEP), SPLIT) * STEP
+            tile, end = before + block // tl.cdiv(M, BM) * (BN // 16), before + row_tiles
+            _prefetch_weight(
+                qdata, high, scale_zero, first, tile, end, column_tiles, groups, BN // 16, BITS, GROUP, AHEAD
+            )
+        # From here on all that was launched before is done, and what comes next may begin to do the same as this.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if offsets is None:
         m_blocks = tl.cdiv(M, BM)
         m = block % m_blocks * BM + tl.arange(0, BM)
@@ -247,9 +300,6 @@ def linear_kernel(
             codes += (q,)
             highs += (h,)
             words += (word,)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         for i in tl.static_range(STEPS):
             x_step = _read_x(x, first + i * STEP, m, M, K, STEP, EVEN)
             total = _multiply(
@@ -258,9 +308,6 @@ def linear_kernel(
             )  # fmt: skip
         word = words[0]
     else:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         steps = tl.cdiv(tl.cdiv(K, STEP), SPLIT)
         last = (split + 1) * steps if EVEN else tl.minimum((split + 1) * steps, tl.cdiv(K, STEP))
         word = tl.zeros((SLICES * BN, 1), tl.int32)
@@ -313,12 +360,12 @@ def linear_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def add_splits_kernel(partial, bias, y, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def add_splits_kernel(partial, bias, y, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
     """y [E, M, N] = Σ_split partial [E, SPLIT, M, N] + bias, in the order of the splits."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.program_id(1).to(tl.int64)
     mask = i < M * N
-    if PDL:
+    if AHEAD > 0:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     partial += expert * SPLIT * M * N

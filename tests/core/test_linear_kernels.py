@@ -199,7 +199,7 @@ def test_constants_are_in_the_order_of_the_kernel() -> None:
 
     values, _ = constants(BLOCK, 4, 128, 4096, BF16, 9, fast=True)
     assert linear_kernel.arg_names[13:] == list(values)
-    assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "PDL"]
+    assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "AHEAD"]
 
 
 class Compiled:
@@ -294,7 +294,8 @@ def test_without_counters_a_second_kernel_adds(monkeypatch: pytest.MonkeyPatch) 
 
 # bits, group, rows, capability: what is chosen for them, on as many multiprocessors as an A100 or H100 has.
 SHIPPED = [(4, 128, 1, 90), (4, 128, 16, 90), (4, 128, 64, 90), (4, 128, 256, 90), (4, 32, 1, 90), (4, 4096, 1, 90)]
-SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (4, 128, 1, 80), (4, 128, 64, 80)]
+SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (3, 128, 256, 90), (8, 128, 256, 90)]
+SHIPPED += [(4, 128, 1, 80), (4, 128, 64, 80)]
 
 
 @pytest.mark.parametrize(("bits", "group", "rows", "architecture"), SHIPPED)
@@ -356,12 +357,12 @@ def test_linear_on_cuda(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("last_adds", [False, True])
 @pytest.mark.parametrize("stages", [0, 3])
-@pytest.mark.parametrize("pdl", [False, True])
-def test_a_split_changes_only_the_order_of_the_sum(last_adds: bool, stages: int, pdl: bool) -> None:
-    if pdl and torch.cuda.get_device_capability()[0] < 9:
+@pytest.mark.parametrize("ahead", [0, 512])
+def test_a_split_changes_only_the_order_of_the_sum(last_adds: bool, stages: int, ahead: int) -> None:
+    if ahead and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("programmatic dependent launch came with compute capability 9.0")
     p = Product(4, 128, 16, 1008, 4096, BF16, bias=True)
-    c = LinearConfig(16, 64, 128, warps=4, stages=stages, split=8, last_adds=last_adds, pdl=pdl)
+    c = LinearConfig(16, 64, 128, warps=4, stages=stages, split=8, last_adds=last_adds, ahead=ahead)
     y = on_gpu(p, c)
     p.check(y, scale_sum=True)
     assert all(torch.equal(y, on_gpu(p, c)) for _ in range(20))  # whoever comes last
@@ -410,14 +411,65 @@ def test_dequantize_on_cuda_is_the_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("last_adds", [False, True])
-def test_graphs_and_streams_do_not_disturb_each_other(last_adds: bool) -> None:
+def test_a_kernel_that_begins_early_waits_for_what_it_reads(last_adds: bool, captured: bool) -> None:
+    """Products of what the product before, on this stream or another, has just written, by weights that a copy has."""
+    from gptq_ao.kernels.launch import launch
+
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("programmatic dependent launch came with compute capability 9.0")
+    size = 2048
+    p = Product(4, 128, 8, size, size, BF16)
+    sources = [p.packed("cuda"), dataclasses.replace(p, rows=9).packed("cuda")]
+    qdata, scale_zero = (torch.empty_like(t) for t in sources[0][:2])
+    x, side, kept = p.x().cuda(), torch.cuda.Stream(), []
+
+    def chain(c: LinearConfig) -> Tensor:
+        def product(t: Tensor) -> Tensor:
+            kept.append(launch(t, qdata, scale_zero, None, 4, 128, size, c))
+            return kept[-1]
+
+        y, main = x, torch.cuda.current_stream()
+        for i in range(12):
+            qdata.copy_(sources[i % 2][0])
+            scale_zero.copy_(sources[i % 2][1])
+            y = product(product(y) * 2.0**-8)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                z = product(y)
+            y = product(y)
+            main.wait_stream(side)
+            y = product(z) * 2.0**-18 + y * 2.0**-9
+        return y
+
+    c = LinearConfig(8, 64, 128, warps=4, split=4, last_adds=last_adds)
+    expected = chain(c)
+    assert expected.isfinite().all()
+    assert len(expected.unique()) > 1000
+    for ahead in (128, 1024):
+        early = dataclasses.replace(c, ahead=ahead)
+        if not captured:
+            assert all(torch.equal(chain(early), expected) for _ in range(20))
+            continue
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chain(early)
+        for _ in range(20):
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", [0, 256])
+@pytest.mark.parametrize("last_adds", [False, True])
+def test_graphs_and_streams_do_not_disturb_each_other(last_adds: bool, ahead: int) -> None:
     """Two graphs captured on one stream and replayed on two at the same time, beside launches on a third."""
     from gptq_ao.kernels.launch import launch
 
     p = Product(4, 128, 8, 4096, 4096, BF16)
     qdata, scale_zero, _ = p.packed("cuda")
-    c = LinearConfig(8, 64, 128, warps=4, split=8, last_adds=last_adds)
+    c = LinearConfig(8, 64, 128, warps=4, split=8, last_adds=last_adds, ahead=ahead)
     inputs = [p.x().cuda() * (i + 1) for i in range(3)]
 
     def run(x: Tensor) -> Tensor:
