@@ -112,14 +112,15 @@ def _few_rows(
         block_k, stages = (64, 4) if split >= 8 and bits >= 4 else (128, 3)
         ahead = columns_ahead(128) if split > 1 else 0
         return LinearConfig(block_m, 128, block_k, 4, 1, split, stages, scale_sum, last_adds=False, ahead=ahead)
-    if steps >= 4 * split and (block_m == 8 or split == 1):
+    # Three bits take more registers to unpack.
+    if steps >= 4 * split and (block_m == 8 or (split == 1 and bits != 3)):
         return LinearConfig(block_m, 128, 128, 4, 1, split, 5, scale_sum, ahead=columns_ahead(128))
     if block_m == 8 and experts * out_features >= 16 * 1.5 * sms and steps >= 8:
         return LinearConfig(block_m, 16, 128, 4, 4, 1, 4, scale_sum, ahead=columns_ahead(16))
     blocks, ahead = experts * -(-out_features // 64), columns_ahead(64)
     most = _power_of_two(steps / 4)
     if not scale_sum:
-        split = min(_power_of_two(1.6 * sms / blocks), most)
+        split = min(max(2, _power_of_two(1.6 * sms / blocks)), most)
         return LinearConfig(block_m, 64, 128, 4, 1, split, 5, scale_sum=False, ahead=ahead)
     split = min(_power_of_two(3 * sms / blocks), most)
     if steps <= 4 * split:
