@@ -93,7 +93,7 @@ FLOORS: list[set[str]] = [
     {"planning", "precision"},
     {"quantize", "checkpoint", "evaluate"},
     {"stream", "convert"},
-    {"integrations", "integrations.torchao", "integrations.hf_quantizer"},
+    {"integrations", "integrations.on_import", "integrations.torchao", "integrations.hf_quantizer"},
     {"integrations.transformers"},
     {"tiny_lm.corpus"},
     {"demo"},
