@@ -3,14 +3,14 @@
     python benchmarks/loading.py [--formats gptq native] [--shard-mib 512]
 
 Writes a checkpoint of the shape of Llama-2-7B in shards; all layers are equal, which no reader can make use of. Loads
-it in a new process, once its modules are imported. "meta" stands for a device with memory of its own (the own format is
-unpacked on the device, which meta cannot do). Prints size and speed, next to that of reading the files' tensors with
-safetensors and no more, and the private memory at its peak: what the process has more than before, without the model if
-that is on the CPU. All files are in the system's cache.
+it in a new process, once its modules are imported, with `load_quantized` and with `from_pretrained`. Prints size and
+speed, next to that of reading the files' tensors with safetensors and no more, and the private memory at its peak: what
+the process has more than before, without the model if that is on the CPU. All files are in the system's cache.
 """
 
 import argparse
 import copy
+import itertools
 import platform
 import subprocess
 import sys
@@ -36,13 +36,25 @@ print(time.perf_counter() - start)
 """
 LOAD = """
 import ctypes, gc, sys, threading, time
+import torch
 import gptq_ao
+from gptq_ao.integrations.transformers import load_with_gptq_ao
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+load_with_gptq_ao("gptq", "compressed-tensors")
+
+def load(folder):
+    if loader == "from_pretrained":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device})
+    return gptq_ao.load_quantized(folder, device=device)
 
 def private():
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("RssAnon")) * 1024
 
-small, folder, device = sys.argv[1:]
-gptq_ao.load_quantized(small, device=device)  # modules are imported, whatever they take
+small, folder, device, loader = sys.argv[1:]
+load(small)  # modules are imported, whatever they take
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would not be seen to be used again
 before = peak = private()
@@ -56,7 +68,9 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 start = time.perf_counter()
-model = gptq_ao.load_quantized(folder, device=device)
+model = load(folder)
+if device != "cpu":
+    torch.cuda.synchronize()
 seconds = time.perf_counter() - start
 done.set()
 thread.join()
@@ -87,7 +101,8 @@ def main() -> None:
     parser.add_argument("--shard-mib", type=int, default=512)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--devices", nargs="*", default=["cpu", "meta"])
+    parser.add_argument("--devices", nargs="*", default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    parser.add_argument("--loaders", nargs="*", default=["load_quantized", "from_pretrained"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -102,11 +117,9 @@ def main() -> None:
             plain = float(_run(PLAIN, large)[0])
             print(f"{format}: {sum(sizes) / 2**30:.2f} GiB in {len(sizes)} files, the largest {max(sizes) / 2**20:.0f} "
                   f"MiB; safetensors reads {sum(sizes) / plain / 1e9:.2f} GB/s")  # fmt: skip
-            for device in arguments.devices:
-                if format == "native" and device == "meta":
-                    continue
-                seconds, peak = map(float, _run(LOAD, small, large, device))
-                print(f"  to {device:4} {seconds:6.1f} s, {sum(sizes) / seconds / 1e9:.2f} GB/s, "
+            for loader, device in itertools.product(arguments.loaders, arguments.devices):
+                seconds, peak = map(float, _run(LOAD, small, large, device, loader))
+                print(f"  {loader:15} to {device:4} {seconds:6.1f} s, {sum(sizes) / seconds / 1e9:.2f} GB/s, "
                       f"peak {peak / 2**20:.0f} MiB, {peak / max(sizes):.2f} of a file", flush=True)  # fmt: skip
 
 

@@ -4,13 +4,16 @@ from gptq_ao import gptq_config, quantize_
 quantize_(model, gptq_config(bits=4, group_size=128, calibration=batches))
 """
 
+from importlib import import_module as _import
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
 from gptq_ao import data, errors
 from gptq_ao.checkpoint import load_quantized, save_quantized
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.fuse import Fusion, fuse_projections_, unfuse_projections_
+from gptq_ao.integrations.on_import import when_imported as _when_imported
 from gptq_ao.integrations.torchao import register as _register_with_torchao
-from gptq_ao.integrations.transformers import GptqAoConfig
-from gptq_ao.integrations.transformers import register as _register_with_transformers
 from gptq_ao.planning import QuantizationPlan, plan
 from gptq_ao.prepare import whole_model
 from gptq_ao.quantize import quantize_
@@ -19,8 +22,12 @@ from gptq_ao.stream import quantize_checkpoint
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
 from gptq_ao.tune import tune
 
+if TYPE_CHECKING:
+    from gptq_ao.integrations.transformers import GptqAoConfig
+
 _register_with_torchao()
-_register_with_transformers()
+# transformers takes long to import, and not everyone needs it. Whoever does imports this module of it with any model.
+_when_imported("transformers.modeling_utils", lambda: _import("gptq_ao.integrations.transformers"))
 
 __all__ = [
     "Fusion",
@@ -45,3 +52,9 @@ __all__ = [
     "unfuse_projections_",
     "whole_model",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "GptqAoConfig":
+        return _import("gptq_ao.integrations.transformers").GptqAoConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -131,7 +131,7 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
         if first != name:
             tied[name] = first
         elif name not in loaded:
-            made_of = {m: t.to(device) for m, t in recipe.make(source.model).items()}
+            made_of = recipe.make(source.model, device)
             loaded |= {n: made_of[m] for n, (r, m) in source.recipes.items() if r is recipe}
             if device.type != "cpu":
                 return_freed_memory()
@@ -164,7 +164,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
         stored |= read_header(shard_path(directory, file))
 
     def read(name: str) -> Tensor:
-        return stored[name].read().to(device)
+        return stored[name].read(device)
 
     loaded = {name: read(name) for name in manifest.dense}
     for name, entry in manifest.quantized.items():

@@ -9,7 +9,7 @@ from torchao.utils import TorchAOBaseTensor
 from gptq_ao import ops
 from gptq_ao.errors import ConfigError, NonFiniteError
 from gptq_ao.grid import max_code
-from gptq_ao.packing import pack_codes, pack_scale_zero, unpack_codes, unpack_scale_zero
+from gptq_ao.packing import pack_codes, pack_scale_zero, pack_words, unpack_codes, unpack_scale_zero
 
 __all__ = ["GroupTensor"]
 
@@ -120,16 +120,62 @@ class GroupTensor(TorchAOBaseTensor):
             ConfigError: shapes, dtypes or ranges are not those above.
             NonFiniteError: a scale is NaN or infinite.
         """
-        _check_parts(cls, codes, scale, zero_point, perm)
-        if view_as is not None and (codes.dim() != 2 or torch.Size(view_as).numel() != codes.numel()):
-            raise ConfigError(f"{cls.__name__}: codes {tuple(codes.shape)} cannot be viewed as {tuple(view_as)}")
-        qdata, high_plane = pack_codes(codes, cls.bits)
-        n, k = codes.shape[-2:]
+        if codes.dtype != torch.uint8:
+            raise ConfigError(f"{cls.__name__} takes codes as uint8, got {codes.dtype}")
+        _check_parts(cls, codes.shape, scale, zero_point, perm, view_as)
+        _check_range(cls, "codes", codes)
+        planes = pack_codes(codes, cls.bits)
+        return cls._of_planes(planes, codes.shape[-1], scale, zero_point, dtype, perm, transposed, view_as)
+
+    @classmethod
+    def from_words(
+        cls,
+        words: Tensor,
+        in_features: int,
+        scale: Tensor,
+        zero_point: Tensor,
+        *,
+        dtype: torch.dtype,
+        perm: Tensor | None = None,
+        transposed: bool = False,
+        view_as: tuple[int, ...] | None = None,
+    ) -> "GroupTensor":
+        """The same of codes that are packed as files have them, much faster.
+
+        Args:
+            words: [..., N, ⌈K·bits/32⌉] int32, each row a stream of bits (see `packing.py`).
+            in_features: K.
+        """
+        width = -(-in_features * cls.bits // 32)
+        if words.dtype != torch.int32 or words.dim() < 2 or words.shape[-1] != width:
+            raise ConfigError(
+                f"{cls.__name__} takes {in_features} codes as int32 words [..., N, {width}], "
+                f"got {words.dtype} {tuple(words.shape)}"
+            )
+        _check_parts(cls, torch.Size((*words.shape[:-1], in_features)), scale, zero_point, perm, view_as)
+        planes = pack_words(words, cls.bits, in_features)
+        return cls._of_planes(planes, in_features, scale, zero_point, dtype, perm, transposed, view_as)
+
+    @classmethod
+    def _of_planes(
+        cls,
+        planes: tuple[Tensor, Tensor | None],
+        in_features: int,
+        scale: Tensor,
+        zero_point: Tensor,
+        dtype: torch.dtype,
+        perm: Tensor | None,
+        transposed: bool,
+        view_as: tuple[int, ...] | None,
+    ) -> "GroupTensor":
+        """From parts that were checked."""
+        qdata, high_plane = planes
         perm = None if perm is None else perm.to(torch.int32)
-        group_size = k // scale.shape[-1]
+        n, groups = scale.shape[-2:]
         scale_zero = pack_scale_zero(scale, zero_point)
         view_as = None if view_as is None else tuple(view_as)
-        return cls(qdata, scale_zero, group_size, n, k, transposed, dtype, view_as, high_plane, perm)
+        group_size = in_features // groups
+        return cls(qdata, scale_zero, group_size, n, in_features, transposed, dtype, view_as, high_plane, perm)
 
     def codes(self) -> Tensor:
         """[..., out_features, in_features] uint8, columns as stored (see `perm`)."""
@@ -218,24 +264,36 @@ class GroupTensor(TorchAOBaseTensor):
         return f"{self!r} transposed={self.transposed} {' '.join(parts)}"
 
 
-def _check_parts(cls: type[GroupTensor], codes: Tensor, scale: Tensor, zero_point: Tensor, perm: Tensor | None) -> None:
+def _check_parts(
+    cls: type[GroupTensor],
+    codes: torch.Size,
+    scale: Tensor,
+    zero_point: Tensor,
+    perm: Tensor | None,
+    view_as: tuple[int, ...] | None,
+) -> None:
+    """Everything but the codes themselves, of which the shape is given."""
     name = cls.__name__
-    if codes.dtype != torch.uint8 or zero_point.dtype != torch.uint8 or scale.dtype != torch.float16:
+    if zero_point.dtype != torch.uint8 or scale.dtype != torch.float16:
         raise ConfigError(
-            f"{name} takes codes and zero_point as uint8 and scale as float16, "
-            f"got {codes.dtype}, {zero_point.dtype}, {scale.dtype}"
+            f"{name} takes zero_point as uint8 and scale as float16, got {zero_point.dtype}, {scale.dtype}"
         )
-    shapes = f"codes {tuple(codes.shape)}, scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}"
-    if codes.dim() < 2 or scale.shape != zero_point.shape or codes.shape[:-1] != scale.shape[:-1]:
+    shapes = f"codes {tuple(codes)}, scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}"
+    if len(codes) < 2 or scale.shape != zero_point.shape or codes[:-1] != scale.shape[:-1]:
         raise ConfigError(f"{name} takes codes [..., N, K] with scale and zero_point [..., N, G], got {shapes}")
-    if codes.numel() == 0 or scale.shape[-1] == 0 or codes.shape[-1] % scale.shape[-1]:
+    if codes.numel() == 0 or scale.shape[-1] == 0 or codes[-1] % scale.shape[-1]:
         raise ConfigError(f"{name} needs a whole, positive number of columns per group, got {shapes}")
-    for what, t in (("codes", codes), ("zero_point", zero_point)):
-        if int(t.max()) > max_code(cls.bits):
-            raise ConfigError(f"{name}: {what} reach {int(t.max())}, {cls.bits} bits hold at most {max_code(cls.bits)}")
+    if view_as is not None and (len(codes) != 2 or torch.Size(view_as).numel() != codes.numel()):
+        raise ConfigError(f"{name}: codes {tuple(codes)} cannot be viewed as {tuple(view_as)}")
+    _check_range(cls, "zero_point", zero_point)
     if not torch.isfinite(scale).all():
         raise NonFiniteError(f"{name}: a scale is NaN or infinite")
-    if perm is not None and not torch.equal(
-        perm.long().sort().values, torch.arange(codes.shape[-1], device=perm.device)
-    ):
-        raise ConfigError(f"{name}: perm is not a permutation of the {codes.shape[-1]} input features")
+    if perm is not None and not torch.equal(perm.long().sort().values, torch.arange(codes[-1], device=perm.device)):
+        raise ConfigError(f"{name}: perm is not a permutation of the {codes[-1]} input features")
+
+
+def _check_range(cls: type[GroupTensor], what: str, t: Tensor) -> None:
+    if int(t.max()) > max_code(cls.bits):
+        raise ConfigError(
+            f"{cls.__name__}: {what} reach {int(t.max())}, {cls.bits} bits hold at most {max_code(cls.bits)}"
+        )

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from gptq_ao.report import Report
+from gptq_ao.version import VERSION
 
 __all__ = ["CARD", "model_card"]
 
@@ -54,7 +55,8 @@ def _recipe(report: Report | None) -> list[str]:
 
 
 def _versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("gptq_ao", "torch", "torchao", "transformers"))
+    others = (f"{name} {version(name)}" for name in ("torch", "torchao", "transformers"))
+    return ", ".join((f"gptq_ao {VERSION}", *others))
 
 
 def _is_hub_id(name: str) -> bool:

@@ -21,7 +21,8 @@ that a kernel can load asynchronously, whatever the model's dtype. Every tensor 
 either one is a plain slice. Rows and columns that do not fill a tile are padded with zeros.
 
 **File layout.** Each row of codes is one little-endian stream of bits, code j at bits [j·bits, (j+1)·bits): portable,
-without tiles, without padding but the last byte's.
+without tiles, without padding but the last byte's. `pack_words` goes from there to the run-time layout without taking
+codes apart, which is what loading a checkpoint comes down to.
 
 Leading dimensions (a stack of experts) pass through all functions here. Words are viewed as bytes: PyTorch runs on
 little-endian machines only.
@@ -37,6 +38,7 @@ __all__ = [
     "pack_bits",
     "pack_codes",
     "pack_scale_zero",
+    "pack_words",
     "packed_bytes",
     "tile_columns",
     "unpack_bits",
@@ -81,6 +83,35 @@ _EIGHT = Plane(8, (2, 2, 4, 2), (1, 4, 2, 3, 5, 0))  # step, k_half, t, e
 _PLANES = {2: (_TWO,), 3: (_TWO, _ONE), 4: (_FOUR,), 8: (_EIGHT,)}
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """How words of rows become words of tiles, for codes that do not cross words.
+
+    The code of row r and column k has a place in its word, and the word an index; both are made of the bits of r and k
+    that `row_half`, g, t, … of the table above stand for. A word of a row has the lowest bits of k as its places, e
+    first, then t; one of a tile has e, row_half and others. To exchange a bit of the place with one of the index is
+    to swap every other field between two words.
+
+    Attributes:
+        factors: of the words of a row in a tile, outermost first.
+        outer: two axes of (row_half, g, *factors), of size 2. At the end they are the low and the high bit of t.
+        swaps: (bit of the place, which of the two axes), in order.
+    """
+
+    factors: tuple[int, ...]
+    outer: tuple[int, int]
+    swaps: tuple[tuple[int, int], ...]
+
+
+# factors of the words; the two axes; places of a word before → after
+_EXCHANGES = {
+    4: Exchange((4, 2), (3, 0), ((0, 1), (1, 0), (2, 1))),  # step, k_half; k_half, row_half; e t t → row_half k_half e
+    2: Exchange((4, 2), (0, 3), ((0, 0), (2, 1), (3, 0), (1, 0))),  # step // 2, step % 2; row_half, step % 2;
+    # e t t k_half → row_half k_half step % 2 e
+    8: Exchange((2, 2, 2), (0, 4), ((0, 0), (1, 0))),  # step, k_half, t // 2; row_half, t // 2; e t → row_half e
+}
+
+
 def tile_columns(bits: int) -> int:
     """KE, the columns of one tile."""
     return _PLANES[bits][0].tile_columns
@@ -93,6 +124,26 @@ def pack_codes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     if not high:
         return _pack_plane(codes, low), None
     return _pack_plane(codes & 3, low), _pack_plane(codes >> 2, high[0])
+
+
+def pack_words(words: Tensor, bits: int, in_features: int) -> tuple[Tensor, Tensor | None]:
+    """What `pack_codes` makes, of codes in the file layout: int32 [..., N, ⌈K·bits/32⌉], in any strides."""
+    if bits not in _EXCHANGES:  # 3 bits: codes cross words
+        return pack_codes(unpack_bits(words.contiguous().view(torch.uint8), bits, in_features), bits)
+    exchange = _EXCHANGES[bits]
+    words = _pad(_without_rest(words, in_features * bits % 32), TILE_ROWS, torch.Size(exchange.factors).numel())
+    *lead, n, width = words.shape
+    tile_rows, tile_cols = n // TILE_ROWS, width // torch.Size(exchange.factors).numel()
+    split = words.reshape(-1, tile_rows, 2, 8, tile_cols, *exchange.factors)
+    low, high = (axis + 2 if axis < 2 else axis + 3 for axis in exchange.outer)
+    inner = [axis for axis in range(5, split.dim()) if axis not in (low, high)]
+    rest = [axis for axis in (0, 1, 2, 4, 3) if axis not in (low, high)]  # tile columns before g
+    moved = split.permute(low, high, *rest, *inner).clone(memory_format=torch.contiguous_format)
+    for place, axis in exchange.swaps:
+        first, second = moved.unbind(axis)
+        _swap_fields(first, second, bits, place)
+    tiles = moved.flatten(6) if inner else moved  # (t % 2, t // 2, lead, tile_row, tile_column, g, words of a lane)
+    return tiles.permute(2, 3, 4, 5, 1, 0, 6).reshape(*lead, tile_rows, tile_cols, -1), None
 
 
 def unpack_codes(qdata: Tensor, high_plane: Tensor | None, bits: int, out_features: int, in_features: int) -> Tensor:
@@ -180,6 +231,23 @@ def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
     split = codes.reshape(-1, tile_rows, tile_cols, *(factors[axis] for axis in plane.order))
     inverse = sorted(range(len(plane.permutation)), key=plane.permutation.__getitem__)
     return split.permute(inverse).reshape(*lead, tile_rows * TILE_ROWS, tile_cols * plane.tile_columns)
+
+
+def _without_rest(words: Tensor, used: int) -> Tensor:
+    """Zeros in the last word of each row above its `used` bits; 0: all are used."""
+    if not used:
+        return words
+    words = words.clone()
+    words[..., -1] &= (1 << used) - 1
+    return words
+
+
+def _swap_fields(first: Tensor, second: Tensor, bits: int, place: int) -> None:
+    """In place, int32: fields of `first` whose number has the bit `place`, with those of `second` that have it not."""
+    mask = sum((2**bits - 1) << bits * field for field in range(32 // bits) if not field >> place & 1)
+    differ = ((first >> (bits << place)) ^ second) & mask
+    second ^= differ
+    first ^= differ << (bits << place)
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

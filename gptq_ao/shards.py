@@ -38,7 +38,7 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> Tensor:
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
         value = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
@@ -47,7 +47,7 @@ class StoredTensor:
                 rest = rest[count:]
         if rest:
             raise CheckpointError(f"{self.path} ends before byte {self.offset + self.nbytes}: it changed while in use")
-        return value
+        return value.to(device)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -46,9 +46,9 @@ class Recipe:
     dtype: torch.dtype
     transposed: bool
 
-    def make(self, model: Any, *, empty: bool = False) -> dict[str, Tensor]:
-        """Name → tensor; on the meta device, and nothing read, if `empty`."""
-        read = [torch.empty(s.shape, device="meta") if empty else s.read() for _, _, s in self.inputs]
+    def make(self, model: Any, device: torch.device | str = "cpu", *, empty: bool = False) -> dict[str, Tensor]:
+        """Name → tensor, on `device`, which does all the work; on the meta device, and nothing read, if `empty`."""
+        read = [torch.empty(s.shape, device="meta") if empty else s.read(device) for _, _, s in self.inputs]
         tensors = [t.to(self.dtype) for t in read]
         if self.transform is None:
             return {self.target: tensors[0].mT if self.transposed else tensors[0]}

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
 from gptq_ao.manifest import DTYPES, QuantizedEntry
-from gptq_ao.packing import pack_bits, unpack_bits
+from gptq_ao.packing import pack_bits
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 __all__ = ["from_stored", "stored_entry", "stored_parts"]
@@ -44,8 +45,9 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
     """
     k = entry.shape[-1]
     try:
-        return tensor_class(entry.bits).from_codes(
-            unpack_bits(get(f"{name}.codes"), entry.bits, k),
+        return tensor_class(entry.bits).from_words(
+            _words(get(f"{name}.codes")),
+            k,
             get(f"{name}.scale"),
             get(f"{name}.zero_point"),
             dtype=DTYPES[entry.dtype],
@@ -55,3 +57,8 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
         )
     except (ConfigError, NonFiniteError) as error:
         raise CheckpointError(f"{where}: weight {name!r} is damaged: {error}") from error
+
+
+def _words(stream: Tensor) -> Tensor:
+    """Rows of bytes as rows of int32."""
+    return torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).view(torch.int32)

@@ -92,3 +92,31 @@ assert state() == before
 print("fine")
 """
     assert fresh(code).strip() == "fine"
+
+
+def test_transformers_is_imported_by_those_who_use_it() -> None:
+    code = """
+import importlib.util, sys
+finders = len(sys.meta_path)
+import gptq_ao
+assert "transformers" not in sys.modules
+assert importlib.util.find_spec("transformers.modeling_utils") is not None  # who only looks changes nothing
+assert "gptq_ao.integrations.transformers" not in sys.modules
+from transformers import LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from gptq_ao.integrations.hf_quantizer import GptqAoQuantizer
+assert AUTO_QUANTIZER_MAPPING["gptq_ao"] is GptqAoQuantizer
+assert not any("gptq_ao" in type(finder).__module__ for finder in sys.meta_path)
+print("fine")
+"""
+    assert fresh(code).strip() == "fine"
+
+
+def test_the_integration_is_there_whichever_comes_first() -> None:
+    after = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+assert "gptq_ao" in AUTO_QUANTIZATION_CONFIG_MAPPING
+print("fine")
+"""
+    for first in ("import transformers.modeling_utils, gptq_ao", "from gptq_ao import GptqAoConfig"):
+        assert fresh(first + after).strip() == "fine"

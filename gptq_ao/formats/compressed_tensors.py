@@ -32,7 +32,8 @@ def decode_compressed(tensors: Mapping[str, Tensor], bits: int) -> GroupedWeight
     """Read one weight.
 
     Args:
-        tensors: by the names above, `weight_zero_point` and `weight_g_idx` only where they are, in the shapes above.
+        tensors: by the names above, `weight_zero_point` and `weight_g_idx` only where they are, in the shapes above, on
+            the device that decodes.
 
     Raises:
         CheckpointError: `weight_shape` contradicts the shapes, `weight_g_idx` is out of range, a scale is not finite.
@@ -40,19 +41,21 @@ def decode_compressed(tensors: Mapping[str, Tensor], bits: int) -> GroupedWeight
     scale, rounded = as_half(tensors["weight_scale"])
     n, groups = scale.shape
     k = int(tensors["weight_shape"][1])
-    codes = words_to_codes(tensors["weight_packed"], bits, k)
+    words = tensors["weight_packed"]
     if "weight_zero_point" in tensors:
         zero_point = words_to_codes(tensors["weight_zero_point"].T, bits, n).T
     else:
-        zero_point = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.uint8)
+        zero_point = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.uint8, device=scale.device)
     held = bits if bits in BITS else 8
-    up = 2 ** (held - 1) - 2 ** (bits - 1)
+    if held != bits:
+        up = 2 ** (held - 1) - 2 ** (bits - 1)
+        words, zero_point = codes_to_words(words_to_codes(words, bits, k) + up, held), zero_point + up
     g_idx = tensors.get("weight_g_idx")
     if g_idx is None:
-        g_idx = torch.arange(k) // (k // groups)
+        g_idx = torch.arange(k, device=scale.device) // (k // groups)
     elif int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise CheckpointError(f"weight_g_idx reaches from {int(g_idx.min())} to {int(g_idx.max())}, of {groups} groups")
-    return GroupedWeight(held, *in_equal_groups(codes + up, scale, zero_point + up, g_idx.long()), rounded)
+    return in_equal_groups(GroupedWeight(held, words, k, scale, zero_point, None, rounded), g_idx.long())
 
 
 def encode_compressed(weight: GroupedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -61,12 +64,11 @@ def encode_compressed(weight: GroupedWeight, dtype: torch.dtype) -> dict[str, Te
     Args:
         dtype: of the scales, if it holds them exactly (they are fp16 otherwise).
     """
-    n, k = weight.codes.shape
     scale = weight.scale.to(dtype)
     tensors = {
-        "weight_packed": codes_to_words(weight.codes, weight.bits),
+        "weight_packed": weight.words,
         "weight_scale": scale if torch.equal(scale.half(), weight.scale) else weight.scale,
-        "weight_shape": torch.tensor([n, k]),
+        "weight_shape": torch.tensor([len(weight.scale), weight.in_features]),
     }
     if bool((weight.zero_point != 2 ** (weight.bits - 1)).any()):
         stream = codes_to_words(weight.zero_point.T.contiguous(), weight.bits)

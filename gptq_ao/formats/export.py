@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gptq_ao.errors import CheckpointError
 from gptq_ao.formats.grouped import GroupedWeight
+from gptq_ao.formats.words import codes_to_words
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["ExportedModel", "export_model", "grouped", "is_sym", "refuse"]
@@ -107,7 +108,8 @@ def refuse(weights: Mapping[str, GroupTensor], why_not: Callable[[GroupTensor], 
 def grouped(weight: GroupTensor) -> GroupedWeight:
     """What a 2-D quantized weight is made of, on the CPU."""
     codes, scale, zero_point = (t.cpu() for t in (weight.codes(), weight.scale, weight.zero_point))
-    return GroupedWeight(weight.bits, codes, scale, zero_point, None if weight.perm is None else weight.perm.cpu())
+    perm = None if weight.perm is None else weight.perm.cpu()
+    return GroupedWeight(weight.bits, codes_to_words(codes, weight.bits), weight.in_features, scale, zero_point, perm)
 
 
 def is_sym(weight: GroupTensor) -> bool:

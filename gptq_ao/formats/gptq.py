@@ -62,7 +62,7 @@ def decode_gptq(
     """Read one weight.
 
     Args:
-        tensors: `qweight`, `qzeros`, `scales` and perhaps `g_idx`, in the shapes above.
+        tensors: `qweight`, `qzeros`, `scales` and perhaps `g_idx`, in the shapes above, on the device that decodes.
         in_features: K.
         group_size: input features of a group, where there is no `g_idx`.
         stored: how the checkpoint says that its zero points are stored.
@@ -72,15 +72,14 @@ def decode_gptq(
     """
     scale, rounded = as_half(tensors["scales"].T)
     n, groups = scale.shape
-    codes = words_to_codes(tensors["qweight"].T, bits, in_features)
     zero_point = _zero_points(tensors["qzeros"], bits, n, stored).T
     g_idx = tensors.get("g_idx")
     if g_idx is None:
-        g_idx = torch.arange(in_features) // group_size
+        g_idx = torch.arange(in_features, device=scale.device) // group_size
     elif int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise CheckpointError(f"g_idx reaches from {int(g_idx.min())} to {int(g_idx.max())}, of {groups} groups")
-    parts = in_equal_groups(codes, scale, zero_point, g_idx.long())
-    return GroupedWeight(bits, *parts, rounded)
+    weight = GroupedWeight(bits, tensors["qweight"].T, in_features, scale, zero_point, None, rounded)
+    return in_equal_groups(weight, g_idx.long())
 
 
 def encode_gptq(weight: GroupedWeight, *, version: int) -> dict[str, Tensor]:
@@ -89,14 +88,15 @@ def encode_gptq(weight: GroupedWeight, *, version: int) -> dict[str, Tensor]:
     Args:
         version: 1 for symmetric weights, which every reader decodes alike, else 2.
     """
-    codes, g_idx = weight.codes, torch.arange(weight.codes.shape[1])
-    group_of = g_idx // (codes.shape[1] // weight.scale.shape[1])
+    words, group_size = weight.words, weight.in_features // weight.scale.shape[1]
+    group_of = torch.arange(weight.in_features) // group_size
     if weight.perm is not None:
-        codes = torch.empty_like(codes).index_copy_(1, weight.perm.long(), codes)
+        codes = weight.codes
+        words = codes_to_words(torch.empty_like(codes).index_copy_(1, weight.perm.long(), codes), weight.bits)
         group_of = torch.empty_like(group_of).index_copy_(0, weight.perm.long(), group_of)
     stored = weight.zero_point - int(version == 1)
     return {
-        "qweight": codes_to_words(codes, weight.bits).T.contiguous(),
+        "qweight": words.T.contiguous(),
         "qzeros": codes_to_words(stored.T.contiguous(), weight.bits),
         "scales": weight.scale.T.contiguous(),
         "g_idx": group_of.to(torch.int32),

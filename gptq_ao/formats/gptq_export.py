@@ -7,7 +7,6 @@ fused one, so a pattern for q_proj, k_proj and v_proj also matches qkv_proj.
 
 import re
 from collections import Counter
-from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from gptq_ao.formats.export import ExportedModel, grouped, is_sym, refuse
 from gptq_ao.formats.gptq import encode_gptq
 from gptq_ao.tensor import GroupTensor
+from gptq_ao.version import VERSION
 
 __all__ = ["gptq_config_of", "gptq_tensors_of"]
 
@@ -52,7 +52,7 @@ def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
         "checkpoint_format": format,
         "pack_dtype": "int32",
         **({"dynamic": dynamic} if dynamic else {}),
-        "meta": {"quantizer": [f"gptq_ao:{version('gptq_ao')}"]},
+        "meta": {"quantizer": [f"gptq_ao:{VERSION}"]},
     }
 
 

@@ -1,4 +1,4 @@
-"""What every format says of one weight, in the form in which `GroupTensor.from_codes` takes it.
+"""What every format says of one weight, in the form in which `GroupTensor.from_words` takes it.
 
     w[n, perm[i]] = (code[n, i] − zero_point[n, i // g]) · scale[n, i // g]          g = K / G, the same for all groups
 
@@ -12,12 +12,13 @@ Shapes: N = out_features, K = in_features, G = number of groups in a row.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gptq_ao.errors import CheckpointError
+from gptq_ao.formats.words import codes_to_words, words_to_codes
 
 __all__ = ["GroupedWeight", "as_half", "in_equal_groups"]
 
@@ -28,7 +29,8 @@ class GroupedWeight:
 
     Attributes:
         bits: of the codes here, 2, 3, 4 or 8.
-        codes: uint8 [N, K].
+        words: int32 [N, ⌈K·bits/32⌉], the codes as `words.py` draws them, in any strides.
+        in_features: K.
         scale: fp16 [N, G].
         zero_point: uint8 [N, G].
         perm: int64 [K] or None; column i of the codes belongs to input feature `perm[i]`.
@@ -36,36 +38,36 @@ class GroupedWeight:
     """
 
     bits: int
-    codes: Tensor
+    words: Tensor
+    in_features: int
     scale: Tensor
     zero_point: Tensor
     perm: Tensor | None = None
     rounded: float = 0.0
 
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [N, K]."""
+        return words_to_codes(self.words, self.bits, self.in_features)
 
-def in_equal_groups(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, group_of: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+
+def in_equal_groups(weight: GroupedWeight, group_of: Tensor) -> GroupedWeight:
     """Apply the two rules above; they leave alone what is in natural, equal groups already.
 
     Args:
-        codes: [N, K].
-        scale, zero_point: [N, G].
+        weight: without `perm`, its scales and zero points [N, G] those of the groups in the file.
         group_of: int64 [K], the group of every input feature, in 0 … G − 1.
-
-    Returns:
-        codes, scale and zero_point in equal groups, and the permutation, None where the order is natural.
     """
+    words, scale, zero_point, perm = weight.words, weight.scale, weight.zero_point, None
     size = _common_size(torch.unique_consecutive(group_of, return_counts=True)[1])
-    perm = None
     together = _common_size(group_of.unique(return_counts=True)[1])
     if size < together:
         perm = group_of.argsort(stable=True)
-        codes, group_of, size = codes[:, perm], group_of[perm], together
+        words, group_of, size = codes_to_words(weight.codes[:, perm], weight.bits), group_of[perm], together
     which = group_of[::size]
-    if not torch.equal(which, torch.arange(scale.shape[1])):
+    if not torch.equal(which, torch.arange(scale.shape[1], device=which.device)):
         scale, zero_point = scale[:, which], zero_point[:, which]
-    return codes, scale, zero_point, perm
+    return replace(weight, words=words, scale=scale, zero_point=zero_point, perm=perm)
 
 
 def as_half(scale: Tensor) -> tuple[Tensor, float]:

@@ -51,9 +51,9 @@ class NativeWeight:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
 
-    def read(self) -> GroupTensor:
+    def read(self, device: torch.device | str = "cpu") -> GroupTensor:
         where = next(iter(self.parts.values())).path
-        return from_stored(self.name, self.entry, lambda name: self.parts[name].read(), where)
+        return from_stored(self.name, self.entry, lambda name: self.parts[name].read(device), where)
 
 
 def native_config(entries: Mapping[str, Any], version: int) -> dict[str, Any]:

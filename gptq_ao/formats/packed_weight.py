@@ -61,13 +61,14 @@ class PackedWeight:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
 
-    def read(self) -> GroupTensor:
-        """
+    def read(self, device: torch.device | str = "cpu") -> GroupTensor:
+        """On `device`, where it is also decoded.
+
         Raises:
             CheckpointError: the tensors are no such weight.
         """
         try:
-            weight = self.decode({part: stored.read() for part, stored in self.parts.items()})
+            weight = self.decode({part: stored.read(device) for part, stored in self.parts.items()})
             if weight.rounded:
                 self.rounding.changes[self.name] = weight.rounded
             return held(weight, self.dtype)
@@ -77,6 +78,6 @@ class PackedWeight:
 
 
 def held(weight: GroupedWeight, dtype: torch.dtype) -> GroupTensor:
-    return tensor_class(weight.bits).from_codes(
-        weight.codes, weight.scale, weight.zero_point, dtype=dtype, perm=weight.perm
+    return tensor_class(weight.bits).from_words(
+        weight.words, weight.in_features, weight.scale, weight.zero_point, dtype=dtype, perm=weight.perm
     )

@@ -118,11 +118,11 @@ class GptqAoQuantizer(HfQuantizer):
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, _OTHERS[self.quantization_config.quant_method]}
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        """The parameter `name`, and what else is made of the same tensors."""
+    def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        """The parameter `name`, and what else is made of the same tensors, made on `device`."""
         assert self._source is not None
         recipe, _ = self._source.recipes[name]
-        return recipe.make(self._source.model)
+        return recipe.make(self._source.model, device)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
@@ -230,12 +230,10 @@ class _Read(ConversionOps):
     def convert(self, input_dict: Any, *args: Any, full_layer_name: str = "", **kwargs: Any) -> dict[str, Tensor]:
         scales = next(iter(input_dict.values()))
         device = (scales[0] if isinstance(scales, list) else scales).device
-        made = self.hf_quantizer.read(full_layer_name)
-        moved: dict[str, Tensor] = {name: nn.Parameter(t.to(device), requires_grad=False) for name, t in made.items()}
+        made = self.hf_quantizer.read(full_layer_name, device)
         if device.type != "cpu":
-            del made
             return_freed_memory()
-        return moved
+        return {name: nn.Parameter(t, requires_grad=False) for name, t in made.items()}
 
 
 def _directory(model: Any, checkpoint_files: list[str]) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers import auto
 
 from gptq_ao.checkpoint import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
@@ -26,7 +27,6 @@ __all__ = [
     "load_tokenizer",
     "load_with_gptq_ao",
     "load_with_transformers",
-    "register",
 ]
 
 # What transformers' own loaders need. Where that is missing they only raise an error.
@@ -34,11 +34,9 @@ _NEEDED = {"gptq": ("optimum", "gptqmodel"), "compressed-tensors": ("compressed_
 _replaced: dict[str, tuple[Any, Any]] = {}  # quant_method → transformers' own quantizer and config
 
 
-def register() -> None:
+def _register() -> None:
     """Make `from_pretrained` know the own format, and the others where transformers' own loaders cannot run. Importing
-    gptq_ao does this."""
-    from transformers.quantizers import auto
-
+    this module does that; importing gptq_ao imports it as soon as transformers' models are there."""
     auto.AUTO_QUANTIZER_MAPPING["gptq_ao"] = GptqAoQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq_ao"] = CheckpointConfig
     for method, packages in _NEEDED.items():
@@ -53,8 +51,6 @@ def load_with_gptq_ao(*quant_methods: str) -> None:
     Raises:
         ConfigError: it is another method.
     """
-    from transformers.quantizers import auto
-
     for method in _known(quant_methods):
         own = (auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method])
         _replaced.setdefault(method, own)
@@ -69,8 +65,6 @@ def load_with_transformers(*quant_methods: str) -> None:
     Raises:
         ConfigError: it is another method.
     """
-    from transformers.quantizers import auto
-
     for method in _known(quant_methods):
         if method in _replaced:
             quantizer, config = _replaced.pop(method)
@@ -149,3 +143,6 @@ def _bars_on_a_terminal_only() -> Iterator[None]:
     finally:
         if silence:
             logging.enable_progress_bar()
+
+
+_register()

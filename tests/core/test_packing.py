@@ -11,6 +11,7 @@ from gptq_ao.packing import (
     pack_bits,
     pack_codes,
     pack_scale_zero,
+    pack_words,
     tile_columns,
     unpack_bits,
     unpack_codes,
@@ -252,3 +253,24 @@ def test_streams_are_contiguous_whatever_the_codes_are(bits: int, count: int, ro
     assert words.shape == (rows, word_count(count, bits))
     assert torch.equal(words.view(torch.uint8)[:, : stream.shape[1]], stream)
     assert torch.equal(words_to_codes(words.T.contiguous().T, bits, count), codes)
+
+
+@every_bits
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_words_become_tiles_as_their_codes_do(bits: int, data: st.DataObject) -> None:
+    """Whatever lies in memory behind the last code of a row, and between the words."""
+    lead = data.draw(st.lists(st.integers(1, 3), max_size=1))
+    shape = (*lead, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300)))
+    codes = random_codes(*shape, bits=bits, seed=data.draw(st.integers(0, 99)))
+    words = codes_to_words(codes.flatten(0, -2), bits).view(*shape[:-1], -1)
+    used = shape[-1] * bits % 32
+    if used:
+        words[..., -1] |= -1 << used
+    if data.draw(st.booleans()):
+        words = words.mT.contiguous().mT
+    before = words.clone()
+    packed = pack_words(words, bits, shape[-1])
+    assert same(packed, pack_codes(codes, bits))
+    assert packed[0].is_contiguous()
+    assert torch.equal(words, before)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gptq_ao.errors import ConfigError, NonFiniteError
+from gptq_ao.formats.words import codes_to_words
 from gptq_ao.tensor import GroupTensor, Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor, tensor_class
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -102,9 +103,9 @@ def test_from_codes_copies() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codes": lambda t: t.int()}, r"takes codes and zero_point as uint8 .* got torch\.int32, torch\.uint8, "),
-        ({"scale": lambda t: t.float()}, r"scale as float16, got torch\.uint8, torch\.uint8, torch\.float32"),
-        ({"zero": lambda t: t.to(torch.int8)}, r"got torch\.uint8, torch\.int8, torch\.float16"),
+        ({"codes": lambda t: t.int()}, r"takes codes as uint8, got torch\.int32"),
+        ({"scale": lambda t: t.float()}, r"scale as float16, got torch\.uint8, torch\.float32"),
+        ({"zero": lambda t: t.to(torch.int8)}, r"zero_point as uint8 .* got torch\.int8, torch\.float16"),
         ({"codes": lambda t: t[0]}, r"takes codes \[\.\.\., N, K\] .* got codes \(96,\), scale \(40, 3\)"),
         ({"codes": lambda t: t[:39]}, r"got codes \(39, 96\), scale \(40, 3\), zero_point \(40, 3\)"),
         ({"scale": lambda t: t[:, :2]}, r"got codes \(40, 96\), scale \(40, 2\), zero_point \(40, 3\)"),
@@ -125,6 +126,37 @@ def test_from_codes_of_wrong_parts(change: dict[str, Callable[[Any], Tensor]], m
     numbers |= {name: f(numbers[name]) for name, f in change.items()}
     with pytest.raises(ConfigError, match=f"Int4GroupTensor.*{message}"):
         Int4GroupTensor.from_codes(*list(numbers.values())[:3], dtype=FP32, perm=numbers["perm"])
+
+
+@pytest.mark.parametrize("bits", CLASSES)
+def test_from_words_is_from_codes(bits: int) -> None:
+    codes, scale, zero = parts(N, K, bits=bits)
+    perm = torch.randperm(K, generator=torch.Generator().manual_seed(0))
+    expected = CLASSES[bits].from_codes(codes, scale, zero, dtype=FP32, perm=perm, transposed=True)
+    words = codes_to_words(codes, bits)
+    before = words.clone()
+    weight = CLASSES[bits].from_words(words, K, scale, zero, dtype=FP32, perm=perm, transposed=True)
+    assert torch.equal(words, before)
+    words.zero_()
+    assert weight.__tensor_flatten__()[1] == expected.__tensor_flatten__()[1]
+    for name in weight.__tensor_flatten__()[0]:
+        assert torch.equal(getattr(weight, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (torch.zeros(N, K // 8), r"takes 96 codes as int32 words \[\.\.\., N, 12\], got torch\.float32 \(40, 12\)"),
+        (torch.zeros(N, K // 8 - 1, dtype=torch.int32), r"got torch\.int32 \(40, 11\)"),
+        (torch.zeros(K // 8, dtype=torch.int32), r"got torch\.int32 \(12,\)"),
+        (torch.zeros(N - 1, K // 8, dtype=torch.int32), r"got codes \(39, 96\), scale \(40, 3\)"),
+    ],
+    ids=["dtype", "width", "row", "rows"],
+)
+def test_from_words_of_wrong_words(words: Tensor, message: str) -> None:
+    _, scale, zero = parts(N, K)
+    with pytest.raises(ConfigError, match=f"Int4GroupTensor.*{message}"):
+        Int4GroupTensor.from_words(words, K, scale, zero, dtype=FP32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

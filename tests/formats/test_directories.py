@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import re
 import warnings
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
 from gptq_ao.errors import CheckpointError, ConfigError, FusedSettingsWarning
 from gptq_ao.tensor import GroupTensor
+from gptq_ao.version import VERSION
 
 from ..models import seeded, tiny_llama, token_batches
 from .writers import dense, gptq_tensors, prefixed, write
@@ -325,3 +327,20 @@ def test_a_model_card_says_what_it_is_and_how_it_was_made(tmp_path: Path) -> Non
     assert report is not None
     assert again is not None
     assert again.recipe["calibration"] != report.recipe["calibration"]
+
+
+def test_saving_asks_no_installed_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source tree on the path is enough, and has none."""
+    found = importlib.metadata.Distribution.from_name
+
+    def from_name(name: str) -> importlib.metadata.Distribution:
+        if name == "gptq_ao":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", from_name)
+    for format in ("native", "gptq", "compressed-tensors"):
+        save_quantized(quantized(), tmp_path / format, format=format)
+        assert f"versions: gptq_ao {VERSION}, torch " in (tmp_path / format / "README.md").read_text()
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert config["quantization_config"]["meta"]["quantizer"] == [f"gptq_ao:{VERSION}"]

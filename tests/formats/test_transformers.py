@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers import auto
 
 from gptq_ao import GptqAoConfig, gptq_config, load_quantized, quantize_, save_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.formats import compressed_tensors_config
+from gptq_ao.formats import gptq_config as gptq_config_module
 from gptq_ao.integrations import transformers as integration
 from gptq_ao.integrations.hf_quantizer import GptqAoQuantizer
 from gptq_ao.tensor import GroupTensor, Int4GroupTensor
@@ -170,6 +173,28 @@ def test_save_pretrained_of_a_model_that_was_quantized_in_memory_says_what_to_ca
     save_quantized(model, tmp_path / "b")
     assert assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path / "b")) == 14
     assert assert_same_weights(model, copy.deepcopy(model)) == 14  # needs no storage
+
+
+@pytest.mark.parametrize("format", ["native", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("loader", [load_quantized, AutoModelForCausalLM.from_pretrained], ids=["own", "transformers"])
+def test_weights_are_decoded_where_they_go(
+    loader: Any, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown with meta, on which no number can be looked at: decoding is as far as it goes."""
+    seen: set[str] = set()
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.update(t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        raise CheckpointError("was asked for")
+
+    save_quantized(quantized(), tmp_path / "a", format=format)
+    monkeypatch.setattr(gptq_config_module, "decode_gptq", spy)
+    monkeypatch.setattr(compressed_tensors_config, "decode_compressed", spy)
+    monkeypatch.setattr(Int4GroupTensor, "from_words", spy)
+    where: dict[str, Any] = {"device": "meta"} if loader is load_quantized else {"device_map": {"": "meta"}}
+    with pytest.raises((CheckpointError, RuntimeError)):
+        loader(tmp_path / "a", **where)
+    assert seen == {"meta"}
 
 
 def test_an_unquantized_module_stays_as_it_is(tmp_path: Path) -> None:

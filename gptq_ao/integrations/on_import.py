@@ -1,0 +1,44 @@
+"""Something is done when another library is imported: now, if it has been, else as soon as it is."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["when_imported"]
+
+
+def when_imported(module: str, then: Callable[[], object]) -> None:
+    """Call `then`, once, when `module` has been executed."""
+    if module in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _Watch(module, then))
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing itself: it lets the others find the module, adds a step to its execution, and then is gone."""
+
+    def __init__(self, module: str, then: Callable[[], object]) -> None:
+        self.module, self.then = module, then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((s for finder in others if (s := finder.find_spec(fullname, path, target)) is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = self._then_too(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
+        return spec
+
+    def _then_too(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        def execute_and_more(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.then()
+
+        return execute_and_more
