@@ -19,6 +19,8 @@ from gptq_ao.tensor import GroupTensor
 from .models import Attention, seeded, tiny_llama, token_batches
 
 ROOT = Path(__file__).parents[1]
+# Another process imports this checkout, and all else that this one can.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 BF16, FP32 = torch.bfloat16, torch.float32
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -208,8 +210,7 @@ def test_a_package_runs_in_another_process(device: str, tmp_path: Path) -> None:
 
     torch.save(inputs, tmp_path / "data")
     command = [sys.executable, "-c", RUN, *(str(tmp_path / name) for name in ("package.pt2", "program.pt2", "data"))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     for file in ("data", "data.program"):
         for x, y in zip(inputs, torch.load(tmp_path / file), strict=True):
@@ -221,8 +222,7 @@ def test_the_serving_example() -> None:
     prompts = ["class Stack:", "def main():\n    parser = argparse.ArgumentPar", "    raise ValueErr"]
     command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "serve.py")]
     options = ["--device", "cpu", "--tokens", "3", "--length", "64", "--batch-size", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *options, *prompts], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([*command, *options, *prompts], capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     # What the small language model is sure of, also where it stands beside a longer prompt or fills up a batch.
     assert done.stdout == "".join(f"--- {p}{t}\n" for p, t in zip(prompts, ["\n  ", "ser", "or("], strict=True))
