@@ -26,13 +26,13 @@ from gptq_ao.tensor import tensor_class
 KINDS = ["bf16", "gptq_ao", "fused", "torchao"]
 
 
-def linears(model: nn.Module) -> list[nn.Linear]:
-    """All but the head."""
-    return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith("lm_head")]
+def linears(model: nn.Module, head: bool) -> list[nn.Linear]:
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [m for name, m in named if head or not name.endswith("lm_head")]
 
 
-def pack(model: nn.Module, bits: int, group: int) -> None:
-    for layer in linears(model):
+def pack(model: nn.Module, bits: int, group: int, head: bool) -> None:
+    for layer in linears(model, head):
         n, k = layer.weight.shape
         w = ring(Shape(bits, group, n, k), 1)[0]
         packed: Any = tensor_class(bits)
@@ -40,11 +40,11 @@ def pack(model: nn.Module, bits: int, group: int) -> None:
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def quantize_by_torchao(model: nn.Module, group: int) -> None:
+def quantize_by_torchao(model: nn.Module, group: int, head: bool) -> None:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     config = Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
-    chosen = set(map(id, linears(model)))
+    chosen = set(map(id, linears(model, head)))
     quantize_(model, config, filter_fn=lambda m, name: id(m) in chosen)
 
 
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--head", action="store_true", help="quantize the output head too")
     parser.add_argument("--kinds", nargs="*", default=KINDS)
     args = parser.parse_args()
 
@@ -92,11 +93,11 @@ def main() -> None:
         model = llama(args.layers, args.vocabulary, "cuda")
         try:
             if kind in ("gptq_ao", "fused"):
-                pack(model, args.bits, args.group_size)
+                pack(model, args.bits, args.group_size, args.head)
             if kind == "fused":
                 fuse_projections_(model, torch.zeros(1, 8, dtype=torch.long, device="cuda"))
             elif kind == "torchao":
-                quantize_by_torchao(model, args.group_size)
+                quantize_by_torchao(model, args.group_size, args.head)
             gc.collect()
             size = torch.cuda.memory_allocated() / 2**30
             for batch in args.batch:
