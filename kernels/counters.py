@@ -10,6 +10,7 @@ that may run at the same time must not:
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -36,10 +37,22 @@ def zeroed_counters(device: int, count: int, stream: int) -> Tensor | None:
             _supply[device] = supply[count:]
             return supply[:count]
         if device not in _supply or _supply[device].numel() < SUPPLY // 2:
-            _supply[device] = torch.zeros(SUPPLY, dtype=torch.int32, device=device)
+            _supply[device] = _zeros(device, SUPPLY)
             _kept.append(_supply[device])
-            torch.cuda.current_stream(device).synchronize()  # the zeros will be used on other streams
         own = _of_stream.get((device, stream))
         if own is None or own.numel() < count:
-            own = _of_stream[device, stream] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            own = _of_stream[device, stream] = _zeros(device, max(count, 4096))
         return own
+
+
+def _zeros(device: int, count: int) -> Tensor:
+    """For all streams. What this thread allocates may come from the memory of CUDA graphs, for instance when
+    torch.compile warms up for one, and has to be given back: so another thread allocates."""
+
+    def make() -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+        torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(1) as another:
+        return another.submit(make).result()
