@@ -82,6 +82,15 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 @pytest.mark.gpu
+def test_experts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = runpy.run_path(str(ROOT / "benchmarks" / "experts.py"))
+    monkeypatch.setattr(sys, "argv", ["x", "--experts", "8", "--taken", "2", "--tokens", "1", "300"])
+    script["main"]()
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+@pytest.mark.gpu
 def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = runpy.run_path(str(ROOT / "benchmarks" / "decode.py"))
