@@ -89,9 +89,14 @@ def mixed(tensors: dict[str, Tensor], part: str, is_skipped: Any) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize(
+    ("name", "bits", "group_size"),
+    [
+        *(("llama", bits, group_size) for bits in (4, 8) for group_size in (32, -1)),
+        # Neither depends on the architecture: each once.
+        *((name, *s) for name in ("llama-tied", "mixtral", "qwen3_moe") for s in ((4, 32), (8, -1))),
+    ],
+)
 def test_what_is_served(name: str, bits: int, group_size: int, tmp_path: Path) -> None:
     settings = {"bits": bits, "group_size": group_size}
     assert gptq_problems(*saved(tmp_path / "a", name, "gptq", **settings)) == []
