@@ -4,8 +4,9 @@
 
 Writes a checkpoint of the shape of Llama-2-7B in shards; all layers are equal, which no reader can make use of. Loads
 it in a new process, once its modules are imported, with `load_quantized` and with `from_pretrained`. Prints size and
-speed, next to that of reading the files' tensors with safetensors and no more, and the private memory at its peak: what
-the process has more than before, without the model if that is on the CPU. All files are in the system's cache.
+speed, next to that of reading the files' tensors with safetensors and no more, and the memory at its peak: what the
+process has more than before, pages of files that it maps included, without the model if that is on the CPU. All files
+are in the system's cache.
 """
 
 import argparse
@@ -50,20 +51,20 @@ def load(folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device})
     return gptq_ao.load_quantized(folder, device=device)
 
-def private():
-    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("RssAnon")) * 1024
+def resident():
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmRSS")) * 1024
 
 small, folder, device, loader = sys.argv[1:]
 load(small)  # modules are imported, whatever they take
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would not be seen to be used again
-before = peak = private()
+before = peak = resident()
 done = threading.Event()
 
 def watch():
     global peak
     while not done.wait(0.002):
-        peak = max(peak, private())
+        peak = max(peak, resident())
 
 thread = threading.Thread(target=watch)
 thread.start()

@@ -237,12 +237,16 @@ def _exchange(words: Tensor, bits: int, tiles: Tensor) -> None:
     words = _pad(words, TILE_ROWS, torch.Size(exchange.factors).numel())
     split = words.reshape(len(words), -1, 2, 8, tiles.shape[2], *exchange.factors)
     low, high = (axis + 2 if axis < 2 else axis + 3 for axis in exchange.outer)
-    rest = [axis for axis in (0, 1, 4, 3, *range(5, split.dim())) if axis not in (low, high)]
-    moved = split.permute(low, high, *rest).clone(memory_format=torch.contiguous_format)
+    inner = [axis for axis in range(5, split.dim()) if axis not in (low, high)]
+    rest = [axis for axis in (0, 1, 4, 3) if axis not in (low, high)]
+    # Words of a lane first: of the orders that lead there, copies of long runs both here and below.
+    moved = split.permute(low, high, *inner, *rest).clone(memory_format=torch.contiguous_format)
     for place, axis in exchange.swaps:
         first, second = moved.unbind(axis)
         _swap_fields(first, second, bits, place)
-    tiles.copy_(moved.flatten(6).permute(2, 3, 4, 5, 1, 0, 6))
+    lanes = moved.view(2, 2, 4, *tiles.shape[:4])
+    for t in range(4):
+        tiles[..., t // 2, t % 2, :].copy_(lanes[t % 2, t // 2].permute(1, 2, 3, 4, 0))
 
 
 def _without_rest(words: Tensor, used: int) -> Tensor:
@@ -257,9 +261,12 @@ def _without_rest(words: Tensor, used: int) -> Tensor:
 def _swap_fields(first: Tensor, second: Tensor, bits: int, place: int) -> None:
     """In place, int32: fields of `first` whose number has the bit `place`, with those of `second` that have it not."""
     mask = sum((2**bits - 1) << bits * field for field in range(32 // bits) if not field >> place & 1)
-    differ = ((first >> (bits << place)) ^ second) & mask
+    differ = first >> (bits << place)
+    differ ^= second
+    differ &= mask
     second ^= differ
-    first ^= differ << (bits << place)
+    differ <<= bits << place
+    first ^= differ
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
