@@ -5,8 +5,7 @@
 Writes a checkpoint of the shape of Llama-2-7B in shards; all layers are equal, which no reader can make use of. Loads
 it in a new process, once its modules are imported, with `load_quantized` and with `from_pretrained`. Prints size and
 speed, next to that of reading the files' tensors with safetensors and no more, and the memory at its peak: what the
-process has more than before, pages of files that it maps included, without the model if that is on the CPU. All files
-are in the system's cache.
+process has more than when it is done, pages of files that it maps included. All files are in the system's cache.
 """
 
 import argparse
@@ -58,7 +57,7 @@ small, folder, device, loader = sys.argv[1:]
 load(small)  # modules are imported, whatever they take
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would not be seen to be used again
-before = peak = resident()
+peak = resident()
 done = threading.Event()
 
 def watch():
@@ -75,11 +74,10 @@ if device != "cpu":
 seconds = time.perf_counter() - start
 done.set()
 thread.join()
-on_host = 0
-for p in model.parameters():
-    parts = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "qdata") else [p]
-    on_host += sum(t.nbytes for t in parts if t.device.type == "cpu")
-print(seconds, peak - before - on_host)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+after = resident()
+print(seconds, peak - after)
 """
 
 
