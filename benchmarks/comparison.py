@@ -18,6 +18,7 @@ from gptq_ao import gptq_config, quantize_
 from gptq_ao.data import read_documents, spaced, token_chunks
 from gptq_ao.evaluate import evaluate
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
+from gptq_ao.version import VERSION
 
 
 def nearest(model: nn.Module) -> None:
@@ -71,7 +72,7 @@ def main() -> None:
     print(f"original: perplexity {evaluate(original, chunks).perplexity:.4f}")
     for name, (package, quantize) in METHODS.items():
         try:
-            version = importlib.metadata.version(package)
+            version = VERSION if package == "gptq_ao" else importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
         model = copy.deepcopy(original)

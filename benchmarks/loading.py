@@ -4,8 +4,8 @@
 
 Writes a checkpoint of the shape of Llama-2-7B in shards; all layers are equal, which no reader can make use of. Loads
 it in a new process, once its modules are imported, with `load_quantized` and with `from_pretrained`. Prints size and
-speed, next to that of reading the files' tensors with safetensors and no more, and the private memory at its peak: what
-the process has more than before, without the model if that is on the CPU. All files are in the system's cache.
+speed, next to that of reading the files' tensors with safetensors and no more, and the memory at its peak: what the
+process has more than when it is done, pages of files that it maps included. All files are in the system's cache.
 """
 
 import argparse
@@ -50,20 +50,20 @@ def load(folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device})
     return gptq_ao.load_quantized(folder, device=device)
 
-def private():
-    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("RssAnon")) * 1024
+def resident():
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmRSS")) * 1024
 
 small, folder, device, loader = sys.argv[1:]
 load(small)  # modules are imported, whatever they take
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would not be seen to be used again
-before = peak = private()
+peak = resident()
 done = threading.Event()
 
 def watch():
     global peak
     while not done.wait(0.002):
-        peak = max(peak, private())
+        peak = max(peak, resident())
 
 thread = threading.Thread(target=watch)
 thread.start()
@@ -74,11 +74,10 @@ if device != "cpu":
 seconds = time.perf_counter() - start
 done.set()
 thread.join()
-on_host = 0
-for p in model.parameters():
-    parts = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "qdata") else [p]
-    on_host += sum(t.nbytes for t in parts if t.device.type == "cpu")
-print(seconds, peak - before - on_host)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+after = resident()
+print(seconds, peak - after)
 """
 
 

@@ -103,12 +103,16 @@ class Exchange:
     swaps: tuple[tuple[int, int], ...]
 
 
-# factors of the words; the two axes; places of a word before → after
+_BLOCK_WORDS = 2**20  # taken at once: they stay in the processor's cache, and what is held beside a weight is small
+
+# Bits of a place, from the lowest, before and after; what the factors are; what the axes are.
 _EXCHANGES = {
-    4: Exchange((4, 2), (3, 0), ((0, 1), (1, 0), (2, 1))),  # step, k_half; k_half, row_half; e t t → row_half k_half e
-    2: Exchange((4, 2), (0, 3), ((0, 0), (2, 1), (3, 0), (1, 0))),  # step // 2, step % 2; row_half, step % 2;
-    # e t t k_half → row_half k_half step % 2 e
-    8: Exchange((2, 2, 2), (0, 4), ((0, 0), (1, 0))),  # step, k_half, t // 2; row_half, t // 2; e t → row_half e
+    # e, t, t to row_half, k_half, e; step, k_half; k_half, row_half
+    4: Exchange((4, 2), (3, 0), ((0, 1), (1, 0), (2, 1))),
+    # e, t, t, k_half to row_half, k_half, step % 2, e; step // 2, step % 2; row_half, step % 2
+    2: Exchange((4, 2), (0, 3), ((0, 0), (2, 1), (3, 0), (1, 0))),
+    # e, t to row_half, e; step, k_half, t // 2; row_half, t // 2
+    8: Exchange((2, 2, 2), (0, 4), ((0, 0), (1, 0))),
 }
 
 
@@ -130,20 +134,14 @@ def pack_words(words: Tensor, bits: int, in_features: int) -> tuple[Tensor, Tens
     """What `pack_codes` makes, of codes in the file layout: int32 [..., N, ⌈K·bits/32⌉], in any strides."""
     if bits not in _EXCHANGES:  # 3 bits: codes cross words
         return pack_codes(unpack_bits(words.contiguous().view(torch.uint8), bits, in_features), bits)
-    exchange = _EXCHANGES[bits]
-    words = _pad(_without_rest(words, in_features * bits % 32), TILE_ROWS, torch.Size(exchange.factors).numel())
     *lead, n, width = words.shape
-    tile_rows, tile_cols = n // TILE_ROWS, width // torch.Size(exchange.factors).numel()
-    split = words.reshape(-1, tile_rows, 2, 8, tile_cols, *exchange.factors)
-    low, high = (axis + 2 if axis < 2 else axis + 3 for axis in exchange.outer)
-    inner = [axis for axis in range(5, split.dim()) if axis not in (low, high)]
-    rest = [axis for axis in (0, 1, 2, 4, 3) if axis not in (low, high)]  # tile columns before g
-    moved = split.permute(low, high, *rest, *inner).clone(memory_format=torch.contiguous_format)
-    for place, axis in exchange.swaps:
-        first, second = moved.unbind(axis)
-        _swap_fields(first, second, bits, place)
-    tiles = moved.flatten(6) if inner else moved  # (t % 2, t // 2, lead, tile_row, tile_column, g, words of a lane)
-    return tiles.permute(2, 3, 4, 5, 1, 0, 6).reshape(*lead, tile_rows, tile_cols, -1), None
+    tile_rows, tile_cols = -(-n // TILE_ROWS), -(-in_features // tile_columns(bits))
+    tiles = words.new_empty(torch.Size(lead).numel(), tile_rows, tile_cols, 8, 2, 2, 4)  # a lane is g, t // 2, t % 2
+    at_once = max(1, _BLOCK_WORDS // width // TILE_ROWS)
+    blocks = words.reshape(-1, n, width).split(at_once * TILE_ROWS, 1)
+    for block, out in zip(blocks, tiles.split(at_once, 1), strict=True):
+        _exchange(_without_rest(block, in_features * bits % 32), bits, out)
+    return tiles.view(*lead, tile_rows, tile_cols, 128), None
 
 
 def unpack_codes(qdata: Tensor, high_plane: Tensor | None, bits: int, out_features: int, in_features: int) -> Tensor:
@@ -233,6 +231,24 @@ def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
     return split.permute(inverse).reshape(*lead, tile_rows * TILE_ROWS, tile_cols * plane.tile_columns)
 
 
+def _exchange(words: Tensor, bits: int, tiles: Tensor) -> None:
+    """Words of rows [L, N, W] to words of tiles, which are written to `tiles`."""
+    exchange = _EXCHANGES[bits]
+    words = _pad(words, TILE_ROWS, torch.Size(exchange.factors).numel())
+    split = words.reshape(len(words), -1, 2, 8, tiles.shape[2], *exchange.factors)
+    low, high = (axis + 2 if axis < 2 else axis + 3 for axis in exchange.outer)
+    inner = [axis for axis in range(5, split.dim()) if axis not in (low, high)]
+    rest = [axis for axis in (0, 1, 4, 3) if axis not in (low, high)]
+    # Words of a lane first: of the orders that lead there, copies of long runs both here and below.
+    moved = split.permute(low, high, *inner, *rest).clone(memory_format=torch.contiguous_format)
+    for place, axis in exchange.swaps:
+        first, second = moved.unbind(axis)
+        _swap_fields(first, second, bits, place)
+    lanes = moved.view(2, 2, 4, *tiles.shape[:4])
+    for t in range(4):
+        tiles[..., t // 2, t % 2, :].copy_(lanes[t % 2, t // 2].permute(1, 2, 3, 4, 0))
+
+
 def _without_rest(words: Tensor, used: int) -> Tensor:
     """Zeros in the last word of each row above its `used` bits; 0: all are used."""
     if not used:
@@ -245,9 +261,12 @@ def _without_rest(words: Tensor, used: int) -> Tensor:
 def _swap_fields(first: Tensor, second: Tensor, bits: int, place: int) -> None:
     """In place, int32: fields of `first` whose number has the bit `place`, with those of `second` that have it not."""
     mask = sum((2**bits - 1) << bits * field for field in range(32 // bits) if not field >> place & 1)
-    differ = ((first >> (bits << place)) ^ second) & mask
+    differ = first >> (bits << place)
+    differ ^= second
+    differ &= mask
     second ^= differ
-    first ^= differ << (bits << place)
+    differ <<= bits << place
+    first ^= differ
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

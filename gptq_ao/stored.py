@@ -61,4 +61,5 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
 
 def _words(stream: Tensor) -> Tensor:
     """Rows of bytes as rows of int32."""
-    return torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).view(torch.int32)
+    rest = -stream.shape[-1] % 4
+    return (torch.nn.functional.pad(stream, (0, rest)) if rest else stream).view(torch.int32)

@@ -107,7 +107,7 @@ def _zero_points(qzeros: Tensor, bits: int, n: int, stored: ZeroPoints) -> Tenso
     """uint8 [G, N]."""
     fields = words_to_codes(qzeros, bits, n)
     middle = 2 ** (bits - 1)
-    if stored.sym and fields.unique().tolist() in ([middle], [middle - 1]):
+    if stored.sym and int(fields.min()) == int(fields.max()) in (middle, middle - 1):
         return torch.full_like(fields, middle)
     if stored.version == 2:
         return fields

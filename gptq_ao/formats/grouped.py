@@ -79,6 +79,8 @@ def as_half(scale: Tensor) -> tuple[Tensor, float]:
     half = scale.half()
     if not torch.isfinite(half).all():
         raise CheckpointError(f"a scale is not finite as fp16 (the largest is {scale.abs().max().item():.3g})")
+    if half.dtype == scale.dtype:
+        return half, 0.0
     change = (half.float() - scale.float()).abs() / scale.float().abs()
     return half, float(change.nan_to_num(0.0).max())  # 0 / 0 where the scale is 0
 

@@ -1,10 +1,12 @@
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptq_ao import packing
 from gptq_ao.formats.words import codes_to_words, word_count, words_to_codes
 from gptq_ao.packing import (
     TILE_ROWS,
@@ -270,7 +272,8 @@ def test_words_become_tiles_as_their_codes_do(bits: int, data: st.DataObject) ->
     if data.draw(st.booleans()):
         words = words.mT.contiguous().mT
     before = words.clone()
-    packed = pack_words(words, bits, shape[-1])
+    with patch.object(packing, "_BLOCK_WORDS", data.draw(st.sampled_from([1, 400, 2**20]))):
+        packed = pack_words(words, bits, shape[-1])
     assert same(packed, pack_codes(codes, bits))
     assert packed[0].is_contiguous()
     assert torch.equal(words, before)
