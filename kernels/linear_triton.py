@@ -102,6 +102,7 @@ def _prefetch(pointer, row, end, length, first, BYTES: tl.constexpr, NT: tl.cons
     they are read. All multiprocessors share it, so that what is written in between is read as it was written."""
     i = tl.arange(0, 128)  # NT threads ask for a row each, and the copy engine does the rest
     address = pointer.to(tl.int64) + tl.minimum(row + i, end - 1).to(tl.int64) * length + first
+    address &= -16  # which it insists on
     size = tl.where(i < NT, tl.minimum(BYTES, length - first), 0)
     tl.inline_asm_elementwise(
         "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}",
