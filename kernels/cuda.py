@@ -10,7 +10,6 @@ A kernel that was never run on this architecture is compared with the reference 
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptq_ao.kernels import heuristics, reference, tuned
-from gptq_ao.packing import TILE_ROWS, pack_codes, pack_scale_zero
+from gptq_ao.packing import TILE_ROWS
 
 __all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows"]
 
@@ -173,54 +172,8 @@ def _usable(device: torch.device, bits: int) -> bool:
     capability = torch.cuda.get_device_capability(device)
     if importlib.util.find_spec("triton") is None or torch.version.hip or capability < (8, 0):
         return False
-    return capability in TESTED or _agrees(device, bits)
+    if capability in TESTED:
+        return True
+    from gptq_ao.kernels.self_check import agree
 
-
-def _agrees(device: torch.device, bits: int) -> bool:
-    """Whether kernels and reference agree on small products of few and many rows, also by two experts."""
-    try:
-        agree, found = _same_as_reference(device, bits), "disagree with the reference"
-    except Exception as error:  # whatever a compiler may throw
-        agree, found = False, f"do not run ({type(error).__name__}: {error})"
-    if not agree:
-        name = torch.cuda.get_device_name(device)
-        warnings.warn(
-            f"gptq_ao: the {bits}-bit Triton kernels {found} on {name}; weights are dequantized by plain PyTorch "
-            "operators instead, which is slow. Please report this, with the versions of torch and triton.",
-            stacklevel=2,
-        )
-    return agree
-
-
-def _same_as_reference(device: torch.device, bits: int) -> bool:
-    from gptq_ao.kernels import dequantize_triton, grouped
-    from gptq_ao.kernels.launch import launch
-
-    n, k, group, dtype = 80, 2048, 128, torch.bfloat16
-    numbers = torch.arange(2 * n * k, device=device).view(2, n, k)
-    codes = (numbers * 2654435761 >> 16).bitwise_and(2**bits - 1).to(torch.uint8)
-    scale = torch.linspace(-0.1, 0.1, 2 * n * k // group, device=device).half().view(2, n, -1)
-    zero_point = torch.full_like(scale, 2 ** (bits - 1) - 1, dtype=torch.uint8)
-    qdata, high_plane = pack_codes(codes, bits)
-    packed = (qdata, pack_scale_zero(scale, zero_point), high_plane)
-    weight = reference.dequantize(*packed, None, bits, n, k, dtype)
-    if not torch.equal(dequantize_triton.dequantize(*packed, bits, group, n, k, dtype), weight):
-        return False
-
-    def close(y: Tensor, x: Tensor, w: Tensor) -> bool:
-        x, w = x.float(), w.float()
-        # fp32 sums, weights and results rounded to bf16, with room to spare.
-        return bool(((y.float() - x @ w.mT).abs() <= 2**-6 * (x.abs() @ w.abs().mT) + 1e-6).all())
-
-    sms, capability = 8, torch.cuda.get_device_capability(device)[0]
-    for rows in (3, 16, 64, 200):
-        x = torch.linspace(-1, 1, 2 * rows * k, device=device).view(2, rows, k).to(dtype)
-        config = heuristics.choose(rows, n, k, bits, group, 2, sms, capability)
-        if config is not None and not close(launch(x, *packed, bits, group, n, config), x, weight):
-            return False
-    rows = 24
-    x = torch.linspace(-1, 1, rows * k, device=device).view(rows, k).to(dtype)
-    config = heuristics.choose_grouped(rows, n, k, bits, group, 2, sms, capability)
-    assert config is not None
-    y = grouped.launch(x, *packed, bits, group, n, torch.tensor([5, rows], dtype=torch.int32, device=device), config)
-    return close(y[:5], x[:5], weight[0]) and close(y[5:], x[5:], weight[1])
+    return agree(device, bits)

@@ -9,7 +9,6 @@ rows end at once. Whether rows are few is decided by their number per expert, on
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from gptq_ao.kernels import cuda, heuristics
 from gptq_ao.kernels.reference import check_grouped
 from gptq_ao.packing import TILE_ROWS
 
-__all__ = ["launch", "linear", "most_blocks"]
+__all__ = ["linear"]
 
 
 def linear(
@@ -45,7 +44,9 @@ def linear(
         numbers = (bits, group_size, out_features, in_features)
         config = _config(cuda.bucket(len(x)), *numbers, len(qdata), x.dtype, x.device)
         if config is not None:
-            return launch(x, *packed, bits, group_size, out_features, offsets, config)
+            from gptq_ao.kernels.launch_grouped import launch_grouped
+
+            return launch_grouped(x, *packed, bits, group_size, out_features, offsets, config)
     # Parts by output features, not by experts: where the rows of an expert begin is not known here.
     most = max(1, cuda.SCRATCH // (len(qdata) * TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
     y = x.new_empty(len(x), out_features)
@@ -76,62 +77,3 @@ def _config(
     p = torch.cuda.get_device_properties(device)
     sms, capability = p.multi_processor_count, p.major
     return heuristics.choose_grouped(rows, out_features, in_features, bits, group_size, experts, sms, capability)
-
-
-def launch(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    offsets: Tensor,
-    c: heuristics.LinearConfig,
-    fast: bool | None = None,
-) -> Tensor:
-    """[rows, N] from x [rows, K], a stack of E weights and int32 `offsets` [E]; all contiguous.
-
-    Args:
-        c: without a split.
-        fast: see `kernels/launch.py`.
-    """
-    assert c.split == 1
-    rows, in_features = x.shape
-    y = x.new_empty(rows, out_features)
-    if y.numel() == 0:
-        return y
-    blocks = most_blocks(rows, len(qdata), c.block_m) * -(-out_features // c.block_n)
-    tensors = (x, qdata, high_plane, scale_zero, None, y, None, None, offsets)
-    device = x.get_device()
-    stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
-    run = _kernel(c, bits, group_size, out_features, in_features, len(qdata), x.dtype, device, fast)
-    run((blocks, 1, 1), stream, tensors, (rows, out_features, in_features, in_features // group_size))
-    return y
-
-
-@functools.cache
-def _kernel(
-    c: heuristics.LinearConfig,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    experts: int,
-    dtype: torch.dtype,
-    device: int,
-    fast: bool | None,
-) -> Callable[..., None]:
-    """What Triton specializes a kernel for, but for the alignment of tensors. A device of -1 is the interpreter's."""
-    from gptq_ao.kernels.launch import INTERPRETED, Kernel, constants
-    from gptq_ao.kernels.linear_triton import linear_kernel
-
-    capability = torch.cuda.get_device_capability(device)[0] if device >= 0 else 0
-    fast = not INTERPRETED if fast is None else fast
-    return Kernel(linear_kernel, *constants(c, bits, group_size, in_features, dtype, capability, fast, experts))
-
-
-def most_blocks(rows: int, experts: int, block_m: int) -> int:
-    """See `rows_triton.py`."""
-    begun = min(rows, experts + 1)
-    return begun + (rows - begun) // block_m

@@ -47,6 +47,8 @@ FLOORS: list[set[str]] = [
         "formats.directory",
     },
     {"kernels.launch", "kernels.cpu"},
+    {"kernels.launch_grouped"},
+    {"kernels.self_check"},
     {"kernels.cuda"},
     {"kernels.grouped"},
     {"formats.grouped", "ops", "kernels.columns", "passes.size_conditions"},

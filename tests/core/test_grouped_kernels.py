@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_ao import ops
-from gptq_ao.kernels import grouped
 from gptq_ao.kernels.heuristics import FUSED_ROWS, LinearConfig, choose_grouped
+from gptq_ao.kernels.launch_grouped import launch_grouped, most_blocks
 from gptq_ao.packing import pack_codes, pack_scale_zero
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -115,7 +115,7 @@ def run(p: Grouped, c: LinearConfig, device: str = "cpu", fast: bool | None = No
     offsets = p.offsets().to(device)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     try:
-        return grouped.launch(
+        return launch_grouped(
             p.x().to(device), *p.packed(device), p.bits, p.group, p.out_features, offsets, c, fast
         ).cpu()
     finally:
@@ -157,7 +157,7 @@ def test_as_many_programs_as_the_worst_offsets_need(block: int) -> None:
             # The worst: as many as possible own one row, and one of them all the rest.
             owners = min(rows, experts + 1)
             needed = owners - 1 + -(-(rows - owners + 1) // block) if rows else 0
-            assert needed <= grouped.most_blocks(rows, experts, block) <= needed + 1
+            assert needed <= most_blocks(rows, experts, block) <= needed + 1
 
 
 # bits, group, rows, experts, capability: what is chosen for them, on as many multiprocessors as an A100 or H100 has.

@@ -120,8 +120,10 @@ DENSE = [(2, 32, 40, 96), (3, 96, 33, 288), (4, 8, 16, 72), (4, 128, 50, 640), (
 
 def interpret(folder: Path) -> None:
     """In a process of its own: run the kernels on the CPU."""
+    from gptq_ao.kernels import self_check
     from gptq_ao.kernels.dequantize_triton import dequantize
     from gptq_ao.kernels.launch import launch
+    from gptq_ao.kernels.self_check import same_as_reference
 
     runpy.run_path(str(Path(__file__).with_name("ptx_in_numpy.py")))["install"]()
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
@@ -148,6 +150,12 @@ def interpret(folder: Path) -> None:
             for fast in (False, True) if bits == 8 else (False,):
                 dense = dequantize(*p.packed(), bits, group, n, k, dtype, fast)
                 results[f"{bits}-{group} {dtype} {fast}"] = dense
+    for bits in (2, 3, 4, 8):
+        same = [same_as_reference(torch.device("cpu"), bits, FP16, capability) for capability in (8, 9)]
+        results[f"{bits} self check"] = torch.tensor(same)
+    right = self_check.launch
+    self_check.launch = lambda *arguments: right(*arguments) * (1 + 2**-3)
+    results["wrong self check"] = torch.tensor(same_as_reference(torch.device("cpu"), 4, FP16, 8))
     save_file(results, folder / "results.safetensors")
 
 
@@ -175,6 +183,11 @@ def test_a_row_that_is_not_finite_leaves_others_alone(interpreted: dict[str, Ten
     y, clean = interpreted[value], interpreted["4-g32"]
     assert torch.equal(y[:, [0, 2]], clean[:, [0, 2]])
     assert not y[:, 1].isfinite().any()
+
+
+def test_the_check_on_an_unknown_gpu(interpreted: dict[str, Tensor]) -> None:
+    assert all(interpreted[f"{bits} self check"].all() for bits in (2, 3, 4, 8))
+    assert not interpreted["wrong self check"]
 
 
 def test_no_rows(interpreted: dict[str, Tensor]) -> None:
