@@ -53,7 +53,8 @@ class Forward(threading.Thread):
         self._state.give(self._own)
         try:
             self._go.release()
-            self._halt.acquire()
+            while not self._halt.acquire(timeout=1):
+                pass  # a signal (Ctrl-C) that came just before waiting began is seen only between two of them
         finally:
             self._own = self._state.take()
         if self._error is not None:
