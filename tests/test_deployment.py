@@ -154,7 +154,6 @@ def nodes(program: torch.export.ExportedProgram, target: Any) -> int:
     return sum(node.target is target for node in program.graph.nodes)
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # inside torch 2.11's own load
 def test_an_exported_model_keeps_packed_weights(tmp_path: Path) -> None:
     model = Logits(llama())
     sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
