@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from gptq_ao.kernels.heuristics import LinearConfig, columns_ahead
+from gptq_ao.kernels.heuristics import LinearConfig, columns_ahead, computes
 
 __all__ = ["candidates", "variations"]
 
@@ -33,7 +33,7 @@ def candidates(
             scale_sum = whole and rows <= 64
             ahead = columns_ahead(c.block_n) if capability >= 9 else 0
             found = dataclasses.replace(c, split=split, scale_sum=scale_sum, ahead=ahead)
-            if _fits(found, bits, each):
+            if _fits(found, bits, each) and computes(found, bits, group_size, in_features):
                 yield found
 
 

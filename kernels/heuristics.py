@@ -61,7 +61,7 @@ def choose(
     if rows > 64:
         return _many_rows(rows, out_features, in_features, bits, experts, sms)
     scale_sum = _scale_sum(rows, in_features, group_size, capability)
-    return _few_rows(rows, out_features, in_features, bits, scale_sum, experts, sms)
+    return _few_rows(rows, out_features, in_features, bits, group_size, scale_sum, experts, sms)
 
 
 def choose_grouped(
@@ -98,7 +98,14 @@ def _scale_sum(rows: int, in_features: int, group_size: int, capability: int) ->
 
 
 def _few_rows(
-    rows: int, out_features: int, in_features: int, bits: int, scale_sum: bool, experts: int, sms: int
+    rows: int,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    scale_sum: bool,
+    experts: int,
+    sms: int,
 ) -> LinearConfig:
     """Two programs per multiprocessor, each of 128 rows of the weight, have enough on its way if each goes on for a
     while. For smaller weights, more and smaller programs. (Measured on an H200.)"""
@@ -125,8 +132,11 @@ def _few_rows(
     split = min(_power_of_two(3 * sms / blocks), most)
     if steps <= 4 * split:
         return LinearConfig(block_m, 64, 128, 4, 1, split, stages=0, ahead=ahead)
-    # Steps of two groups of columns, whose weights are scaled, not their sums.
-    return LinearConfig(block_m, 64, 256, 4, 1, split, 3, scale_sum=False, ahead=ahead)
+    # Steps of 256 columns, if these are whole groups or in one. Weights are scaled, not sums.
+    long = LinearConfig(block_m, 64, 256, 4, 1, split, 3, scale_sum=False, ahead=ahead)
+    if computes(long, bits, group_size, in_features):
+        return long
+    return LinearConfig(block_m, 64, 128, 4, 1, split, stages=5, ahead=ahead)
 
 
 def columns_ahead(block_n: int) -> int:

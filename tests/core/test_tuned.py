@@ -73,11 +73,11 @@ def test_nothing_to_tune() -> None:
         tune(torch.nn.Linear(8, 8))
 
 
-SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (100, 300), (16, 64)]
+SIZES = [(96, 1536), (4096, 3072), (4096, 4096), (28672, 4096), (4096, 14336), (100, 300), (16, 64)]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [32, 64, 128, 256, 0])
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 384, 0])
 def test_all_that_is_chosen_or_tried_computes_the_product(bits: int, group: int) -> None:
     chosen = 0
     for n, k in SIZES:
