@@ -118,25 +118,37 @@ def _few_rows(
         split = min(split, _power_of_two(steps / 4))
         block_k, stages = (64, 4) if split >= 8 and bits >= 4 else (128, 3)
         ahead = columns_ahead(128) if split > 1 else 0
-        return LinearConfig(block_m, 128, block_k, 4, 1, split, stages, scale_sum, last_adds=False, ahead=ahead)
+        return LinearConfig(
+            block_m,
+            128,
+            block_k,
+            warps=4,
+            split=split,
+            stages=stages,
+            scale_sum=scale_sum,
+            last_adds=False,
+            ahead=ahead,
+        )
     # Three bits take more registers to unpack.
     if steps >= 4 * split and (block_m == 8 or (split == 1 and bits != 3)):
-        return LinearConfig(block_m, 128, 128, 4, 1, split, 5, scale_sum, ahead=columns_ahead(128))
+        return LinearConfig(
+            block_m, 128, 128, warps=4, split=split, stages=5, scale_sum=scale_sum, ahead=columns_ahead(128)
+        )
     if block_m == 8 and experts * out_features >= 16 * 1.5 * sms and steps >= 8:
-        return LinearConfig(block_m, 16, 128, 4, 4, 1, 4, scale_sum, ahead=columns_ahead(16))
+        return LinearConfig(block_m, 16, 128, warps=4, slices=4, scale_sum=scale_sum, ahead=columns_ahead(16))
     blocks, ahead = experts * -(-out_features // 64), columns_ahead(64)
     most = _power_of_two(steps / 4)
     if not scale_sum:
         split = min(max(2, _power_of_two(1.6 * sms / blocks)), most)
-        return LinearConfig(block_m, 64, 128, 4, 1, split, 5, scale_sum=False, ahead=ahead)
+        return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=5, scale_sum=False, ahead=ahead)
     split = min(_power_of_two(3 * sms / blocks), most)
     if steps <= 4 * split:
-        return LinearConfig(block_m, 64, 128, 4, 1, split, stages=0, ahead=ahead)
+        return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=0, ahead=ahead)
     # Steps of 256 columns, if these are whole groups or in one. Weights are scaled, not sums.
-    long = LinearConfig(block_m, 64, 256, 4, 1, split, 3, scale_sum=False, ahead=ahead)
+    long = LinearConfig(block_m, 64, 256, warps=4, split=split, stages=3, scale_sum=False, ahead=ahead)
     if computes(long, bits, group_size, in_features):
         return long
-    return LinearConfig(block_m, 64, 128, 4, 1, split, stages=5, ahead=ahead)
+    return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=5, ahead=ahead)
 
 
 def columns_ahead(block_n: int) -> int:
@@ -167,13 +179,13 @@ def _many_rows(rows: int, out_features: int, in_features: int, bits: int, expert
     block_m, split = best
     if block_m == 128:
         return dataclasses.replace(_large_block(bits), split=split, ahead=columns_ahead(128))
-    return LinearConfig(64, 128, 128, 4, 1, split, stages=4, scale_sum=False, ahead=columns_ahead(128))
+    return LinearConfig(64, 128, 128, warps=4, split=split, scale_sum=False, ahead=columns_ahead(128))
 
 
 def _large_block(bits: int) -> LinearConfig:
     """Four warps: two programs fit into a multiprocessor."""
     block_k, stages = (64, 4) if bits >= 4 else (128, 3)  # at least a tile
-    return LinearConfig(128, 128, block_k, 4, stages=stages, scale_sum=False, last_adds=False)
+    return LinearConfig(128, 128, block_k, warps=4, stages=stages, scale_sum=False, last_adds=False)
 
 
 def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:
