@@ -42,7 +42,13 @@ class Hessian:
 
 class HessianObserver(nn.Module):
     """Sums XᵀX of all it is called with; for experts, one sum for each. Where rows are sorted by expert the numbers of
-    rows are read on the host; otherwise nothing here waits for the device before `finish`."""
+    rows are read on the host; otherwise nothing here waits for the device before `finish`.
+
+    Attributes:
+        panel: rows of XᵀX that are one product. Smaller ones would not keep a GPU busy.
+    """
+
+    panel = 1024
 
     def __init__(self, in_features: int, experts: int = 1) -> None:
         super().__init__()
@@ -98,10 +104,23 @@ class HessianObserver(nn.Module):
             parts = [x.reshape(-1, self.in_features)]
             counts = [keep.sum()] if keep is not None else None
         for total, rows in zip(self._sum, parts, strict=True):
-            _add(total, rows, rows)
+            self._add_square(total, rows)
         self._add_differences(x, keep, original, streams)
         known = torch.tensor([p.shape[0] for p in parts])
         self._rows.append(known if counts is None else torch.stack(counts))
+
+    def _add_square(self, total: Tensor, rows: Tensor) -> None:
+        """total += rowsᵀ·rows, panel by panel, each up to its last element of the diagonal: half of the work, if there
+        are many."""
+        rows = rows if _on_tensor_cores(rows) else rows.float()
+        for start in range(0, self.in_features, self.panel):
+            end = min(start + self.panel, self.in_features)
+            _add(total[start:end, :end], rows[:, start:end], rows[:, :end])
+
+    def _mirror(self, total: Tensor) -> None:
+        """Fill in what `_add_square` leaves out: the same numbers."""
+        for start in range(self.panel, self.in_features, self.panel):
+            total[:start, start : start + self.panel] = total[start : start + self.panel, :start].T
 
     def _add_differences(
         self, x: Tensor, keep: Tensor | None, original: Tensor | None, streams: tuple[tuple[Tensor, Tensor], ...]
@@ -150,6 +169,8 @@ class HessianObserver(nn.Module):
         totals, rows = self._sum, torch.stack([r.cpu() for r in self._rows]).sum(0).tolist()
         finite = [True] * self._unseen_batches + (torch.stack(self._finite).tolist() if self._finite else [])
         self._reset()
+        for total in totals:
+            self._mirror(total)
         bad = finite.index(False) if False in finite else None
         if drift is not None:
             drift.div_(max(rows[0], 1))
@@ -184,9 +205,13 @@ def kept_rows(x: Tensor, mask: Tensor) -> Tensor | None:
     return None
 
 
+def _on_tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += leftᵀ·right."""
-    if right.is_cuda and right.dtype in (torch.bfloat16, torch.float16):
+    if _on_tensor_cores(right):
         torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)  # tensor cores
     else:
         with ieee_fp32():

@@ -46,11 +46,12 @@ def test_linear_on_cuda_is_that_of_the_dense_weight(bits: int, dtype: torch.dtyp
         assert ((F.linear(x, moved).double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("in_features", [96, 2 * HessianObserver.panel + 52])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_hessian_on_cuda(dtype: torch.dtype) -> None:
-    x = (randn(700, 96) * 3).to("cuda", dtype)
-    observer = HessianObserver(96)
-    observer(x[:300].view(3, 100, 96))
+def test_hessian_on_cuda(dtype: torch.dtype, in_features: int) -> None:
+    x = (randn(700, in_features) * 3).to("cuda", dtype)
+    observer = HessianObserver(in_features)
+    observer(x[:300].view(3, 100, in_features))
     observer(x[300:])
     observer.end_batch()
     hessian = observer.finish()[0]

@@ -46,6 +46,22 @@ def test_is_the_mean_of_the_rows_outer_products(shape: tuple[int, ...], dtype: t
 
 
 @DTYPES
+@pytest.mark.parametrize("panel", [1, 5, 7, 12])
+@pytest.mark.parametrize("experts", [1, 3])
+def test_panels_are_mirrored(panel: int, experts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HessianObserver, "panel", panel)
+    x = random(experts, 30, 12, dtype=dtype)
+    observer = HessianObserver(12, experts)
+    for rows in x.split(10, dim=1):
+        observer(rows)
+        observer.end_batch()
+    for hessian, own in zip(observer.finish(), x, strict=True):
+        expected, bound = exact(own)
+        assert torch.equal(hessian.matrix, hessian.matrix.T)
+        assert ((hessian.matrix.double() - expected).abs() <= bound).all()
+
+
+@DTYPES
 def test_split_into_batches_changes_nothing_but_rounding(dtype: torch.dtype) -> None:
     x = random(211, 40, dtype=dtype)
     expected, bound = exact(x)

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import gc
 import linecache
 import re
 from pathlib import Path
@@ -89,11 +90,22 @@ def test_state_is_restored_when_the_capture_fails() -> None:
 
     model = Fails()
     before = snapshot(model)
+    assert gc.isenabled()
     message = r"(?s)could not capture the model.*test_capture.py:\d+, in forward\n +raise KeyError.*First check.*no"
     with pytest.raises(CaptureError, match=message):
         capture(model, as_batch(torch.ones(2, 4)))
     assert snapshot(model) == before
     assert model.training
+    assert gc.isenabled()
+
+
+def test_collection_of_garbage_stays_off_if_the_user_has_turned_it_off() -> None:
+    gc.disable()
+    try:
+        capture(nn.Linear(8, 8), as_batch(torch.ones(2, 8)))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 class Linear(nn.Module):
