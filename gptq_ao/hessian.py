@@ -224,7 +224,7 @@ def ieee_fp32(cuda: str = "ieee") -> Iterator[None]:
     restored.
 
     Args:
-        cuda: "tf32" for products there that are only reported: eight times as fast on an H200, to three digits.
+        cuda: "tf32" for products there of which three digits are enough: eight times as fast on an H200.
     """
     owners = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [o.fp32_precision for o in owners]

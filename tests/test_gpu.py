@@ -114,6 +114,24 @@ def test_search_and_refinement_on_cuda_are_as_good_as_on_cpu(bits: int, group: i
     assert all(torch.equal(a, b) for a, b in zip(made[1], made[2], strict=True))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("outlier", [1, 1000])
+def test_refinement_on_cuda_makes_no_row_worse(outlier: int, bits: int) -> None:
+    """Though most of it knows gradients to three digits only."""
+    x = (randn(3000, 300) @ randn(300, 1200, seed=1) + randn(3000, 1200, seed=3)).cuda()
+    x[:, :3] *= outlier
+    observer, weight = HessianObserver(1200), randn(512, 1200, seed=2).cuda()
+    observer(x)
+    hessian = observer.finish()[0]
+    f = factor(hessian, "none", 100)
+    before = solve(weight, f, bits=bits, group_size=100, sym=True, act_order="none", signed=True)
+    after = refine(before, weight, hessian, f, bits=bits, signed=True, sweeps=4)
+    H = hessian.matrix.double() + f.added * torch.eye(1200, device="cuda")
+    old, new = ((e @ H * e).sum(1) for e in (weight.double() - s.dequantize().double() for s in (before, after)))
+    assert (new <= old * (1 + 1e-4)).all()
+    assert new.sum() < 0.97 * old.sum()
+
+
 @pytest.mark.parametrize("effort", ["fast", "default"])
 def test_same_model_and_data_same_bytes_on_cuda(effort: str) -> None:
     made = []
