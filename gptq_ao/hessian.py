@@ -112,7 +112,7 @@ class HessianObserver(nn.Module):
     def _add_square(self, total: Tensor, rows: Tensor) -> None:
         """total += rowsᵀ·rows, panel by panel, each up to its last element of the diagonal: half of the work, if there
         are many."""
-        rows = rows if _on_tensor_cores(rows) else rows.float()
+        rows = rows if _on_tensor_cores(rows) else rows.float()  # once, not in every panel
         for start in range(0, self.in_features, self.panel):
             end = min(start + self.panel, self.in_features)
             _add(total[start:end, :end], rows[:, start:end], rows[:, :end])
