@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from gptq_ao.kernels.heuristics import LinearConfig, columns_ahead, computes
+from gptq_ao.kernels.heuristics import LinearConfig, columns_ahead, computes, programs_per_sm
 
 __all__ = ["candidates", "variations"]
 
@@ -32,7 +32,8 @@ def candidates(
                 continue  # a loop that is over before its pipeline is full
             scale_sum = whole and rows <= 64
             ahead = columns_ahead(c.block_n) if capability >= 9 else 0
-            found = dataclasses.replace(c, split=split, scale_sum=scale_sum, ahead=ahead)
+            per_sm = programs_per_sm(programs, sms)
+            found = dataclasses.replace(c, split=split, scale_sum=scale_sum, ahead=ahead, per_sm=per_sm)
             if _fits(found, bits, each) and computes(found, bits, group_size, in_features):
                 yield found
 
@@ -46,6 +47,8 @@ def variations(c: LinearConfig, group_size: int, in_features: int, capability: i
         yield dataclasses.replace(c, scale_sum=not c.scale_sum)
     if capability >= 9:
         yield dataclasses.replace(c, ahead=0 if c.ahead else columns_ahead(c.block_n))
+    if c.per_sm:
+        yield dataclasses.replace(c, per_sm=0)
     for stages in {2, 3, 4, 5, 6, 8} - {c.stages} if c.stages else ():
         yield dataclasses.replace(c, stages=stages)
 

@@ -24,6 +24,7 @@ VERSION = tuple(int(i) for i in triton.__version__.split(".")[:2])
 # An operand of mma.sync made in registers: up to Triton 3.6 its columns are in an order of their own, see `unpack`.
 NATURAL_MMA = VERSION > (3, 6)
 DIRECT = (3, 6) <= VERSION <= (3, 9)  # where `CompiledKernel.run` is known to take the arguments given below
+SHARED_MEMORY = 227 * 2**10  # of a multiprocessor, where compute capability is 9 or 10; others have less
 ADD_BLOCK = 512  # results per program of the second kernel
 
 
@@ -59,6 +60,7 @@ def constants(
         "EVEN": in_features % (step * c.split) == 0,
         "POLICY": "evict_first" if c.evict_first else "",
         "AHEAD": ahead,
+        "RESERVED": _reserved(c.per_sm) if ahead and capability <= 10 else 0,
         "FAST": fast,
         "NATURAL": wgmma or NATURAL_MMA,
         "ASYNC": capability == 9,
@@ -66,6 +68,11 @@ def constants(
     }
     options = {"num_warps": c.warps, "num_stages": max(c.stages, 1), "enable_fp_fusion": True}
     return values, options | ({"launch_pdl": True} if ahead else {})
+
+
+def _reserved(per_sm: int) -> int:
+    """How many 8 KB a program has to take for no more than `per_sm` to fit into a multiprocessor."""
+    return SHARED_MEMORY // (per_sm + 1) // 2**13 + 1 if per_sm else 0
 
 
 class Kernel:

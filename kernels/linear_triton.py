@@ -206,6 +206,18 @@ def _multiply(
 
 
 @triton.jit
+def _reserve(pointer, count, BLOCKS: tl.constexpr):
+    """Takes BLOCKS · 8 KB of shared memory, for nothing else than that others do not get it: a loop with so many loads
+    on their way needs them, and never runs, as `count` is not above zero. (Triton does not offer it otherwise.)"""
+    if count > 0:
+        i = tl.arange(0, 2048)
+        total = tl.zeros((2048,), tl.int32)
+        for k in tl.range(0, count, num_stages=BLOCKS + 1):
+            total ^= tl.load(pointer + k * 2048 + i)
+        tl.store(pointer + i, total)
+
+
+@triton.jit
 def _settled(total):
     """The same numbers, once they are there. Triton lets the asynchronous products of a step run on while the next
     step's weights are unpacked, into registers that those products may still be reading: with large blocks the results
@@ -243,6 +255,7 @@ def linear_kernel(
     EVEN: tl.constexpr,  # whether all steps of all programs are full
     POLICY: tl.constexpr,
     AHEAD: tl.constexpr,  # columns that are asked for before the kernel before is done; 0: it has to be, to begin
+    RESERVED: tl.constexpr,  # of shared memory, at least so many 8 KB: to let in no more programs than are wanted
     FAST: tl.constexpr,
     NATURAL: tl.constexpr,
     ASYNC: tl.constexpr,  # whether the matrix instruction may be
@@ -252,6 +265,8 @@ def linear_kernel(
     STEP: tl.constexpr = SLICES * BK
     block, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row_tiles, column_tiles = tl.cdiv(N, 16), tl.cdiv(K, KE)
+    if RESERVED > 0:
+        _reserve(qdata, -M, RESERVED)
     if AHEAD > 0:
         if offsets is None:
             before, first = expert.to(tl.int32) * row_tiles, split * tl.cdiv(tl.cdiv(K, STEP), SPLIT) * STEP

@@ -216,6 +216,16 @@ def test_constants_are_in_the_order_of_the_kernel() -> None:
     assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "AHEAD"]
 
 
+def test_shared_memory_is_reserved_only_where_it_is_known_how_much_there_is() -> None:
+    from gptq_ao.kernels.launch import constants
+
+    c = dataclasses.replace(BLOCK, ahead=128, per_sm=2)
+    found = [constants(c, 4, 128, 4096, BF16, capability, fast=True)[0]["RESERVED"] for capability in (8, 9, 10, 12)]
+    assert found == [0, 10, 10, 0]  # 80 KB of 227: two fit, not three
+    for free in (dataclasses.replace(c, per_sm=0), dataclasses.replace(c, ahead=0)):
+        assert constants(free, 4, 128, 4096, BF16, 9, fast=True)[0]["RESERVED"] == 0
+
+
 class Compiled:
     """In place of a kernel that Triton has compiled: what it was called with."""
 
@@ -306,24 +316,32 @@ def test_without_counters_a_second_kernel_adds(monkeypatch: pytest.MonkeyPatch) 
     assert len(sources[1].compiled) == 1
 
 
-# bits, group, rows, capability: what is chosen for them, on as many multiprocessors as an A100 or H100 has.
+# bits, group, rows, capability, and in_features below: what is chosen for them and 4096 out_features, on as many
+# multiprocessors as an A100 or H100 has.
 SHIPPED = [(4, 128, 1, 90), (4, 128, 16, 90), (4, 128, 64, 90), (4, 128, 256, 90), (4, 32, 1, 90), (4, 4096, 1, 90)]
 SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (3, 128, 256, 90), (8, 128, 256, 90)]
 SHIPPED += [(4, 128, 1, 80), (4, 128, 64, 80)]
+PRODUCTS = [(*shipped, 4096) for shipped in SHIPPED] + [(4, 128, 16, 90, 14336)]
 
 
-@pytest.mark.parametrize(("bits", "group", "rows", "architecture"), SHIPPED)
+@pytest.mark.parametrize(("bits", "group", "rows", "architecture", "in_features"), PRODUCTS)
 def test_chosen_kernels_compile_without_spilling(
-    bits: int, group: int, rows: int, architecture: int, tmp_path: Path, compile_ahead: Callable[..., Any]
+    bits: int,
+    group: int,
+    rows: int,
+    architecture: int,
+    in_features: int,
+    tmp_path: Path,
+    compile_ahead: Callable[..., Any],
 ) -> None:
     import triton
 
     from gptq_ao.kernels.launch import constants
     from gptq_ao.kernels.linear_triton import linear_kernel
 
-    chosen = choose(rows, 4096, 4096, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
+    chosen = choose(rows, 4096, in_features, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
     assert chosen is not None
-    values, options = constants(chosen, bits, group, 4096, BF16, architecture // 10, fast=True)
+    values, options = constants(chosen, bits, group, in_features, BF16, architecture // 10, fast=True)
     values |= {"bias": None, "offsets": None} | ({} if bits == 3 else {"high": None})
     if chosen.split == 1:
         values |= {"partial": None, "counters": None}
@@ -331,6 +349,9 @@ def test_chosen_kernels_compile_without_spilling(
     compiled, usage = compile_ahead(linear_kernel, values, types, "*i32", options, architecture, ("N", "K"))
     # No product is still running when its operands' registers are written again, see `_settled`.
     assert set(re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])) <= {"0"}
+    if values["AHEAD"] and chosen.per_sm:  # so many programs fit into a multiprocessor, and no more
+        taken = compiled.metadata.shared + 2**10  # CUDA takes 1 KB for itself, of 228
+        assert chosen.per_sm * taken <= 228 * 2**10 < (chosen.per_sm + 1) * taken
     # What does not fit goes to the stack, in local memory: allow two registers there, outside of the loop.
     assert int(usage["STACK"]) <= 8
     assert usage["LOCAL"] == "0"
@@ -380,6 +401,19 @@ def test_a_split_changes_only_the_order_of_the_sum(last_adds: bool, stages: int,
     y = on_gpu(p, c)
     p.check(y, scale_sum=True)
     assert all(torch.equal(y, on_gpu(p, c)) for _ in range(20))  # whoever comes last
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_how_many_programs_are_let_in_changes_nothing(rows: int) -> None:
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("programs of two kernels meet with programmatic dependent launch, from compute capability 9.0 on")
+    p = Product(4, 128, rows, 1008, 8192, BF16, bias=True)
+    c = LinearConfig(max(8, rows), 128, 128, warps=4, split=8, last_adds=rows < 64, ahead=128)
+    y = on_gpu(p, c)
+    p.check(y, scale_sum=True)
+    for per_sm in (1, 2, 3, 4):
+        assert torch.equal(y, on_gpu(p, dataclasses.replace(c, per_sm=per_sm)))
 
 
 @pytest.mark.gpu
