@@ -26,7 +26,7 @@ from torch import Tensor
 from gptq_ao import ops
 from gptq_ao.kernels.timing import microseconds
 
-SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192)]  # N, K
+SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (6144, 4096)]  # N, K
 ROWS = [1, 16, 64, 256, 2048]
 FORMATS = [(4, 32), (2, 128), (3, 128), (8, 128)]  # bits and group, beside 4 and 128, for few rows
 BF16 = torch.bfloat16

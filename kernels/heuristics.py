@@ -17,7 +17,7 @@ __all__ = [
 FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
 # Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
 SMALLEST_RUN = 8
-MOST_PER_SM = 4
+MOST_PER_SM = 4  # programs of which a multiprocessor is told how many to take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LinearConfig:
         evict_first: whether the weight is the first to leave the L2 cache.
         ahead: columns, a power of two, that each program asks for, into the L2 cache, while the kernel before is still
             running (programmatic dependent launch, from Hopper on); 0: it starts when that one is done.
-        per_sm: programs that a multiprocessor takes at a time, with `ahead` only; 0: as many as there is room for.
+        per_sm: programs that a multiprocessor takes at a time at most, with `ahead` only; 0: as many as have room.
     """
 
     block_m: int
@@ -125,11 +125,11 @@ def _few_rows(
     steps = -(-in_features // 128)
     blocks = experts * -(-out_features // 128)
     split = _power_of_two(1.6 * sms / blocks)
+    # Three bits take more registers to unpack, and the compiler orders that worse where memory is reserved.
+    kept_apart = bits != 3
     if block_m >= 32:
         # Sums are too many for the program that comes last.
-        split = min(split, _power_of_two(steps / 8))
-        ahead = columns_ahead(128) if split > 1 else 0
-        each = programs_per_sm(blocks * split, sms)
+        split = min(split, _power_of_two(steps / (8 if kept_apart else 4)))
         return LinearConfig(
             block_m,
             128,
@@ -139,23 +139,21 @@ def _few_rows(
             stages=3,
             scale_sum=scale_sum,
             last_adds=False,
-            ahead=ahead,
-            per_sm=each,
+            ahead=columns_ahead(128) if split > 1 else 0,
+            per_sm=programs_per_sm(blocks * split, sms) if kept_apart and split > 1 else 0,
         )
-    # Three bits take more registers to unpack.
-    enough = split == 1 or (scale_sum and steps >= 8 * split)
-    if steps >= 4 * split and (block_m == 8 or (enough and bits != 3)):
-        stages, each = (5, 0) if bits == 3 else (4, programs_per_sm(blocks * split, sms))
+    long = split == 1 or (scale_sum and steps >= 8 * split)
+    if steps >= 4 * split and (block_m == 8 or (long and bits != 3)):
         return LinearConfig(
             block_m,
             128,
             128,
             warps=4,
             split=split,
-            stages=stages,
+            stages=4 if kept_apart else 5,
             scale_sum=scale_sum,
             ahead=columns_ahead(128),
-            per_sm=each,
+            per_sm=programs_per_sm(blocks * split, sms) if kept_apart else 0,
         )
     if block_m == 8 and experts * out_features >= 16 * 1.5 * sms and steps >= 8:
         return LinearConfig(block_m, 16, 128, warps=4, slices=4, scale_sum=scale_sum, ahead=columns_ahead(16))
@@ -168,9 +166,9 @@ def _few_rows(
     if steps <= 4 * split:
         return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=0, ahead=ahead)
     # Steps of 256 columns, if these are whole groups or in one. Weights are scaled, not sums.
-    long = LinearConfig(block_m, 64, 256, warps=4, split=split, stages=3, scale_sum=False, ahead=ahead)
-    if computes(long, bits, group_size, in_features):
-        return long
+    wide = LinearConfig(block_m, 64, 256, warps=4, split=split, stages=3, scale_sum=False, ahead=ahead)
+    if computes(wide, bits, group_size, in_features):
+        return wide
     return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=5, ahead=ahead)
 
 

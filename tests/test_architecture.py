@@ -29,6 +29,7 @@ FLOORS: list[set[str]] = [
         "kernels.heuristics",
         "kernels.counters",
         "kernels.rows_triton",
+        "kernels.read_triton",
         "kernels.unpack_triton",
     },
     {
