@@ -42,9 +42,9 @@ def _calls(m: int) -> int:
 
 
 def table(shapes: list[Shape], rows: list[int], roof: float) -> None:
-    for s in shapes:
-        weights = ring(s)
-        for m in rows:
+    for m in rows:  # many rows last: they heat the GPU, which then runs slower for a while
+        for s in shapes:
+            weights = ring(s)
             x = torch.randn(m, s.k, device="cuda", dtype=BF16)
             check(weights[0], x)
             us = microseconds(lambda i, w=weights, x=x: ours(w[i], x), len(weights), calls=_calls(m))  # type: ignore[misc]
@@ -140,9 +140,9 @@ def main() -> None:
     print(f"reads {roof:.0f} GB/s")
     names = " ".join(f"{p:>9}" for p in PEERS)
     print(f"{'N x K':>14} bits group     M       us   GB/s  roof TFLOP/s  bf16 us ratio {names}")
-    table([Shape(4, 128, n, k) for n, k in sizes], args.rows, roof)
     few = [m for m in args.rows if m <= 16]
     table([Shape(b, g, n, k) for b, g in formats for n, k in sizes], few, roof)
+    table([Shape(4, 128, n, k) for n, k in sizes], sorted(args.rows), roof)
     dequantize_speed()
     overhead()
     first_call()

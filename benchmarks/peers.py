@@ -45,8 +45,11 @@ def _tinygemm(n: int, k: int, group: int) -> Call:
 
 
 def _gemlite(n: int, k: int, group: int) -> Call:
+    import gemlite  # type: ignore[import-not-found]
     from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
 
+    if "H200" in torch.cuda.get_device_name():  # of which it has no measured configurations, but for its sibling
+        GemLiteLinear.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
     layer = GemLiteLinear(4, group, k, n, DType.BF16, DType.BF16)
     scales = torch.rand(n * k // group, 1, device="cuda", dtype=BF16)
     layer.pack(_codes(n, k), scales, torch.full_like(scales, 8), None)

@@ -8,7 +8,7 @@ from gptq_ao.kernels.heuristics import LinearConfig, columns_ahead, computes, pr
 __all__ = ["candidates", "variations"]
 
 SHARED_MEMORY = 224 * 2**10  # bytes, of compute capability 9.0
-REGISTERS = 160  # of a thread for codes that are on their way, in the kernel without a loop, and for sums
+REGISTERS = 160  # of a thread, for sums
 
 
 def candidates(
@@ -28,13 +28,13 @@ def candidates(
                 continue
             if split > 1 and rows > 16 and programs > 8 * sms:
                 continue
-            if (each == 1 and c.stages > 0) or (each < c.stages - 1 and c.stages > 2):
-                continue  # a loop that is over before its pipeline is full
+            if each < 2:
+                continue
             scale_sum = whole and rows <= 64
             ahead = columns_ahead(c.block_n) if capability >= 9 else 0
             per_sm = programs_per_sm(programs, sms)
             found = dataclasses.replace(c, split=split, scale_sum=scale_sum, ahead=ahead, per_sm=per_sm)
-            if _fits(found, bits, each) and computes(found, bits, group_size, in_features):
+            if _fits(found, bits) and computes(found, bits, group_size, in_features):
                 yield found
 
 
@@ -49,13 +49,13 @@ def variations(c: LinearConfig, group_size: int, in_features: int, capability: i
         yield dataclasses.replace(c, ahead=0 if c.ahead else columns_ahead(c.block_n))
     if c.per_sm:
         yield dataclasses.replace(c, per_sm=0)
-    for stages in {2, 3, 4, 5, 6, 8} - {c.stages} if c.stages else ():
+    for stages in {2, 3, 4, 5, 6, 8} - {c.stages}:
         yield dataclasses.replace(c, stages=stages)
 
 
 def _few_rows(block_m: int) -> Iterator[LinearConfig]:
     """Memory is the limit: much must be on its way."""
-    for stages in (0, 3, 5):
+    for stages in (3, 4):
         for block_n, warps in ((32, 2), (64, 4), (64, 2), (128, 4), (256, 8)):
             for block_k in (128, 256):
                 yield LinearConfig(block_m, block_n, block_k, warps, stages=stages)
@@ -73,14 +73,11 @@ def _many_rows(block_m: int) -> Iterator[LinearConfig]:
                         yield LinearConfig(m, block_n, block_k, warps, stages=stages)
 
 
-def _fits(c: LinearConfig, bits: int, steps: int) -> bool:
+def _fits(c: LinearConfig, bits: int) -> bool:
     threads = 32 * c.warps
     words = c.block_n * c.block_k * c.slices * bits // 32
     sums = c.block_m * c.block_n * c.slices // threads
     whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
     memory = c.stages * (4 * words + 2 * c.block_m * c.block_k * c.slices)
-    on_their_way = words // threads * steps if c.stages == 0 else 0
     enough_rows = c.slices > 1 or c.block_n >= 16 * c.warps or c.block_m > 16
-    return (
-        whole_tiles and enough_rows and memory <= SHARED_MEMORY and sums <= REGISTERS and on_their_way <= REGISTERS // 2
-    )
+    return whole_tiles and enough_rows and memory <= SHARED_MEMORY and sums <= REGISTERS

@@ -17,7 +17,7 @@ __all__ = [
 FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
 # Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
 SMALLEST_RUN = 8
-MOST_PER_SM = 4  # programs of which a multiprocessor is told how many to take
+MOST_PER_SM = 8  # programs of which a multiprocessor is told how many to take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LinearConfig:
         slices: 1: warps share the columns of a step and have rows of their own. Else it equals `warps`: each warp takes
             `block_k` columns of its own, and what they find is added up in the program.
         split: programs among which in_features are divided; with more than 1 their sums are added up in fp32.
-        stages: steps that are on their way from memory; 0: all of them, and the kernel has no loop.
+        stages: steps that are on their way from memory.
         scale_sum: multiply the sums of a step by the scale, not each weight. A step then has to lie in one group.
         last_adds: with a split, whether the program that comes last adds up all sums, else a second kernel.
         evict_first: whether the weight is the first to leave the L2 cache.
@@ -73,7 +73,7 @@ def choose(
     if rows > 64:
         return _many_rows(rows, out_features, in_features, bits, experts, sms)
     scale_sum = _scale_sum(rows, in_features, group_size, capability)
-    return _few_rows(rows, out_features, in_features, bits, group_size, scale_sum, experts, sms)
+    return _few_rows(rows, out_features, in_features, bits, scale_sum, experts, sms)
 
 
 def choose_grouped(
@@ -110,66 +110,36 @@ def _scale_sum(rows: int, in_features: int, group_size: int, capability: int) ->
 
 
 def _few_rows(
-    rows: int,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    scale_sum: bool,
-    experts: int,
-    sms: int,
+    rows: int, out_features: int, in_features: int, bits: int, scale_sum: bool, experts: int, sms: int
 ) -> LinearConfig:
-    """Two programs per multiprocessor, each of 128 rows of the weight, have enough on its way if each goes on for a
-    while. For smaller weights, more and smaller programs. (Measured on an H200.)"""
+    """Six to twelve warps per multiprocessor, in programs of two or four: enough is on its way from memory, and there
+    is something to do while others wait. In-features are split until there are so many. (Measured on an H200.)"""
     block_m = max(8, 1 << (rows - 1).bit_length())
     steps = -(-in_features // 128)
-    blocks = experts * -(-out_features // 128)
-    split = _power_of_two(1.6 * sms / blocks)
-    # Three bits take more registers to unpack, and the compiler orders that worse where memory is reserved.
-    kept_apart = bits != 3
-    if block_m >= 32:
-        # Sums are too many for the program that comes last.
-        split = min(split, _power_of_two(steps / (8 if kept_apart else 4)))
-        return LinearConfig(
-            block_m,
-            128,
-            128,
-            warps=4,
-            split=split,
-            stages=3,
-            scale_sum=scale_sum,
-            last_adds=False,
-            ahead=columns_ahead(128) if split > 1 else 0,
-            per_sm=programs_per_sm(blocks * split, sms) if kept_apart and split > 1 else 0,
-        )
-    long = split == 1 or (scale_sum and steps >= 8 * split)
-    if steps >= 4 * split and (block_m == 8 or (long and bits != 3)):
-        return LinearConfig(
-            block_m,
-            128,
-            128,
-            warps=4,
-            split=split,
-            stages=4 if kept_apart else 5,
-            scale_sum=scale_sum,
-            ahead=columns_ahead(128),
-            per_sm=programs_per_sm(blocks * split, sms) if kept_apart else 0,
-        )
-    if block_m == 8 and experts * out_features >= 16 * 1.5 * sms and steps >= 8:
-        return LinearConfig(block_m, 16, 128, warps=4, slices=4, scale_sum=scale_sum, ahead=columns_ahead(16))
-    blocks, ahead = experts * -(-out_features // 64), columns_ahead(64)
-    most = _power_of_two(steps / 4)
-    if not scale_sum:
-        split = min(max(2, _power_of_two(1.6 * sms / blocks)), most)
-        return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=5, scale_sum=False, ahead=ahead)
-    split = min(_power_of_two(3 * sms / blocks), most)
-    if steps <= 4 * split:
-        return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=0, ahead=ahead)
-    # Steps of 256 columns, if these are whole groups or in one. Weights are scaled, not sums.
-    wide = LinearConfig(block_m, 64, 256, warps=4, split=split, stages=3, scale_sum=False, ahead=ahead)
-    if computes(wide, bits, group_size, in_features):
-        return wide
-    return LinearConfig(block_m, 64, 128, warps=4, split=split, stages=5, ahead=ahead)
+
+    def wanted(block_n: int, warps: int) -> int:
+        return _power_of_two(6.4 * sms / warps / (experts * -(-out_features // block_n)))
+
+    quick = bits in (2, 4)  # to unpack
+    if block_m == 8:
+        block_n, warps, fewest = (64, 2, 2) if quick else (128, 4, 2)  # steps of a program, at the fewest
+    else:
+        # A large block reads x less often, but has to go on for a while.
+        long = steps >= 8 * wanted(128, 4) and (quick or block_m > 16)
+        block_n, warps, fewest = 128 if long or wanted(128, 4) == 1 else 64, 4, 4
+    split = min(wanted(block_n, warps), 1 << max(0, (steps // fewest).bit_length() - 1))
+    return LinearConfig(
+        block_m,
+        block_n,
+        128,
+        warps=warps,
+        split=split,
+        stages=4 if block_m <= 16 else 3,
+        scale_sum=scale_sum,
+        last_adds=block_m <= 16,  # the sums of more rows are many for one program
+        ahead=columns_ahead(block_n),
+        per_sm=programs_per_sm(experts * -(-out_features // block_n) * split, sms),
+    )
 
 
 def columns_ahead(block_n: int) -> int:
@@ -220,7 +190,7 @@ def _large_block(bits: int) -> LinearConfig:
 def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:
     """Whether the kernel, cut like this, is right for such a weight."""
     sizes = (c.block_m, c.block_n, c.block_k, c.warps)
-    if any(n < 1 or n & (n - 1) for n in sizes) or c.block_m < 8 or c.block_n < 16 or c.split < 1:
+    if any(n < 1 or n & (n - 1) for n in sizes) or c.block_m < 8 or c.block_n < 16 or c.split < 1 or c.stages < 1:
         return False
     whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
     one_group = group_size == in_features or group_size % c.block_k == 0

@@ -12,18 +12,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.compiler import make_backend
 
 from gptq_ao.kernels.counters import zeroed_counters
 from gptq_ao.kernels.heuristics import LinearConfig
 from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
 
-__all__ = ["Kernel", "LinearLaunch", "constants", "launch", "prepared", "warm_up"]
+__all__ = ["Kernel", "LinearLaunch", "constants", "launch", "prepared", "take_shared_memory", "warm_up"]
 
 INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 VERSION = tuple(int(i) for i in triton.__version__.split(".")[:2])
 # An operand of mma.sync made in registers: up to Triton 3.6 its columns are in an order of their own, see `unpack`.
 NATURAL_MMA = VERSION > (3, 6)
-DIRECT = (3, 6) <= VERSION <= (3, 9)  # where `CompiledKernel.run` is known to take the arguments given below
+DIRECT = (3, 6) <= VERSION <= (3, 9)  # where `CompiledKernel` is known to have what is used of it below
 SHARED_MEMORY = 227 * 2**10  # of a multiprocessor, where compute capability is 9 or 10; others have less
 ADD_BLOCK = 512  # results per program of the second kernel
 
@@ -40,8 +41,6 @@ def constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The kernel's constants, and the compiler's options. `experts`: that share the rows of a grouped product."""
     step = c.slices * c.block_k
-    steps = -(-in_features // step)
-    per_program = -(-steps // c.split)
     wgmma = capability == 9 and c.block_m >= 16 and c.block_n >= 64 and c.warps % 4 == 0 and c.slices == 1
     ahead = c.ahead if capability >= 9 else 0
     values = {
@@ -53,26 +52,25 @@ def constants(
         "BK": c.block_k,
         "SLICES": c.slices,
         "SPLIT": c.split,
-        "STEPS": 0 if c.stages else per_program,
         "STAGES": c.stages,
         "SCALE_SUM": c.scale_sum,
         "LAST_ADDS": c.last_adds,
         "EVEN": in_features % (step * c.split) == 0,
         "POLICY": "evict_first" if c.evict_first else "",
         "AHEAD": ahead,
-        "RESERVED": _reserved(c.per_sm) if ahead and capability <= 10 else 0,
+        "SHARED": _shared_memory(c.per_sm) if ahead and capability <= 10 else 0,
         "FAST": fast,
         "NATURAL": wgmma or NATURAL_MMA,
         "ASYNC": capability == 9,
         "COMPUTE": tl.float16 if dtype == torch.float16 else tl.float32 if INTERPRETED else tl.bfloat16,
     }
-    options = {"num_warps": c.warps, "num_stages": max(c.stages, 1), "enable_fp_fusion": True}
+    options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
     return values, options | ({"launch_pdl": True} if ahead else {})
 
 
-def _reserved(per_sm: int) -> int:
-    """How many 8 KB a program has to take for no more than `per_sm` to fit into a multiprocessor."""
-    return SHARED_MEMORY // (per_sm + 1) // 2**13 + 1 if per_sm else 0
+def _shared_memory(per_sm: int) -> int:
+    """The bytes that a program has to take for no more than `per_sm` to fit into a multiprocessor."""
+    return (SHARED_MEMORY // (per_sm + 1) // 128 + 1) * 128 if per_sm else 0
 
 
 class Kernel:
@@ -94,7 +92,7 @@ class Kernel:
         kind = tuple([None if p is None else p % 16 == 0 for p in pointers])
         known = self.compiled.get(kind)
         if known is None:
-            known = self.function[grid](*tensors, *numbers, **self.constants, **self.options)
+            known = self._compile_and_launch(grid, tensors, pointers, numbers)
             if not INTERPRETED:
                 self.compiled[kind] = known
         elif DIRECT and not _watched():
@@ -103,6 +101,23 @@ class Kernel:
             known.run(*grid, stream, *code, None, None, None, *pointers, *numbers, *self.values)
         else:
             known[grid](*pointers, *numbers, *self.values)
+
+    def _compile_and_launch(self, grid: Any, tensors: Any, pointers: Any, numbers: Any) -> Any:
+        shared = self.constants.get("SHARED")
+        if not shared or not DIRECT:
+            return self.function[grid](*tensors, *numbers, **self.constants, **self.options)
+        known = self.function.warmup(*tensors, *numbers, grid=grid, **self.constants, **self.options)
+        take_shared_memory(known, shared)
+        known[grid](*pointers, *numbers, *self.values)
+        return known
+
+
+def take_shared_memory(compiled: Any, least: int) -> None:
+    """Have each program take at least so many bytes. Triton has no option for this, but goes by what it has written
+    down about a kernel, when it loads and launches it."""
+    if compiled.metadata.shared < least:
+        compiled.metadata = compiled.metadata._replace(shared=least)
+        compiled.packed_metadata = make_backend(compiled.metadata.target).pack_metadata(compiled.metadata)
 
 
 def _watched() -> bool:

@@ -80,18 +80,6 @@ def _multiply(
 
 
 @triton.jit
-def _reserve(pointer, count, BLOCKS: tl.constexpr):
-    """Takes BLOCKS · 8 KB of shared memory, for nothing else than that others do not get it: a loop with so many loads
-    on their way needs them, and never runs, as `count` is not above zero. (Triton does not offer it otherwise.)"""
-    if count > 0:
-        i = tl.arange(0, 2048)
-        total = tl.zeros((2048,), tl.int32)
-        for k in tl.range(0, count, num_stages=BLOCKS + 1):
-            total ^= tl.load(pointer + k * 2048 + i)
-        tl.store(pointer + i, total)
-
-
-@triton.jit
 def _settled(total):
     """The same numbers, once they are there. Triton lets the asynchronous products of a step run on while the next
     step's weights are unpacked, into registers that those products may still be reading: with large blocks the results
@@ -122,14 +110,13 @@ def linear_kernel(
     BK: tl.constexpr,
     SLICES: tl.constexpr,
     SPLIT: tl.constexpr,
-    STEPS: tl.constexpr,  # of a program, if STAGES is 0
     STAGES: tl.constexpr,
     SCALE_SUM: tl.constexpr,
     LAST_ADDS: tl.constexpr,
     EVEN: tl.constexpr,  # whether all steps of all programs are full
     POLICY: tl.constexpr,
     AHEAD: tl.constexpr,  # columns that are asked for before the kernel before is done; 0: it has to be, to begin
-    RESERVED: tl.constexpr,  # of shared memory, at least so many 8 KB: to let in no more programs than are wanted
+    SHARED: tl.constexpr,  # bytes of shared memory, or more: `launch.Kernel` sees to it
     FAST: tl.constexpr,
     NATURAL: tl.constexpr,
     ASYNC: tl.constexpr,  # whether the matrix instruction may be
@@ -139,8 +126,6 @@ def linear_kernel(
     STEP: tl.constexpr = SLICES * BK
     block, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row_tiles, column_tiles = tl.cdiv(N, 16), tl.cdiv(K, KE)
-    if RESERVED > 0:
-        _reserve(qdata, -M, RESERVED)
     if AHEAD > 0:
         if offsets is None:
             before, first = expert.to(tl.int32) * row_tiles, split * tl.cdiv(tl.cdiv(K, STEP), SPLIT) * STEP
@@ -176,47 +161,25 @@ def linear_kernel(
         high += expert * row_tiles * column_tiles * 64
 
     total = tl.zeros((SLICES, BN, BM), tl.float32) if SLICES > 1 else tl.zeros((BN, BM), tl.float32)
-    if STAGES == 0:
-        # All that this program needs of the weight is asked for before the first of it is used.
-        first = split * (STEPS * STEP)
-        codes = ()
-        highs = ()
-        words = ()
-        for i in tl.static_range(STEPS):
-            q, h, word = read_weight(
-                qdata, high, scale_zero, first + i * STEP, row, tile_row, row_tiles, column_tiles, groups,
-                BN, BK, BITS, GROUP, SLICES, EVEN, POLICY,
-            )  # fmt: skip
-            codes += (q,)
-            highs += (h,)
-            words += (word,)
-        for i in tl.static_range(STEPS):
-            x_step = read_x(x, first + i * STEP, m, M, K, STEP, EVEN)
-            total = _multiply(
-                total, codes[i], highs[i], words[i], x_step,
-                BM, BN, BK, BITS, GROUP, SLICES, SCALE_SUM, FAST, NATURAL, COMPUTE,
-            )  # fmt: skip
-        word = words[0]
-    else:
-        steps = tl.cdiv(tl.cdiv(K, STEP), SPLIT)
-        last = (split + 1) * steps if EVEN else tl.minimum((split + 1) * steps, tl.cdiv(K, STEP))
-        word = tl.zeros((SLICES * BN, 1), tl.int32)
+    steps = tl.cdiv(tl.cdiv(K, STEP), SPLIT)
+    last = (split + 1) * steps if EVEN else tl.minimum((split + 1) * steps, tl.cdiv(K, STEP))
+    word = tl.zeros((SLICES * BN, 1), tl.int32)
+    if GROUP == 0:
+        word = tl.load(scale_zero + (row // 16 * groups * 16 + row % 16)[:, None])
+    for i in tl.range(split * steps, last, num_stages=STAGES):
+        q, h, each = read_weight(
+            qdata, high, scale_zero, i * STEP, row, tile_row, row_tiles, column_tiles, groups,
+            BN, BK, BITS, GROUP, SLICES, EVEN, POLICY,
+        )  # fmt: skip
         if GROUP == 0:
-            word = tl.load(scale_zero + (row // 16 * groups * 16 + row % 16)[:, None])
-        for i in tl.range(split * steps, last, num_stages=STAGES):
-            q, h, each = read_weight(
-                qdata, high, scale_zero, i * STEP, row, tile_row, row_tiles, column_tiles, groups,
-                BN, BK, BITS, GROUP, SLICES, EVEN, POLICY,
-            )  # fmt: skip
-            if GROUP == 0:
-                each = word
-            x_step = read_x(x, i * STEP, m, M, K, STEP, EVEN)
-            total = _multiply(
-                total, q, h, each, x_step,
-                BM, BN, BK, BITS, GROUP, SLICES, SCALE_SUM, FAST, NATURAL, COMPUTE,
-            )  # fmt: skip
-            if ASYNC:
-                total = _settled(total)
+            each = word
+        x_step = read_x(x, i * STEP, m, M, K, STEP, EVEN)
+        total = _multiply(
+            total, q, h, each, x_step,
+            BM, BN, BK, BITS, GROUP, SLICES, SCALE_SUM, FAST, NATURAL, COMPUTE,
+        )  # fmt: skip
+        if ASYNC:
+            total = _settled(total)
 
     if SLICES > 1:
         if SCALE_SUM and GROUP == 0:

@@ -86,7 +86,6 @@ class Grouped:
 
 BLOCK = LinearConfig(block_m=8, block_n=32, block_k=128, warps=4, stages=2)
 WEIGHTS = dataclasses.replace(BLOCK, scale_sum=False)  # scales weights, not sums
-STRAIGHT = dataclasses.replace(BLOCK, stages=0)
 SLICED = dataclasses.replace(BLOCK, block_n=16, slices=4)
 WIDE = dataclasses.replace(BLOCK, block_m=16)
 
@@ -99,10 +98,10 @@ CASES: dict[str, tuple[Grouped, LinearConfig]] = {
     "4-all-in-one": (Grouped(4, 128, (0, 0, 25, 0), 40, 256), WIDE),
     "4-many-experts": (Grouped(4, 128, (0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0), 17, 128), BLOCK),
     "4-beyond": (Grouped(4, 128, (2, 9), 40, 256, beyond=11), BLOCK),
-    "4-all-beyond": (Grouped(4, 128, (0, 0, 0), 40, 256, BF16, beyond=3), STRAIGHT),
+    "4-all-beyond": (Grouped(4, 128, (0, 0, 0), 40, 256, BF16, beyond=3), BLOCK),
     "4-row": (Grouped(4, 130, (2, 3), 19, 130), dataclasses.replace(BLOCK, block_k=64)),
     "4-sliced": (Grouped(4, 128, (1, 0, 2), 40, 640), SLICED),
-    "2-straight": (Grouped(2, 128, (9, 0, 1), 40, 256, BF16), STRAIGHT),
+    "2-g128": (Grouped(2, 128, (9, 0, 1), 40, 256, BF16), BLOCK),
     "2-g32": (Grouped(2, 32, (4, 13), 33, 96), dataclasses.replace(WIDE, scale_sum=False)),
     "3-g128": (Grouped(3, 128, (1, 0, 9), 40, 640, beyond=1), BLOCK),
     "3-sliced": (Grouped(3, 300, (0, 3, 1), 16, 300), SLICED),

@@ -6,7 +6,7 @@ import runpy
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -80,7 +80,6 @@ class Product:
 
 BLOCK = LinearConfig(block_m=8, block_n=32, block_k=128, warps=4, stages=2)
 WEIGHTS = dataclasses.replace(BLOCK, scale_sum=False)  # scales weights, not sums
-STRAIGHT = dataclasses.replace(BLOCK, stages=0)
 SLICED = dataclasses.replace(BLOCK, block_n=16, slices=4)
 
 
@@ -95,15 +94,15 @@ CASES: dict[str, tuple[Product, LinearConfig]] = {
     "4-g32": (Product(4, 32, 3, 33, 160, bias=True), WEIGHTS),
     "4-g64": (Product(4, 64, 17, 16, 192, BF16), WEIGHTS),
     "4-row": (Product(4, 130, 3, 19, 130, bias=True), split(dataclasses.replace(BLOCK, block_k=64), 2)),
-    "4-straight": (Product(4, 128, 3, 40, 640, bias=True), split(STRAIGHT, 3)),
+    "4-uneven": (Product(4, 128, 3, 40, 640, bias=True), split(BLOCK, 3)),
     "4-sliced": (Product(4, 128, 3, 40, 640), SLICED),
-    "4-sliced-straight": (Product(4, 256, 9, 17, 1024, BF16), dataclasses.replace(SLICED, stages=0)),
+    "4-sliced-g256": (Product(4, 256, 9, 17, 1024, BF16), SLICED),
     "4-experts": (Product(4, 128, 3, 40, 256, experts=3), split(BLOCK, 2)),
     "4-experts-add": (Product(4, 32, 9, 40, 256, experts=2), split(WEIGHTS, 2, last_adds=False)),
-    "2-g128": (Product(2, 128, 3, 40, 256), STRAIGHT),
+    "2-g128": (Product(2, 128, 3, 40, 256), BLOCK),
     "2-g32": (Product(2, 32, 9, 33, 96), WEIGHTS),
     "2-sliced": (Product(2, 64, 1, 16, 640), split(dataclasses.replace(SLICED, scale_sum=False), 2)),
-    "3-g128": (Product(3, 128, 3, 40, 640), split(STRAIGHT, 2, last_adds=False)),
+    "3-g128": (Product(3, 128, 3, 40, 640), split(BLOCK, 2, last_adds=False)),
     "3-g32": (Product(3, 32, 1, 33, 160, bias=True), WEIGHTS),
     "3-sliced": (Product(3, 300, 3, 16, 300), SLICED),
     "3-experts": (Product(3, 128, 3, 40, 256, experts=2), BLOCK),
@@ -216,20 +215,29 @@ def test_constants_are_in_the_order_of_the_kernel() -> None:
     assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "AHEAD"]
 
 
-def test_shared_memory_is_reserved_only_where_it_is_known_how_much_there_is() -> None:
+def test_more_shared_memory_is_taken_only_where_it_is_known_how_much_there_is() -> None:
     from gptq_ao.kernels.launch import constants
 
     c = dataclasses.replace(BLOCK, ahead=128, per_sm=2)
-    found = [constants(c, 4, 128, 4096, BF16, capability, fast=True)[0]["RESERVED"] for capability in (8, 9, 10, 12)]
-    assert found == [0, 10, 10, 0]  # 80 KB of 227: two fit, not three
+    found = [constants(c, 4, 128, 4096, BF16, capability, fast=True)[0]["SHARED"] for capability in (8, 9, 10, 12)]
+    assert found == [0, 77568, 77568, 0]  # more than a third of 227 KB
     for free in (dataclasses.replace(c, per_sm=0), dataclasses.replace(c, ahead=0)):
-        assert constants(free, 4, 128, 4096, BF16, 9, fast=True)[0]["RESERVED"] == 0
+        assert constants(free, 4, 128, 4096, BF16, 9, fast=True)[0]["SHARED"] == 0
+
+
+class Metadata(NamedTuple):
+    """What Triton has written down about a kernel."""
+
+    target: Any = None
+    num_warps: int = 4
+    num_ctas: int = 1
+    shared: int = 1000
 
 
 class Compiled:
     """In place of a kernel that Triton has compiled: what it was called with."""
 
-    function, packed_metadata = 7, (4, 1, 0)
+    function, packed_metadata, metadata = 7, (4, 1, 1000), Metadata()
 
     def __init__(self) -> None:
         self.direct: list[tuple[Any, ...]] = []
@@ -255,6 +263,10 @@ class Source:
 
         return compile_and_launch
 
+    def warmup(self, *arguments: Any, grid: tuple[int, int, int], **constants: Any) -> Compiled:
+        compiled: Compiled = self[grid](*arguments, **constants)
+        return compiled
+
 
 def test_a_kernel_is_compiled_once_for_each_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
     from gptq_ao.kernels import launch
@@ -268,13 +280,38 @@ def test_a_kernel_is_compiled_once_for_each_alignment(monkeypatch: pytest.Monkey
     ((compiled, first, constants),) = source.compiled
     assert first[0] is x  # Triton reads the dtypes
     assert constants == {"BM": 8, "num_warps": 4}
-    again = (2, 1, 1, 5, 7, (4, 1, 0), None, None, None, x.data_ptr(), bias.data_ptr(), 3, 8)
+    again = (2, 1, 1, 5, 7, (4, 1, 1000), None, None, None, x.data_ptr(), bias.data_ptr(), 3, 8)
     assert compiled.direct == [again] * 2
     # Loads of a kernel for aligned tensors would fail on others; which of them is not aligned matters too.
     for tensors in ((x[1:], bias), (x, bias[1:]), (x, None), (x[4:], bias[8:])):
         kernel((2, 1, 1), 5, tensors, (3,))
     assert len(source.compiled) == 4
     assert compiled.direct[-1][9:11] == (x[4:].data_ptr(), bias[8:].data_ptr())
+
+
+@pytest.mark.parametrize(("shared", "taken"), [(77568, 77568), (900, 1000)])
+def test_shared_memory_is_taken_before_the_first_launch(
+    shared: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from gptq_ao.kernels import launch
+
+    monkeypatch.setattr(launch, "DIRECT", True)
+    monkeypatch.setattr(Compiled, "metadata", Metadata(GPUTarget("cuda", 90, 32)))
+    seen = []
+
+    def first(compiled: Compiled, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments: seen.append((compiled.metadata.shared, compiled.packed_metadata, grid, *arguments))
+
+    monkeypatch.setattr(Compiled, "__getitem__", first)
+    source, x = Source(), torch.zeros(4)
+    kernel = launch.Kernel(source, {"SHARED": shared}, {})
+    for _ in range(2):
+        kernel((2, 1, 1), 5, (x,), (3,))
+    assert seen == [(taken, (4, 1, taken), (2, 1, 1), x.data_ptr(), 3, shared)]
+    ((compiled, *_),) = source.compiled
+    assert compiled.direct == [(2, 1, 1, 5, 7, (4, 1, taken), None, None, None, x.data_ptr(), 3, shared)]
 
 
 @pytest.mark.parametrize("why", ["a hook", "another Triton"])
@@ -287,11 +324,11 @@ def test_triton_launches_where_it_must(why: str, monkeypatch: pytest.MonkeyPatch
     if why == "a hook":  # of a profiler
         monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])
     source, x = Source(), torch.zeros(4)
-    kernel = launch.Kernel(source, {"BM": 8}, {})
+    kernel = launch.Kernel(source, {"BM": 8} if why == "a hook" else {"SHARED": 8}, {})
     for _ in range(2):
         kernel((2, 1, 1), 5, (x,), (3,))
     ((compiled, *_),) = source.compiled
-    assert compiled.by_triton == [((2, 1, 1), x.data_ptr(), 3, 8)]
+    assert compiled.by_triton == [((2, 1, 1), x.data_ptr(), 3, 8)]  # and the first by the source
     assert not compiled.direct
 
 
@@ -319,9 +356,10 @@ def test_without_counters_a_second_kernel_adds(monkeypatch: pytest.MonkeyPatch) 
 # bits, group, rows, capability, and in_features below: what is chosen for them and 4096 out_features, on as many
 # multiprocessors as an A100 or H100 has.
 SHIPPED = [(4, 128, 1, 90), (4, 128, 16, 90), (4, 128, 64, 90), (4, 128, 256, 90), (4, 32, 1, 90), (4, 4096, 1, 90)]
-SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (3, 128, 256, 90), (8, 128, 256, 90)]
+SHIPPED += [(2, 128, 1, 90), (3, 128, 1, 90), (8, 128, 1, 90), (3, 128, 16, 90), (8, 128, 16, 90)]
+SHIPPED += [(3, 128, 256, 90), (8, 128, 256, 90)]
 SHIPPED += [(4, 128, 1, 80), (4, 128, 64, 80)]
-PRODUCTS = [(*shipped, 4096) for shipped in SHIPPED] + [(4, 128, 16, 90, 14336)]
+PRODUCTS = [(*shipped, 4096) for shipped in SHIPPED] + [(4, 128, 16, 90, 14336), (4, 128, 64, 90, 14336)]
 
 
 @pytest.mark.parametrize(("bits", "group", "rows", "architecture", "in_features"), PRODUCTS)
@@ -336,7 +374,7 @@ def test_chosen_kernels_compile_without_spilling(
 ) -> None:
     import triton
 
-    from gptq_ao.kernels.launch import constants
+    from gptq_ao.kernels.launch import constants, take_shared_memory
     from gptq_ao.kernels.linear_triton import linear_kernel
 
     chosen = choose(rows, 4096, in_features, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
@@ -350,6 +388,8 @@ def test_chosen_kernels_compile_without_spilling(
     # No product is still running when its operands' registers are written again, see `_settled`.
     assert set(re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])) <= {"0"}
     if values["AHEAD"] and chosen.per_sm:  # so many programs fit into a multiprocessor, and no more
+        take_shared_memory(compiled, values["SHARED"])
+        assert compiled.metadata.shared in compiled.packed_metadata
         taken = compiled.metadata.shared + 2**10  # CUDA takes 1 KB for itself, of 228
         assert chosen.per_sm * taken <= 228 * 2**10 < (chosen.per_sm + 1) * taken
     # What does not fit goes to the stack, in local memory: allow two registers there, outside of the loop.
@@ -391,7 +431,7 @@ def test_linear_on_cuda(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("last_adds", [False, True])
-@pytest.mark.parametrize("stages", [0, 3])
+@pytest.mark.parametrize("stages", [1, 4])
 @pytest.mark.parametrize("ahead", [0, 512])
 def test_a_split_changes_only_the_order_of_the_sum(last_adds: bool, stages: int, ahead: int) -> None:
     if ahead and torch.cuda.get_device_capability()[0] < 9:
@@ -412,7 +452,7 @@ def test_how_many_programs_are_let_in_changes_nothing(rows: int) -> None:
     c = LinearConfig(max(8, rows), 128, 128, warps=4, split=8, last_adds=rows < 64, ahead=128)
     y = on_gpu(p, c)
     p.check(y, scale_sum=True)
-    for per_sm in (1, 2, 3, 4):
+    for per_sm in (1, 2, 3, 8):
         assert torch.equal(y, on_gpu(p, dataclasses.replace(c, per_sm=per_sm)))
 
 

@@ -106,7 +106,8 @@ def test_what_the_kernel_does_not_compute() -> None:
     assert computes(dataclasses.replace(c, scale_sum=False), 4, 64, 4096)
     assert not computes(dataclasses.replace(c, block_k=64), 2, 128, 4096)  # half a tile
     assert not computes(dataclasses.replace(c, slices=2), 4, 128, 4096)
-    assert not computes(dataclasses.replace(c, per_sm=5), 4, 128, 4096)
+    assert not computes(dataclasses.replace(c, per_sm=9), 4, 128, 4096)
+    assert not computes(dataclasses.replace(c, stages=0), 4, 128, 4096)
 
 
 @pytest.mark.gpu
