@@ -18,6 +18,7 @@ FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantiz
 # Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
 SMALLEST_RUN = 8
 MOST_PER_SM = 8  # programs of which a multiprocessor is told how many to take
+MOST_SPLIT = 16  # adding up the sums of more takes longer than reading less of the weight saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _few_rows(
         # A large block reads x less often, but has to go on for a while.
         long = steps >= 8 * wanted(128, 4) and (quick or block_m > 16)
         block_n, warps, fewest = 128 if long or wanted(128, 4) == 1 else 64, 4, 4
-    split = min(wanted(block_n, warps), 1 << max(0, (steps // fewest).bit_length() - 1))
+    split = min(wanted(block_n, warps), MOST_SPLIT, 1 << max(0, (steps // fewest).bit_length() - 1))
     return LinearConfig(
         block_m,
         block_n,
