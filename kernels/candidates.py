@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
-from gptq_ao.kernels.heuristics import LinearConfig, columns_ahead, computes, programs_per_sm
+from gptq_ao.kernels.heuristics import SHARED_MEMORY, LinearConfig, columns_ahead, computes, programs_per_sm
 
 __all__ = ["candidates", "variations"]
 
-SHARED_MEMORY = 224 * 2**10  # bytes, of compute capability 9.0
+SCALES = 3 * 2**10  # bytes of shared memory that are left for words of scale and zero point
 REGISTERS = 160  # of a thread, for sums
 
 
@@ -80,4 +80,4 @@ def _fits(c: LinearConfig, bits: int) -> bool:
     whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
     memory = c.stages * (4 * words + 2 * c.block_m * c.block_k * c.slices)
     enough_rows = c.slices > 1 or c.block_n >= 16 * c.warps or c.block_m > 16
-    return whole_tiles and enough_rows and memory <= SHARED_MEMORY and sums <= REGISTERS
+    return whole_tiles and enough_rows and memory <= SHARED_MEMORY - SCALES and sums <= REGISTERS

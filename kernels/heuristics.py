@@ -5,6 +5,7 @@ import math
 
 __all__ = [
     "FUSED_ROWS",
+    "SHARED_MEMORY",
     "SMALLEST_RUN",
     "LinearConfig",
     "choose",
@@ -17,6 +18,7 @@ __all__ = [
 FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
 # Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
 SMALLEST_RUN = 8
+SHARED_MEMORY = 227 * 2**10  # bytes of a multiprocessor, where compute capability is 9 or 10; others have less
 MOST_PER_SM = 8  # programs of which a multiprocessor is told how many to take
 MOST_SPLIT = 16  # adding up the sums of more takes longer than reading less of the weight saves
 
@@ -123,11 +125,12 @@ def _few_rows(
 
     quick = bits in (2, 4)  # to unpack
     if block_m == 8:
-        block_n, warps, fewest = (64, 2, 2) if quick else (128, 4, 2)  # steps of a program, at the fewest
+        block_n, warps = (64, 2) if quick else (128, 4)
     else:
         # A large block reads x less often, but has to go on for a while.
         long = steps >= 8 * wanted(128, 4) and (quick or block_m > 16)
-        block_n, warps, fewest = 128 if long or wanted(128, 4) == 1 else 64, 4, 4
+        block_n, warps = 128 if long or wanted(128, 4) == 1 else 64, 4
+    fewest = 2 if block_m == 8 else 4  # steps of a part
     split = min(wanted(block_n, warps), MOST_SPLIT, 1 << max(0, (steps // fewest).bit_length() - 1))
     return LinearConfig(
         block_m,

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler.compiler import make_backend
 
 from gptq_ao.kernels.counters import zeroed_counters
-from gptq_ao.kernels.heuristics import LinearConfig
+from gptq_ao.kernels.heuristics import SHARED_MEMORY, LinearConfig
 from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
 
 __all__ = ["Kernel", "LinearLaunch", "constants", "launch", "prepared", "take_shared_memory", "warm_up"]
@@ -25,7 +24,6 @@ VERSION = tuple(int(i) for i in triton.__version__.split(".")[:2])
 # An operand of mma.sync made in registers: up to Triton 3.6 its columns are in an order of their own, see `unpack`.
 NATURAL_MMA = VERSION > (3, 6)
 DIRECT = (3, 6) <= VERSION <= (3, 9)  # where `CompiledKernel` is known to have what is used of it below
-SHARED_MEMORY = 227 * 2**10  # of a multiprocessor, where compute capability is 9 or 10; others have less
 ADD_BLOCK = 512  # results per program of the second kernel
 
 
@@ -115,6 +113,8 @@ class Kernel:
 def take_shared_memory(compiled: Any, least: int) -> None:
     """Have each program take at least so many bytes. Triton has no option for this, but goes by what it has written
     down about a kernel, when it loads and launches it."""
+    from triton.compiler.compiler import make_backend  # where it is in the versions that `DIRECT` names
+
     if compiled.metadata.shared < least:
         compiled.metadata = compiled.metadata._replace(shared=least)
         compiled.packed_metadata = make_backend(compiled.metadata.target).pack_metadata(compiled.metadata)
