@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 

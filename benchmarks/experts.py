@@ -15,8 +15,8 @@ import triton
 from packed import Shape, ring  # type: ignore[import-not-found]
 from torch import Tensor
 
-from gptq_ao import ops
-from gptq_ao.kernels.timing import BEYOND_CACHE, microseconds
+from gptq_ao.kernels import ops
+from gptq_ao.kernels.tuning.timing import BEYOND_CACHE, microseconds
 
 EXPERTS, TAKEN = 128, 8
 SIZES = [(1536, 2048), (2048, 768)]  # N, K of gate and up together, and of down

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from packed import Shape, Weight, ring  # type: ignore[import-not-found]
 
-from gptq_ao.kernels.candidates import candidates, variations
-from gptq_ao.kernels.heuristics import LinearConfig
-from gptq_ao.kernels.launch import launch, warm_up
-from gptq_ao.kernels.timing import microseconds
+from gptq_ao.kernels.triton.launch import launch, warm_up
+from gptq_ao.kernels.tuning.candidates import candidates, variations
+from gptq_ao.kernels.tuning.heuristics import LinearConfig
+from gptq_ao.kernels.tuning.timing import microseconds
 
 __all__ = ["sweep"]
 

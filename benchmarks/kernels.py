@@ -23,8 +23,8 @@ from packed import Shape, Weight, read_bandwidth, ring  # type: ignore[import-no
 from peers import PEERS, dense_us, peer_us  # type: ignore[import-not-found]
 from torch import Tensor
 
-from gptq_ao import ops
-from gptq_ao.kernels.timing import microseconds
+from gptq_ao.kernels import ops
+from gptq_ao.kernels.tuning.timing import microseconds
 
 SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (6144, 4096)]  # N, K
 ROWS = [1, 16, 64, 256, 2048]

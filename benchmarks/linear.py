@@ -14,7 +14,7 @@ import torch.utils.benchmark
 from torch import Tensor
 
 from gptq_ao.kernels import cpu
-from gptq_ao.solver import round_to_nearest
+from gptq_ao.solver.solve import round_to_nearest
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 SHAPES = [(4096, 4096), (4096, 14336)]

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptq_ao.codes.tiles import TILE_ROWS, packed_bytes, tile_columns
 from gptq_ao.kernels import reference
-from gptq_ao.kernels.timing import BEYOND_CACHE, microseconds
-from gptq_ao.packing import TILE_ROWS, packed_bytes, tile_columns
+from gptq_ao.kernels.tuning.timing import BEYOND_CACHE, microseconds
 
 __all__ = ["Shape", "Weight", "read_bandwidth", "ring"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptq_ao.kernels.timing import BEYOND_CACHE, microseconds
+from gptq_ao.kernels.tuning.timing import BEYOND_CACHE, microseconds
 
 __all__ = ["PEERS", "dense_us", "peer_us"]
 

@@ -18,11 +18,11 @@ import triton
 from llama_8b import llama  # type: ignore[import-not-found]
 
 from gptq_ao import gptq_config, quantize_
-from gptq_ao.factor import factor
-from gptq_ao.hessian import Hessian, HessianObserver
-from gptq_ao.refine import refine
-from gptq_ao.solver import solve
-from gptq_ao.target import corrected_target
+from gptq_ao.solver.compensate import corrected_target
+from gptq_ao.solver.factor import factor
+from gptq_ao.solver.hessian import Hessian, HessianObserver
+from gptq_ao.solver.refine import refine
+from gptq_ao.solver.solve import solve
 
 
 def milliseconds(function: Callable[[], object], repeats: int = 3) -> float:

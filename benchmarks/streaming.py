@@ -24,9 +24,9 @@ import torch
 import transformers
 
 from gptq_ao import gptq_config, quantize_, quantize_checkpoint, save_quantized
-from gptq_ao.architecture import empty_model
+from gptq_ao.checkpoint.files.shards import ShardWriter, read_header
 from gptq_ao.integrations.transformers import load_model
-from gptq_ao.shards import ShardWriter, read_header
+from gptq_ao.model.empty import empty_model
 
 VOCABULARY = 4096
 

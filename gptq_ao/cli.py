@@ -13,24 +13,24 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gptq_ao.architecture import empty_model
-from gptq_ao.checkpoint import save_quantized
+from gptq_ao.checkpoint.convert import convert_checkpoint
+from gptq_ao.checkpoint.exchange.packed_weight import PackedWeight
+from gptq_ao.checkpoint.files.directory import format_of
+from gptq_ao.checkpoint.files.shards import NAME_OF
+from gptq_ao.checkpoint.formats import open_quantized
+from gptq_ao.checkpoint.native.manifest import read_manifest
+from gptq_ao.checkpoint.save import save_quantized
 from gptq_ao.config import gptq_config
-from gptq_ao.convert import convert_checkpoint
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.demo import run_demo
 from gptq_ao.errors import ConfigError, GPTQError
 from gptq_ao.evaluate import evaluate
-from gptq_ao.formats.directory import format_of
-from gptq_ao.formats.packed_weight import PackedWeight
-from gptq_ao.formats.recognize import open_quantized
 from gptq_ao.integrations.transformers import config_directory, load_model, load_tokenizer
-from gptq_ao.manifest import read_manifest
-from gptq_ao.planning import StreamedWeights, plan_weights
-from gptq_ao.quantize import quantize_
-from gptq_ao.shards import NAME_OF
-from gptq_ao.stream import quantize_checkpoint
-from gptq_ao.weights import ModelWeights
+from gptq_ao.model.empty import empty_model
+from gptq_ao.model.weights import ModelWeights
+from gptq_ao.pipeline.quantize import quantize_
+from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
+from gptq_ao.planning.plan import StreamedWeights, plan_weights
 
 __all__ = ["app", "main"]
 

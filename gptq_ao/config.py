@@ -342,3 +342,19 @@ def _check_rule(config: GPTQConfig, pattern: str, override: Override) -> None:
 
 def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
+
+
+def settings_key(c: GPTQConfig) -> tuple[object, ...]:
+    """Weights that agree in this, and in their Hessian, are solved together."""
+    return (
+        c.method,
+        c.act_order,
+        c.damp_percent,
+        c.bits,
+        c.group_size,
+        c.sym,
+        c.signed_scale,
+        c.scale_candidates,
+        c.refine_sweeps,
+        c.compensate,
+    )

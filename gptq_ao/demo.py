@@ -12,7 +12,7 @@ from gptq_ao.config import gptq_config
 from gptq_ao.data import spaced, text_batches, token_chunks
 from gptq_ao.evaluate import evaluate
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
-from gptq_ao.quantize import quantize_
+from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.tiny_lm.corpus import documents
 
 __all__ = ["DemoResult", "run_demo"]

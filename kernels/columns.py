@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gptq_ao.grid import round_to_grid
+from gptq_ao.codes.grid import round_to_grid
 
 __all__ = ["MAX_COLUMNS", "column_blocks", "round_columns", "score_grids"]
 
@@ -61,9 +61,9 @@ def round_columns(
         [B, N] uint8, codes.
     """
     if x.is_cuda:
-        from gptq_ao.kernels import columns_triton
+        from gptq_ao.kernels.triton import columns
 
-        return columns_triton.round_columns(x, follow, scale, zero_point, bits, before)
+        return columns.round_columns(x, follow, scale, zero_point, bits, before)
     x = x.clone()
     codes = torch.empty_like(x, dtype=torch.uint8)
     with _one_thread():
@@ -89,9 +89,9 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
         [C, N] fp32.
     """
     if x.is_cuda:
-        from gptq_ao.kernels import columns_triton
+        from gptq_ao.kernels.triton import columns
 
-        return columns_triton.score_grids(x, follow, importance, scale, zero_point, bits)
+        return columns.score_grids(x, follow, importance, scale, zero_point, bits)
     rows = max(1, SCRATCH // (4 * len(x) * len(scale)))
     parts = zip(x.split(rows, 1), scale.split(rows, 1), zero_point.split(rows, 1), strict=True)
     with _one_thread():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gptq_ao.codes.tiles import unpack_codes, unpack_scale_zero
 from gptq_ao.kernels import reference
-from gptq_ao.packing import unpack_codes, unpack_scale_zero
 
 __all__ = ["grouped_linear", "linear", "max_rows", "supports"]
 

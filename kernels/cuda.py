@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptq_ao.kernels import heuristics, reference, tuned
-from gptq_ao.packing import TILE_ROWS
+from gptq_ao.codes.tiles import TILE_ROWS
+from gptq_ao.kernels import reference
+from gptq_ao.kernels.tuning import heuristics, measured
 
 __all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows"]
 
@@ -89,10 +90,10 @@ def dequantize(
     """See `reference.dequantize`: the same, bit for bit."""
     contiguous = qdata.is_contiguous() and scale_zero.is_contiguous()
     if contiguous and in_one_pass(qdata.device, bits, group_size, in_features, dtype):
-        from gptq_ao.kernels import dequantize_triton
+        from gptq_ao.kernels.triton import dequantize
 
         packed = (qdata, scale_zero, high_plane)
-        weight = dequantize_triton.dequantize(*packed, bits, group_size, out_features, in_features, dtype)
+        weight = dequantize.dequantize(*packed, bits, group_size, out_features, in_features, dtype)
         return weight if perm is None else weight[..., torch.argsort(perm)]
     return reference.dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, dtype)
 
@@ -127,8 +128,8 @@ def forget() -> None:
 
 
 @functools.cache
-def _tuned(device_name: str) -> dict[tuned.Product, tuned.Tuned]:
-    return tuned.load(tuned.default_path(device_name))
+def _tuned(device_name: str) -> dict[measured.Product, measured.Tuned]:
+    return measured.load(measured.default_path(device_name))
 
 
 @functools.cache
@@ -148,7 +149,7 @@ def _launch(
     config = _config(rows, out_features, in_features, bits, group_size, experts, torch.device("cuda", device))
     if config is None:
         return None
-    from gptq_ao.kernels.launch import prepared
+    from gptq_ao.kernels.triton.launch import prepared
 
     return prepared(config, bits, group_size, out_features, in_features, experts, dtype, device)
 
@@ -159,9 +160,10 @@ def _config(
     if not _usable(device, bits):
         return None
     properties = torch.cuda.get_device_properties(device)
-    measured = _tuned(properties.name).get(tuned.Product(rows, out_features, in_features, bits, group_size, experts))
-    if measured is not None:
-        return measured.config
+    product = measured.Product(rows, out_features, in_features, bits, group_size, experts)
+    best = _tuned(properties.name).get(product)
+    if best is not None:
+        return best.config
     sms, capability = properties.multi_processor_count, properties.major
     return heuristics.choose(rows, out_features, in_features, bits, group_size, experts, sms, capability)
 
@@ -174,6 +176,6 @@ def _usable(device: torch.device, bits: int) -> bool:
         return False
     if capability in TESTED:
         return True
-    from gptq_ao.kernels.self_check import agree
+    from gptq_ao.kernels.triton.self_check import agree
 
     return agree(device, bits)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptq_ao.kernels import cuda, heuristics
+from gptq_ao.codes.tiles import TILE_ROWS
+from gptq_ao.kernels import cuda
 from gptq_ao.kernels.reference import check_grouped
-from gptq_ao.packing import TILE_ROWS
+from gptq_ao.kernels.tuning import heuristics
 
 __all__ = ["linear"]
 
@@ -44,7 +45,7 @@ def linear(
         numbers = (bits, group_size, out_features, in_features)
         config = _config(cuda.bucket(len(x)), *numbers, len(qdata), x.dtype, x.device)
         if config is not None:
-            from gptq_ao.kernels.launch_grouped import launch_grouped
+            from gptq_ao.kernels.triton.launch_experts import launch_grouped
 
             return launch_grouped(x, *packed, bits, group_size, out_features, offsets, config)
     # Parts by output features, not by experts: where the rows of an expert begin is not known here.

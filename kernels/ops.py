@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_ao.kernels import cpu, cuda, grouped, reference
+from gptq_ao.kernels import cpu, cuda, cuda_experts, reference
 
 __all__ = ["dequantize", "grouped_linear", "grouped_linear_backward", "kernel_name", "linear"]
 
@@ -75,7 +75,7 @@ def _grouped_linear(
 
 def _grouped_linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
     with torch.cuda.device(x.device):
-        return grouped.linear(x, *arguments)
+        return cuda_experts.linear(x, *arguments)
 
 
 def _grouped_linear_backward(

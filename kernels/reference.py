@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptq_ao.grid import dequantize as dequantize_codes
-from gptq_ao.packing import unpack_codes, unpack_scale_zero
+from gptq_ao.codes.grid import dequantize as dequantize_codes
+from gptq_ao.codes.tiles import unpack_codes, unpack_scale_zero
 
 __all__ = ["by_expert", "check_grouped", "dequantize", "grouped_linear", "linear"]
 

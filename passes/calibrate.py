@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 
-from gptq_ao.activations import ActivationStore
+from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.errors import NonFiniteError
-from gptq_ao.hessian import Hessian, HessianObserver
 from gptq_ao.passes.records import Segment, Stage
+from gptq_ao.solver.hessian import Hessian, HessianObserver
 
 __all__ = ["calibrate", "run_segment"]
 

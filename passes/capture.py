@@ -28,15 +28,15 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from gptq_ao.batches import Batch
+from gptq_ao.calibration.batches import Batch
 from gptq_ao.errors import CaptureError
-from gptq_ao.passes.calibration_mode import calibration_mode
-from gptq_ao.passes.explain import explain
-from gptq_ao.passes.functional import make_functional
-from gptq_ao.passes.known_values import known_values
 from gptq_ao.passes.records import Program, static_size
-from gptq_ao.passes.stand_in import first_names, running_device, stand_in
-from gptq_ao.passes.transformers_help import check_no_assumption, eager_formulas, transformers_help
+from gptq_ao.passes.tracing.calibration_mode import calibration_mode
+from gptq_ao.passes.tracing.explain import explain
+from gptq_ao.passes.tracing.functional import make_functional
+from gptq_ao.passes.tracing.known_values import known_values
+from gptq_ao.passes.tracing.stand_in import first_names, running_device, stand_in
+from gptq_ao.passes.tracing.transformers_help import check_no_assumption, eager_formulas, transformers_help
 
 __all__ = ["calibration_mode", "capture"]
 

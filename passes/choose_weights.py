@@ -5,9 +5,9 @@ Everything that can be wrong with a setting is found here, before any computatio
 
 from collections.abc import Callable
 
+from gptq_ao.codes.grid import group_columns
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, NoLinearError
-from gptq_ao.grid import group_columns
 from gptq_ao.passes.records import Excluded, LinearSite, Selection
 
 __all__ = ["check_group_sizes", "choose_weights"]

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, fx
 
 from gptq_ao.errors import CalibrationError, ConfigError, NonFiniteError
-from gptq_ao.hessian import kept_rows
+from gptq_ao.passes.products.token_rows import TokenRows
 from gptq_ao.passes.records import Layout, Program, dim, static_size
 from gptq_ao.passes.size_conditions import check_sizes
-from gptq_ao.passes.token_rows import TokenRows
+from gptq_ao.solver.hessian import kept_rows
 
 __all__ = ["SEQUENCES", "expected_harm"]
 

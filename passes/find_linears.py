@@ -12,10 +12,10 @@ from collections.abc import Collection
 from torch import fx
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.products import MULTIPLYING, Product, multiplies, op_name, products
+from gptq_ao.passes.products.table import MULTIPLYING, Product, multiplies, op_name, products
+from gptq_ao.passes.products.token_rows import TokenRows
+from gptq_ao.passes.products.weight_views import read_matrix, trace_parameter
 from gptq_ao.passes.records import Excluded, LinearSite, Program, Rows, dim
-from gptq_ao.passes.token_rows import TokenRows
-from gptq_ao.passes.weight_views import read_matrix, trace_parameter
 
 __all__ = ["ROUTER", "find_linears", "left_out_by_name"]
 

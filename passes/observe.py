@@ -12,8 +12,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gptq_ao.errors import PassError
-from gptq_ao.hessian import HessianObserver, gathered_mask
 from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment, Stage, twin
+from gptq_ao.solver.hessian import HessianObserver, gathered_mask
 
 __all__ = ["observe", "uncompensated"]
 

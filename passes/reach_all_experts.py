@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from gptq_ao.errors import ConfigError
-from gptq_ao.passes.products import op_name
+from gptq_ao.passes.products.table import op_name
 from gptq_ao.passes.records import LinearSite, Program, Rows, dim, static_size
 
 __all__ = ["reach_all_experts", "same_choice"]

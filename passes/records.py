@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from gptq_ao.batches import Batch
+from gptq_ao.calibration.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CalibrationError
 from gptq_ao.passes.size_conditions import check_sizes, static_size

@@ -25,8 +25,8 @@ import networkx as nx
 from torch import fx
 
 from gptq_ao.errors import PassError
+from gptq_ao.passes.products.residual_stream import added_to
 from gptq_ao.passes.records import HessianGroup, LinearSite, Part, Plan, Program, Rows, Segment, Selection, Stage
-from gptq_ao.passes.residual_stream import added_to
 
 __all__ = ["schedule"]
 

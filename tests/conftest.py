@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -17,3 +18,12 @@ def loaders() -> Iterator[None]:
     yield
     for method, quantizer in before.items():
         (load_with_gptq_ao if quantizer is GptqAoQuantizer else load_with_transformers)(method)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Column by column there is too little to share: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,1 +1,1 @@
-"""Checkpoints of other libraries: tensors of their files to codes, scales and zero points, and back."""
+"""Directories of files: quantized models saved, loaded and converted, in all formats."""

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
-from gptq_ao.checkpoint import load_quantized, save_quantized
+from gptq_ao.checkpoint.files.directory import format_of
+from gptq_ao.checkpoint.files.paths import confined
+from gptq_ao.checkpoint.load import load_quantized
+from gptq_ao.checkpoint.save import save_quantized
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.directory import format_of
-from gptq_ao.manifest import confined
 
 __all__ = ["convert_checkpoint"]
 

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gptq_ao.checkpoint.compressed_tensors.read import COMPRESSED_PARTS, compressed_weights
+from gptq_ao.checkpoint.exchange.packed_weight import Rounding
+from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
+from gptq_ao.checkpoint.files.shards import StoredTensor
+from gptq_ao.checkpoint.gptq.read import GPTQ_PARTS, gptq_weights
+from gptq_ao.checkpoint.native.read import NATIVE_PARTS, native_weights
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.compressed_tensors_config import COMPRESSED_PARTS, compressed_weights
-from gptq_ao.formats.directory import quantization_config, stored_tensors
-from gptq_ao.formats.gptq_config import GPTQ_PARTS, gptq_weights
-from gptq_ao.formats.native import NATIVE_PARTS, native_weights
-from gptq_ao.formats.packed_weight import Rounding
-from gptq_ao.shards import StoredTensor
 
 __all__ = ["QUANT_METHODS", "QuantizedFiles", "Readable", "open_quantized"]
 

@@ -16,30 +16,20 @@ names, sizes and files, and the model is changed only when all tensors are there
 The other formats are in `formats/`.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gptq_ao.architecture import empty_model
+from gptq_ao.checkpoint.native.write import CheckpointWriter, stored_bytes
+from gptq_ao.checkpoint.write import write_dense, write_foreign
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.formats.directory import quantization_config
-from gptq_ao.formats.recognize import open_quantized
-from gptq_ao.formats.write import write_dense, write_foreign
-from gptq_ao.freed_memory import return_freed_memory
-from gptq_ao.fuse import FusedProjections
-from gptq_ao.manifest import MANIFEST, Manifest, read_manifest, shard_path
+from gptq_ao.model.inspection import state_names
+from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report
-from gptq_ao.shards import StoredTensor, read_header
-from gptq_ao.source import source_of
-from gptq_ao.stored import from_stored
-from gptq_ao.tensor import GroupTensor
-from gptq_ao.weights import ModelWeights
-from gptq_ao.writer import CheckpointWriter, state_names, stored_bytes
+from gptq_ao.tensor.fused import FusedProjections
 
-__all__ = ["FORMATS", "load_quantized", "save_quantized"]
+__all__ = ["FORMATS", "save_quantized"]
 
 FORMATS = ("native", "gptq", "gptq_v2", "compressed-tensors", "dense")
 
@@ -86,107 +76,3 @@ def save_quantized(
         writer.add_rest(model, ModelWeights(model).get)
         writer.finish_checkpoint(model, tokenizer, report)
     return None
-
-
-def load_quantized(
-    model_or_directory: nn.Module | str | Path,
-    directory: str | Path | None = None,
-    *,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
-    """Load a quantized checkpoint, whose format the directory tells: the own one, GPTQ or compressed-tensors.
-
-    `load_quantized(directory)` builds the Hugging Face model of the directory's config.
-    `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta
-    device).
-
-    Raises:
-        CheckpointError: the checkpoint is incomplete, inconsistent, unsafe, or does not fit the model, which is then
-        unchanged.
-    """
-    if isinstance(model_or_directory, nn.Module):
-        if directory is None:
-            raise CheckpointError("load_quantized(model, directory) needs the directory")
-        path, model = Path(directory), model_or_directory
-    else:
-        path, model = Path(model_or_directory), None
-    if not (path / MANIFEST).is_file() and quantization_config(path) is not None:
-        return _load_foreign(path, model, torch.device(device))
-    manifest = read_manifest(path)
-    model = empty_model(path) if model is None else model
-    _check_fits(model, manifest, path)
-    loaded = _load(path, manifest, torch.device(device))
-    _assign(model, loaded, manifest.tied)
-    return model
-
-
-def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device) -> nn.Module:
-    files = open_quantized(directory)
-    source = source_of(directory, files.tensors, model)
-    loaded: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first that it makes
-    for name, (recipe, made) in source.recipes.items():
-        first = placed.setdefault((recipe.target, made), name)
-        if first != name:
-            tied[name] = first
-        elif name not in loaded:
-            made_of = recipe.make(source.model, device)
-            loaded |= {n: made_of[m] for n, (r, m) in source.recipes.items() if r is recipe}
-            if device.type != "cpu":
-                return_freed_memory()
-    files.rounding.warn()
-    _assign(source.model, loaded, tied)
-    return source.model
-
-
-def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
-    state = model.state_dict(keep_vars=True)
-    names = {*manifest.quantized, *manifest.dense, *manifest.tied}
-    if set(state) != names:
-        lacks, extra = sorted(set(state) - names), sorted(names - set(state))
-        what = f"lacks {lacks[0]!r}" if lacks else f"has {extra[0]!r}, which the model does not"
-        raise CheckpointError(f"{directory} does not fit the {type(model).__name__}: it {what}")
-    for name, old in state.items():
-        target = manifest.tied.get(name, name)
-        if target in manifest.quantized:
-            shape = manifest.quantized[target].parameter_shape
-        else:
-            shape = manifest.dense[target][1]
-        if list(old.shape) != shape:
-            raise CheckpointError(f"{directory}: {name!r} has shape {shape}, in the model {list(old.shape)}")
-
-
-def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of a checked manifest, quantized ones put together."""
-    stored: dict[str, StoredTensor] = {}
-    for file in sorted(set(manifest.shards.values())):
-        stored |= read_header(shard_path(directory, file))
-
-    def read(name: str) -> Tensor:
-        return stored[name].read(device)
-
-    loaded = {name: read(name) for name in manifest.dense}
-    for name, entry in manifest.quantized.items():
-        loaded[name] = from_stored(name, entry, read, directory)
-        if device.type != "cpu":
-            return_freed_memory()
-    return loaded
-
-
-def _assign(model: nn.Module, loaded: dict[str, Tensor], tied: Mapping[str, str]) -> None:
-    made: dict[str, nn.Parameter] = {}
-    for name in model.state_dict(keep_vars=True):
-        target = tied.get(name, name)
-        if target not in loaded:
-            continue  # a buffer that was computed
-        prefix, _, leaf = name.rpartition(".")
-        module = model.get_submodule(prefix)
-        if leaf in module._buffers:
-            module._buffers[leaf] = loaded[target]
-        else:
-            if target not in made:
-                value = loaded[target]
-                trains = module._parameters[leaf].requires_grad and not isinstance(value, GroupTensor)  # type: ignore[union-attr]
-                made[target] = nn.Parameter(value, requires_grad=trains)
-            module._parameters[leaf] = made[target]

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.compressed_tensors.write import compressed_config_of, compressed_tensors_of
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, export_model, revert_conversions
+from gptq_ao.checkpoint.files.model_card import CARD, model_card
+from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json, has_config
+from gptq_ao.checkpoint.gptq.write import gptq_config_of, gptq_tensors_of
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.compressed_tensors_export import compressed_config_of, compressed_tensors_of
-from gptq_ao.formats.export import ExportedModel, export_model, revert_conversions
-from gptq_ao.formats.gptq_export import gptq_config_of, gptq_tensors_of
-from gptq_ao.model_card import CARD, model_card
-from gptq_ao.output import OutputDirectory, as_json, has_config
+from gptq_ao.model.inspection import state_names
+from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.weights import ModelWeights
-from gptq_ao.writer import state_names
 
 __all__ = ["config_of", "tensors_of", "write_dense", "write_foreign"]
 

@@ -8,9 +8,7 @@ of such a matrix of words, with one row for each output feature.
 import torch
 from torch import Tensor
 
-from gptq_ao.packing import pack_bits, unpack_bits
-
-__all__ = ["codes_to_words", "word_count", "words_to_codes"]
+__all__ = ["codes_to_words", "pack_bits", "unpack_bits", "word_count", "words_to_codes"]
 
 
 def word_count(codes: int, bits: int) -> int:
@@ -29,3 +27,37 @@ def codes_to_words(codes: Tensor, bits: int) -> Tensor:
     count = word_count(codes.shape[1], bits)
     filled = torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[1]))
     return filled.flatten().view(torch.int32).unflatten(0, (-1, count))  # flat: a single row may have any stride
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)], contiguous."""
+    codes = codes.contiguous()
+    size = -(-codes.shape[-1] * bits // 8)
+    if 8 % bits == 0:
+        joined = _fill(codes, size * (8 // bits))
+        while bits < 8:  # neighbours are joined until a byte is full
+            joined, bits = joined[..., ::2] | joined[..., 1::2] << bits, 2 * bits
+        return joined
+    eights = _fill(codes, -(-codes.shape[-1] // 8) * 8).unflatten(-1, (-1, 8))
+    words = eights[..., :1].long()  # eight codes each, in the low `bits` bytes
+    for i in range(1, 8):
+        words |= eights[..., i : i + 1].long() << (bits * i)
+    return words.view(torch.uint8)[..., :bits].flatten(-2)[..., :size].contiguous()
+
+
+def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 [..., count]."""
+    if 8 % bits == 0:
+        place = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        return (stream.unsqueeze(-1) >> place).bitwise_and_(2**bits - 1).flatten(-2)[..., :count]
+    eights = _fill(stream, -(-count // 8) * bits).unflatten(-1, (-1, bits))
+    words = _fill(eights, 8).view(torch.int64)
+    codes = stream.new_empty(*eights.shape[:-1], 8)
+    for i in range(8):
+        codes[..., i : i + 1] = words >> (bits * i) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count]
+
+
+def _fill(x: Tensor, size: int) -> Tensor:
+    """The last dimension, cut or with zeros, so long."""
+    return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))

@@ -33,15 +33,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq_ao.codes.bit_stream import unpack_bits
+
 __all__ = [
     "TILE_ROWS",
-    "pack_bits",
     "pack_codes",
     "pack_scale_zero",
     "pack_words",
     "packed_bytes",
     "tile_columns",
-    "unpack_bits",
     "unpack_codes",
     "unpack_scale_zero",
 ]
@@ -173,40 +173,6 @@ def packed_bytes(shape: tuple[int, ...], bits: int, groups: int) -> int:
     rows = -(-n // TILE_ROWS) * TILE_ROWS
     codes = rows * (-(-k // columns) * columns) * bits // 8
     return torch.Size(lead).numel() * (codes + 4 * rows * groups)
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [..., K] to their bit stream uint8 [..., ceil(K·bits/8)], contiguous."""
-    codes = codes.contiguous()
-    size = -(-codes.shape[-1] * bits // 8)
-    if 8 % bits == 0:
-        joined = _fill(codes, size * (8 // bits))
-        while bits < 8:  # neighbours are joined until a byte is full
-            joined, bits = joined[..., ::2] | joined[..., 1::2] << bits, 2 * bits
-        return joined
-    eights = _fill(codes, -(-codes.shape[-1] // 8) * 8).unflatten(-1, (-1, 8))
-    words = eights[..., :1].long()  # eight codes each, in the low `bits` bytes
-    for i in range(1, 8):
-        words |= eights[..., i : i + 1].long() << (bits * i)
-    return words.view(torch.uint8)[..., :bits].flatten(-2)[..., :size].contiguous()
-
-
-def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8 [..., count]."""
-    if 8 % bits == 0:
-        place = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
-        return (stream.unsqueeze(-1) >> place).bitwise_and_(2**bits - 1).flatten(-2)[..., :count]
-    eights = _fill(stream, -(-count // 8) * bits).unflatten(-1, (-1, bits))
-    words = _fill(eights, 8).view(torch.int64)
-    codes = stream.new_empty(*eights.shape[:-1], 8)
-    for i in range(8):
-        codes[..., i : i + 1] = words >> (bits * i) & (2**bits - 1)
-    return codes.flatten(-2)[..., :count]
-
-
-def _fill(x: Tensor, size: int) -> Tensor:
-    """The last dimension, cut or with zeros, so long."""
-    return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
 
 
 def _pack_plane(codes: Tensor, plane: Plane) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.errors import TuningError
-from gptq_ao.kernels import cuda, tuned
-from gptq_ao.kernels.candidates import candidates
-from gptq_ao.kernels.heuristics import FUSED_ROWS, LinearConfig
-from gptq_ao.kernels.tuned import Product, Tuned
+from gptq_ao.kernels import cuda
+from gptq_ao.kernels.tuning import measured
+from gptq_ao.kernels.tuning.candidates import candidates
+from gptq_ao.kernels.tuning.heuristics import FUSED_ROWS, LinearConfig
+from gptq_ao.kernels.tuning.measured import Product, Tuned
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["tune"]
@@ -44,12 +45,12 @@ def tune(model: nn.Module, rows: Sequence[int] = (1, 16, 64, 256), path: Path | 
         raise TuningError("no quantized matrix of the model is on a GPU: move it there first, model.cuda()")
     device = next(iter(weights.values()))[0].device
     name = torch.cuda.get_device_name(device)
-    file = tuned.default_path(name) if path is None else Path(path)
-    entries = tuned.load(file)
+    file = measured.default_path(name) if path is None else Path(path)
+    entries = measured.load(file)
     with torch.cuda.device(device), torch.no_grad():
         for product, same in weights.items():
             entries[product] = _fastest(product, same)
-    tuned.save(file, name, entries)
+    measured.save(file, name, entries)
     cuda.forget()
     return file
 
@@ -59,7 +60,7 @@ def _product(weight: GroupTensor, rows: int) -> Product:
 
 
 def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
-    from gptq_ao.kernels.timing import BEYOND_CACHE, microseconds
+    from gptq_ao.kernels.tuning.timing import BEYOND_CACHE, microseconds
 
     size = weights[0].qdata.nbytes + weights[0].scale_zero.nbytes
     count = -(-BEYOND_CACHE // size)
@@ -95,8 +96,8 @@ def _time(p: Product, c: LinearConfig, ring: list[Packed], x: Tensor, expected: 
     compiler may be)."""
     import triton
 
-    from gptq_ao.kernels.launch import launch
-    from gptq_ao.kernels.timing import microseconds
+    from gptq_ao.kernels.triton.launch import launch
+    from gptq_ao.kernels.tuning.timing import microseconds
 
     blocks = -(-p.rows // c.block_m) * -(-p.out_features // c.block_n)
     counters = torch.zeros(blocks, dtype=torch.int32, device=x.device)

@@ -19,19 +19,19 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from gptq_ao.checkpoint.exchange.hub_names import export_model
+from gptq_ao.checkpoint.formats import QuantizedFiles, open_quantized
+from gptq_ao.checkpoint.freed_memory import return_freed_memory
+from gptq_ao.checkpoint.native.manifest import entry_json, format_version
+from gptq_ao.checkpoint.native.read import native_config
+from gptq_ao.checkpoint.native.tensors import stored_entry, stored_parts
+from gptq_ao.checkpoint.source import Source, source_of
+from gptq_ao.checkpoint.write import config_of, tensors_of
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.formats.export import export_model
-from gptq_ao.formats.native import native_config
-from gptq_ao.formats.recognize import QuantizedFiles, open_quantized
-from gptq_ao.formats.write import config_of, tensors_of
-from gptq_ao.freed_memory import return_freed_memory
-from gptq_ao.manifest import entry_json, format_version
-from gptq_ao.quantize import quantize_
-from gptq_ao.source import Source, source_of
-from gptq_ao.stored import stored_entry, stored_parts
+from gptq_ao.model.inspection import state_names
+from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.writer import state_names
 
 __all__ = ["CheckpointConfig", "GptqAoConfig", "GptqAoQuantizer"]
 

@@ -10,7 +10,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError
-from gptq_ao.quantize import quantize_, quantize_parameter_
+from gptq_ao.pipeline.quantize import quantize_, quantize_parameter_
 
 __all__ = ["register"]
 

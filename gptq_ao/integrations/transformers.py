@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers.quantizers import auto
 
-from gptq_ao.checkpoint import load_quantized
+from gptq_ao.checkpoint.files.directory import format_of
+from gptq_ao.checkpoint.files.paths import check_weight_map
+from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.formats.directory import format_of
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
-from gptq_ao.manifest import check_weight_map
 
 __all__ = [
     "GptqAoConfig",

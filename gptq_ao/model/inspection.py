@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
-from gptq_ao.errors import ConfigError, NoLinearError, NonFiniteError
-from gptq_ao.passes.records import Excluded, Layout, LinearSite, Rows
+from gptq_ao.errors import CheckpointError, ConfigError, NoLinearError, NonFiniteError
 
-__all__ = ["check_unquantized", "check_values", "linear_modules", "name_filter", "output_heads"]
+__all__ = ["check_unquantized", "check_values", "name_filter", "output_heads"]
 
 
 def check_unquantized(model: nn.Module) -> None:
@@ -48,23 +47,15 @@ def output_heads(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p is weight)
 
 
-def linear_modules(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...]]:
-    """Without data there is no graph: the weights of nn.Linear, in the form in which `find_linears` gives them."""
-    heads = output_heads(model)
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    names = {id(p): name for name, p in model.named_parameters()}
-    sites: dict[str, LinearSite] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            name = names[id(module.weight)]
-            embedded = "also the embedding table" if id(module.weight) in tables else None
-            head = "output head" if name in heads or name.endswith("lm_head.weight") else None
-            n, k = module.out_features, module.in_features
-            layout = Layout((n, k), 1, n, k, transposed=False)
-            sites[name] = LinearSite(name, name, layout, (0, n), (Rows(name),), left_out=embedded or head)
-    excluded = [
-        Excluded(name, "not the weight of an nn.Linear: give a calibration batch to find its products", expected=True)
-        for name, p in model.named_parameters()
-        if p.dim() >= 2 and name not in sites
-    ]
-    return tuple(sites.values()), tuple(excluded)
+def state_names(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter and persistent buffer, in the model's order.
+
+    Raises:
+        CheckpointError: the model has state that is no tensor.
+    """
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"state {name!r} is a {type(value).__name__}, not a tensor: it cannot be saved")
+        names.setdefault(id(value), []).append(name)
+    return list(names.values())

@@ -5,16 +5,14 @@ A parameter is usually where its module says. In a model that accelerate has dis
 forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.errors import ConfigError
-from gptq_ao.passes.records import Selection
-from gptq_ao.passes.rewrite import replace_parameter
-from gptq_ao.preflight import check_values
+from gptq_ao.errors import ConfigError, PassError
+from gptq_ao.model.inspection import check_values
 
 __all__ = ["ModelWeights", "Weights"]
 
@@ -36,8 +34,13 @@ class Weights(Protocol):
         """In which memory a parameter or buffer is kept, or will be when it is quantized; None: in files."""
         ...
 
-    def check(self, selection: Selection) -> None:
-        """Find what is wrong with the weights to be quantized, before any is."""
+    def check(self, names: Iterable[str], result_bytes: Callable[[], int]) -> None:
+        """Find what is wrong with the weights to be quantized, before any is.
+
+        Args:
+            names: of the weights.
+            result_bytes: what a checkpoint of the quantized model takes, counted when it is called.
+        """
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         """A parameter or buffer, perhaps quantized, on `device`, or where it is kept if that is None."""
@@ -64,9 +67,9 @@ class ModelWeights:
         device = self._execution_device(name) if quantized else _tensor(self.model, name).device
         return torch.device("cpu") if device.type == "meta" else device
 
-    def check(self, selection: Selection) -> None:
+    def check(self, names: Iterable[str], result_bytes: Callable[[], int]) -> None:
         """They have values, all of them finite."""
-        check_values((name, self.get(name)) for name in selection.settings)
+        check_values((name, self.get(name)) for name in names)
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         """See `Weights`.
@@ -138,3 +141,18 @@ def _keep(module: nn.Module, hook: Any) -> None:
         else:
             owner._parameters[leaf] = nn.Parameter(real, requires_grad=value.requires_grad)
     hook.offload = False
+
+
+def replace_parameter(model: nn.Module, name: str, value: Tensor) -> tuple[str, ...]:
+    """Replace the parameter `name` by `value`, which will not require gradients. Returns all names it has."""
+    old = model.get_parameter(name)
+    new = nn.Parameter(value, requires_grad=False)
+    replaced = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module._parameters.items():
+            if parameter is old or parameter is new:
+                module._parameters[leaf] = new
+                replaced.append(f"{prefix}.{leaf}" if prefix else leaf)
+    if name not in replaced or new.shape != old.shape or new.dtype != old.dtype:
+        raise PassError(f"{name}: {old.dtype} {tuple(old.shape)} became {new.dtype} {tuple(new.shape)}")
+    return tuple(replaced)

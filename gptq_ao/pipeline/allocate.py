@@ -6,56 +6,17 @@ Pareto-optimal states, unit by unit: of all ways to decide the first units, only
 every smaller one.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptq_ao.errors import ConfigError
+from gptq_ao.report import Choice, Unit
 
-__all__ = ["Choice", "Unit", "allocate"]
+__all__ = ["allocate"]
 
 MOST_STATES = 2**14  # after each unit. 300 units of 5 choices then take half a second and 20 MB
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One candidate of a unit.
-
-    Attributes:
-        bits: per weight; 16 leaves the weights as they are.
-        size: bytes it takes: codes, scales and zero points, padding included.
-        cost: expected harm in nats, finite and ≥ 0. Larger choices may cost more: it is measured, and noisy.
-    """
-
-    bits: int
-    size: int
-    cost: float
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Weights that must get the same bits: q/k/v, gate/up, the experts of a layer.
-
-    Attributes:
-        names: of the weights. No weight is in two units.
-        choices: at least one, in any order.
-
-    Raises:
-        ValueError: there is no choice, or one has a negative size or a cost that is negative or not finite.
-    """
-
-    names: tuple[str, ...]
-    choices: tuple[Choice, ...]
-
-    def __post_init__(self) -> None:
-        if not self.choices:
-            raise ValueError(f"unit {self.names} has no choices")
-        for choice in self.choices:
-            if choice.size < 0 or not 0 <= choice.cost < math.inf:
-                raise ValueError(f"unit {self.names}: {choice} needs a size >= 0 and a finite cost >= 0")
 
 
 def allocate(units: Sequence[Unit], budget: int) -> tuple[Choice, ...]:

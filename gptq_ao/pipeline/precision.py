@@ -21,22 +21,22 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gptq_ao.activations import ActivationStore
-from gptq_ao.allocate import Choice, Unit, allocate
+from gptq_ao.calibration.activation_store import ActivationStore
+from gptq_ao.codes.grid import group_columns
+from gptq_ao.codes.tiles import packed_bytes
 from gptq_ao.config import EFFORTS, UNCHANGED, GPTQConfig
 from gptq_ao.errors import ConfigError
-from gptq_ao.grid import group_columns
-from gptq_ao.memory import Limits, waiting_budget
-from gptq_ao.packing import packed_bytes
+from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.expected_harm import expected_harm
-from gptq_ao.passes.fused_sets import fused_sets
+from gptq_ao.passes.products.fused_sets import fused_sets
 from gptq_ao.passes.records import Excluded, Layout, Selection
-from gptq_ao.prepare import Prepared, with_selection
-from gptq_ao.report import Decision
-from gptq_ao.run import static_value
-from gptq_ao.solve_group import expert_hessians, solve_group
-from gptq_ao.weights import ModelWeights, Weights
+from gptq_ao.pipeline.allocate import allocate
+from gptq_ao.pipeline.run_plan import static_value
+from gptq_ao.pipeline.solve_together import expert_hessians, solve_group
+from gptq_ao.planning.memory import Limits, waiting_budget
+from gptq_ao.planning.prepare import Prepared, with_selection
+from gptq_ao.report import Choice, Decision, Unit
 
 __all__ = ["check_possible", "choose_precision"]
 

@@ -12,24 +12,25 @@ import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 
-from gptq_ao.activations import ActivationStore
-from gptq_ao.batches import Batch, digest
+from gptq_ao.calibration.activation_store import ActivationStore
+from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
-from gptq_ao.memory import MaxMemory, read_limits, waiting_budget
+from gptq_ao.model.inspection import check_unquantized, output_heads
+from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
-from gptq_ao.passes.fused_sets import mixed_sets
 from gptq_ao.passes.observe import uncompensated
-from gptq_ao.passes.records import Layout
-from gptq_ao.precision import check_possible, choose_precision
-from gptq_ao.preflight import check_unquantized, output_heads
-from gptq_ao.prepare import FilterFn, Prepared, calibration_batches, check_support, prepare, wanted_by
-from gptq_ao.replay import find_products, run_in_step
+from gptq_ao.passes.products.fused_sets import mixed_sets
+from gptq_ao.passes.records import Layout, Selection
+from gptq_ao.pipeline.precision import check_possible, choose_precision
+from gptq_ao.pipeline.replay import find_products, run_in_step
+from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
+from gptq_ao.pipeline.solve_together import round_matrix
+from gptq_ao.planning.memory import MaxMemory, read_limits, waiting_budget
+from gptq_ao.planning.output_bytes import result_size
+from gptq_ao.planning.prepare import FilterFn, Prepared, calibration_batches, check_support, prepare, wanted_by
 from gptq_ao.report import Clock, Decision, Report, WeightReport
-from gptq_ao.run import rewrite, round_all, run_plan
-from gptq_ao.solve_group import round_matrix
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.weights import ModelWeights, Weights
 
 __all__ = ["quantize_", "quantize_parameter_", "quantize_weights"]
 
@@ -130,7 +131,7 @@ def _quantize(
             ) from e
         return _in_step(weights, batches, config, filter_fn, run_on, str(e), clock)
     with clock("plan"):
-        weights.check(prepared.selection)
+        _check(weights, prepared.selection)
     decisions: tuple[Decision, ...] = ()
     if config.target_bits is not None:
         with clock("precision"):
@@ -180,7 +181,7 @@ def _in_step(
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
         selection = choose_weights(sites, excluded, config, wanted_by(weights.model, filter_fn))
         check_support(config, selection)
-        weights.check(selection)
+        _check(weights, selection)
     prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
     prepared.warn(deeper=2)
     if all(c.method == "rtn" for c in selection.settings.values()):
@@ -214,6 +215,10 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
     layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
     rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
+
+
+def _check(weights: Weights, selection: Selection) -> None:
+    weights.check(selection.settings, lambda: result_size(weights.model, selection))
 
 
 def _notes(prepared: Prepared) -> tuple[str, ...]:

@@ -4,23 +4,23 @@ The pipeline is that of `quantize_`. Only its weights are elsewhere: read from t
 needs them, written to the new checkpoint when they are solved, and read back from there by the segment that follows.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.native.write import CheckpointWriter
+from gptq_ao.checkpoint.source import Source, open_source
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CheckpointError
-from gptq_ao.memory import MaxMemory
-from gptq_ao.passes.records import Selection
-from gptq_ao.preflight import check_values
-from gptq_ao.prepare import FilterFn
-from gptq_ao.quantize import quantize_weights
+from gptq_ao.model.inspection import check_values
+from gptq_ao.pipeline.quantize import quantize_weights
+from gptq_ao.planning.memory import MaxMemory
+from gptq_ao.planning.prepare import FilterFn
 from gptq_ao.report import Report
-from gptq_ao.source import Source, open_source
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.writer import CheckpointWriter, result_size
 
 __all__ = ["quantize_checkpoint"]
 
@@ -79,10 +79,10 @@ class CheckpointWeights:
     def home(self, name: str, *, quantized: bool = False) -> torch.device | None:
         return torch.device("cpu") if not quantized and name not in self._source.recipes else None
 
-    def check(self, selection: Selection) -> None:
+    def check(self, names: Iterable[str], result_bytes: Callable[[], int]) -> None:
         """There is room for the result. The values of weights are checked when they are read."""
-        self._selected = frozenset(selection.settings)
-        self._writer.check_space(result_size(self.model, selection))
+        self._selected = frozenset(names)
+        self._writer.check_space(result_bytes())
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         if name in self._writer:

@@ -29,22 +29,22 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gptq_ao.batches import Batch
+from gptq_ao.calibration.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, NonFiniteError
-from gptq_ao.forwards import Forward, ModuleState, forwards
-from gptq_ao.hessian import Hessian, HessianObserver
-from gptq_ao.passes.calibration_mode import calibration_mode
-from gptq_ao.passes.eager_products import Parameters, Use, Watch
+from gptq_ao.model.weights import ModelWeights
+from gptq_ao.passes.eager.padding import Padding
+from gptq_ao.passes.eager.products import Parameters, Use, Watch
+from gptq_ao.passes.eager.survey import Survey
 from gptq_ao.passes.find_linears import ROUTER, left_out_by_name
-from gptq_ao.passes.padding import Padding
+from gptq_ao.passes.linear_modules import linear_modules
 from gptq_ao.passes.records import Excluded, LinearSite, Part, Selection
-from gptq_ao.passes.survey import Survey
-from gptq_ao.preflight import linear_modules
+from gptq_ao.passes.tracing.calibration_mode import calibration_mode
+from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
+from gptq_ao.pipeline.run_plan import rewrite
+from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, solve_group
 from gptq_ao.report import Clock, WeightReport
-from gptq_ao.run import rewrite
-from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, solve_group
-from gptq_ao.weights import ModelWeights
+from gptq_ao.solver.hessian import Hessian, HessianObserver
 
 __all__ = ["InStep", "find_products", "run_in_step"]
 

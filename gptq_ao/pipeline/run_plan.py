@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gptq_ao.activations import ActivationStore
+from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import GPTQConfig
-from gptq_ao.hessian import Hessian
+from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
+from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
 from gptq_ao.report import Clock, WeightReport
-from gptq_ao.solve_group import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
+from gptq_ao.solver.hessian import Hessian
 from gptq_ao.tensor import GroupTensor, tensor_class
-from gptq_ao.weights import ModelWeights, Weights
 
 __all__ = ["rewrite", "round_all", "run_plan", "static_value"]
 

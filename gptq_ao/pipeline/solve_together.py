@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_ao.config import GPTQConfig
+from gptq_ao.config import GPTQConfig, settings_key
 from gptq_ao.errors import SolverError
-from gptq_ao.factor import Factor, factor
-from gptq_ao.hessian import Hessian, pooled
 from gptq_ao.passes.records import Part
-from gptq_ao.refine import refine
-from gptq_ao.solution import Solution
-from gptq_ao.solver import output_energy, round_to_nearest, solve
-from gptq_ao.target import corrected_target
+from gptq_ao.solver.compensate import corrected_target
+from gptq_ao.solver.factor import Factor, factor
+from gptq_ao.solver.hessian import Hessian, pooled
+from gptq_ao.solver.refine import refine
+from gptq_ao.solver.solution import Solution
+from gptq_ao.solver.solve import output_energy, round_to_nearest, solve
 
-__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "settings_key", "solve_group"]
+__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_group"]
 
 
 @dataclass(frozen=True)
@@ -126,22 +126,6 @@ def _solve(target: Tensor, factor: Factor, hessian: Hessian, c: GPTQConfig) -> S
         scale_candidates=c.scale_candidates,
     )
     return refine(first, target, hessian, factor, bits=c.bits, signed=signed, sweeps=c.refine_sweeps)
-
-
-def settings_key(c: GPTQConfig) -> tuple[object, ...]:
-    """Weights that agree in this, and in their Hessian, are solved together."""
-    return (
-        c.method,
-        c.act_order,
-        c.damp_percent,
-        c.bits,
-        c.group_size,
-        c.sym,
-        c.signed_scale,
-        c.scale_candidates,
-        c.refine_sweeps,
-        c.compensate,
-    )
 
 
 def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from gptq_ao.activations import Budget
+from gptq_ao.calibration.activation_store import Budget
 from gptq_ao.errors import ConfigError
-from gptq_ao.prepare import Prepared
-from gptq_ao.simulate import Footprint, simulate
-from gptq_ao.weights import Weights
+from gptq_ao.model.weights import Weights
+from gptq_ao.planning.prepare import Prepared
+from gptq_ao.planning.simulate import Footprint, simulate
 
 __all__ = ["Limits", "MaxMemory", "choose_budget", "free_bytes", "read_limits", "readable", "waiting_budget"]
 

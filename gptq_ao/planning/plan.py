@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_ao.activations import Budget
+from gptq_ao.calibration.activation_store import Budget
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
-from gptq_ao.memory import Limits, MaxMemory, choose_budget, free_bytes, read_limits, readable
-from gptq_ao.ops import kernel_name
+from gptq_ao.kernels.ops import kernel_name
+from gptq_ao.model.inspection import check_unquantized
+from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.records import HessianGroup, Layout
-from gptq_ao.preflight import check_unquantized
-from gptq_ao.prepare import FilterFn, Prepared, calibration_batches, prepare
+from gptq_ao.planning.memory import Limits, MaxMemory, choose_budget, free_bytes, read_limits, readable
+from gptq_ao.planning.output_bytes import result_size
+from gptq_ao.planning.prepare import FilterFn, Prepared, calibration_batches, prepare
+from gptq_ao.planning.simulate import Footprint, fakes_on, simulate
+from gptq_ao.planning.speed import measure_speed
 from gptq_ao.report import Clock
-from gptq_ao.simulate import Footprint, fakes_on, simulate
-from gptq_ao.speed import measure_speed
-from gptq_ao.weights import ModelWeights, Weights
-from gptq_ao.writer import result_size
 
 __all__ = ["PlannedWeight", "QuantizationPlan", "StreamedWeights", "plan", "plan_weights"]
 

@@ -13,22 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.batches import Batch, read_batches
+from gptq_ao.calibration.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, FusedSettingsWarning
+from gptq_ao.model.inspection import name_filter, output_heads
+from gptq_ao.model.weights import Weights
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.follow_original import follow_original
-from gptq_ao.passes.fused_sets import mixed_sets
+from gptq_ao.passes.linear_modules import linear_modules
 from gptq_ao.passes.observe import observe
+from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.reach_all_experts import reach_all_experts
 from gptq_ao.passes.records import LinearSite, Plan, Program, Selection
 from gptq_ao.passes.schedule import schedule
-from gptq_ao.preflight import linear_modules, name_filter, output_heads
 from gptq_ao.report import Clock
-from gptq_ao.weights import Weights
 
 __all__ = [
     "Calibrated",

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gptq_ao.activations import compact
-from gptq_ao.grid import group_columns
-from gptq_ao.hessian import HessianObserver
+from gptq_ao.calibration.activation_store import compact
+from gptq_ao.codes.grid import group_columns
+from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
+from gptq_ao.config import settings_key
 from gptq_ao.kernels import cuda, reference
-from gptq_ao.live_bytes import LiveBytes, storages
-from gptq_ao.packing import pack_codes, pack_scale_zero
+from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import HessianGroup, Part, Program, Segment, Stage, twin_of
-from gptq_ao.prepare import Calibrated, Prepared
-from gptq_ao.solve_bytes import SolveCost, result_bytes, solve_cost
-from gptq_ao.solve_group import settings_key
-from gptq_ao.weights import Weights
+from gptq_ao.planning.live_bytes import LiveBytes, storages
+from gptq_ao.planning.prepare import Calibrated, Prepared
+from gptq_ao.planning.solve_cost import SolveCost, result_bytes, solve_cost
+from gptq_ao.solver.hessian import HessianObserver
 
 __all__ = ["Footprint", "Work", "fakes_on", "simulate"]
 

@@ -7,10 +7,10 @@ formula says the same. N = rows that are solved together, n = rows of the larges
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptq_ao.codes.grid import group_columns
 from gptq_ao.config import GPTQConfig
-from gptq_ao.factor import LARGEST_FP64
-from gptq_ao.grid import group_columns
 from gptq_ao.kernels.columns import MAX_COLUMNS, OUTER, SCRATCH
+from gptq_ao.solver.factor import LARGEST_FP64
 
 __all__ = ["SolveCost", "result_bytes", "solve_cost"]
 

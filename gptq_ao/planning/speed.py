@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from gptq_ao.factor import factor
-from gptq_ao.hessian import Hessian, ieee_fp32
 from gptq_ao.kernels.columns import MAX_COLUMNS, score_grids
-from gptq_ao.simulate import Work
-from gptq_ao.solver import solve
+from gptq_ao.planning.simulate import Work
+from gptq_ao.solver.factor import factor
+from gptq_ao.solver.fp32 import ieee_fp32
+from gptq_ao.solver.hessian import Hessian
+from gptq_ao.solver.solve import solve
 
 __all__ = ["Speed", "measure_speed"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gptq_ao.errors import SolverError
-from gptq_ao.hessian import Hessian, ieee_fp32
+from gptq_ao.solver.fp32 import ieee_fp32
+from gptq_ao.solver.hessian import Hessian
 
 __all__ = ["corrected_target"]
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq_ao.codes.grid import group_columns
 from gptq_ao.errors import NonFiniteError, SolverError
-from gptq_ao.grid import group_columns
-from gptq_ao.hessian import Hessian
+from gptq_ao.solver.hessian import Hessian
 
 __all__ = ["Factor", "factor", "solving_order"]
 

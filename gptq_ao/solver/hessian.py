@@ -8,16 +8,15 @@ Numerics: sums are kept in fp32. Products of bf16 or fp16 numbers are exact in f
 precision (no TF32). The division by the number of rows happens once, at the end.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Hessian", "HessianObserver", "gathered_mask", "ieee_fp32", "kept_rows", "pooled"]
+from gptq_ao.solver.fp32 import ieee_fp32
+
+__all__ = ["Hessian", "HessianObserver", "gathered_mask", "kept_rows", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -216,26 +215,3 @@ def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
     else:
         with ieee_fp32():
             total.addmm_(left.float().T, right.float())
-
-
-@contextmanager
-def ieee_fp32(cuda: str = "ieee") -> Iterator[None]:
-    """fp32 matrix products in full precision, whatever the user allows elsewhere, and without autocast. The flags are
-    restored.
-
-    Args:
-        cuda: "tf32" for products there of which three digits are enough: eight times as fast on an H200.
-    """
-    owners = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [o.fp32_precision for o in owners]
-    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    for o, precision in zip(owners, (cuda, "ieee"), strict=True):
-        o.fp32_precision = precision
-    try:
-        with contextlib.ExitStack() as stack:
-            for kind in kinds:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        for o, precision in zip(owners, before, strict=True):
-            o.fp32_precision = precision

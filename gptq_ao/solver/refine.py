@@ -15,10 +15,11 @@ Source: coordinate descent, for codes as in Behdin et al., "QuantEase" (2023) an
 import torch
 from torch import Tensor
 
-from gptq_ao.factor import Factor
-from gptq_ao.hessian import Hessian, ieee_fp32
 from gptq_ao.kernels.columns import column_blocks, round_columns
-from gptq_ao.solution import Solution
+from gptq_ao.solver.factor import Factor
+from gptq_ao.solver.fp32 import ieee_fp32
+from gptq_ao.solver.hessian import Hessian
+from gptq_ao.solver.solution import Solution
 
 __all__ = ["refine"]
 

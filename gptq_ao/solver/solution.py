@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_ao.grid import dequantize
+from gptq_ao.codes.grid import dequantize
 
 __all__ = ["Solution"]
 

@@ -24,12 +24,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gptq_ao.codes.grid import candidate_grids, choose_grid, group_columns, round_to_grid
 from gptq_ao.errors import NonFiniteError
-from gptq_ao.factor import Factor
-from gptq_ao.grid import candidate_grids, choose_grid, group_columns, round_to_grid
-from gptq_ao.hessian import Hessian, ieee_fp32
 from gptq_ao.kernels.columns import MAX_COLUMNS, column_blocks, round_columns, score_grids
-from gptq_ao.solution import Solution
+from gptq_ao.solver.factor import Factor
+from gptq_ao.solver.fp32 import ieee_fp32
+from gptq_ao.solver.hessian import Hessian
+from gptq_ao.solver.solution import Solution
 
 __all__ = ["output_energy", "relative_error", "round_to_nearest", "solve"]
 

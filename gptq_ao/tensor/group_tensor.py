@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
-from gptq_ao import ops
+from gptq_ao.codes.grid import max_code
+from gptq_ao.codes.tiles import pack_codes, pack_scale_zero, pack_words, unpack_codes, unpack_scale_zero
 from gptq_ao.errors import ConfigError, NonFiniteError
-from gptq_ao.grid import max_code
-from gptq_ao.packing import pack_codes, pack_scale_zero, pack_words, unpack_codes, unpack_scale_zero
+from gptq_ao.kernels import ops
 
 __all__ = ["GroupTensor"]
 

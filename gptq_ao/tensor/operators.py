@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from gptq_ao import ops
-from gptq_ao.group_tensor import GroupTensor
-from gptq_ao.packing import TILE_ROWS
-
-__all__ = ["GroupTensor", "Int2GroupTensor", "Int3GroupTensor", "Int4GroupTensor", "Int8GroupTensor", "tensor_class"]
+from gptq_ao.codes.tiles import TILE_ROWS
+from gptq_ao.kernels import ops
+from gptq_ao.tensor.group_tensor import GroupTensor
 
 aten = torch.ops.aten
 implements = GroupTensor.implements
@@ -363,31 +361,3 @@ _alias = GroupTensor._ATEN_OP_TABLE[GroupTensor][aten.detach.default]
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     with torch.inference_mode(False):  # as for transposed views
         return _alias(func, types, args, kwargs)
-
-
-class Int2GroupTensor(GroupTensor):
-    """A weight of 2-bit codes, see `GroupTensor`."""
-
-    bits = 2
-
-
-class Int3GroupTensor(GroupTensor):
-    """A weight of 3-bit codes, see `GroupTensor`."""
-
-    bits = 3
-
-
-class Int4GroupTensor(GroupTensor):
-    """A weight of 4-bit codes, see `GroupTensor`."""
-
-    bits = 4
-
-
-class Int8GroupTensor(GroupTensor):
-    """A weight of 8-bit codes, see `GroupTensor`."""
-
-    bits = 8
-
-
-def tensor_class(bits: int) -> type[GroupTensor]:
-    return {2: Int2GroupTensor, 3: Int3GroupTensor, 4: Int4GroupTensor, 8: Int8GroupTensor}[bits]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptq_ao.kernels.unpack_triton import unpack
+from gptq_ao.kernels.triton.unpack import unpack
 
 __all__ = ["dequantize"]
 

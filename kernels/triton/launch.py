@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptq_ao.kernels.counters import zeroed_counters
-from gptq_ao.kernels.heuristics import SHARED_MEMORY, LinearConfig
-from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
+from gptq_ao.kernels.triton.counters import zeroed_counters
+from gptq_ao.kernels.triton.linear import add_splits_kernel, linear_kernel
+from gptq_ao.kernels.tuning.heuristics import SHARED_MEMORY, LinearConfig
 
 __all__ = ["Kernel", "LinearLaunch", "constants", "launch", "prepared", "take_shared_memory", "warm_up"]
 

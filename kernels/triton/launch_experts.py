@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptq_ao.kernels.heuristics import LinearConfig
-from gptq_ao.kernels.launch import INTERPRETED, Kernel, constants
-from gptq_ao.kernels.linear_triton import linear_kernel
+from gptq_ao.kernels.triton.launch import INTERPRETED, Kernel, constants
+from gptq_ao.kernels.triton.linear import linear_kernel
+from gptq_ao.kernels.tuning.heuristics import LinearConfig
 
 __all__ = ["launch_grouped", "most_blocks"]
 

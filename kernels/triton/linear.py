@@ -17,9 +17,9 @@ block_m, block_n, block_k.
 import triton
 import triton.language as tl
 
-from gptq_ao.kernels.read_triton import prefetch_weight, read_weight, read_x
-from gptq_ao.kernels.rows_triton import find_rows, most_blocks
-from gptq_ao.kernels.unpack_triton import unpack
+from gptq_ao.kernels.triton.expert_rows import find_rows, most_blocks
+from gptq_ao.kernels.triton.read import prefetch_weight, read_weight, read_x
+from gptq_ao.kernels.triton.unpack import unpack
 
 __all__ = ["add_splits_kernel", "linear_kernel"]
 

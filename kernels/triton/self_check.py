@@ -5,10 +5,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from gptq_ao.kernels import dequantize_triton, heuristics, reference
-from gptq_ao.kernels.launch import launch
-from gptq_ao.kernels.launch_grouped import launch_grouped
-from gptq_ao.packing import pack_codes, pack_scale_zero
+from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
+from gptq_ao.kernels import reference
+from gptq_ao.kernels.triton import dequantize
+from gptq_ao.kernels.triton.launch import launch
+from gptq_ao.kernels.triton.launch_experts import launch_grouped
+from gptq_ao.kernels.tuning import heuristics
 
 __all__ = ["agree", "same_as_reference"]
 
@@ -40,7 +42,7 @@ def same_as_reference(device: torch.device, bits: int, dtype: torch.dtype, capab
     qdata, high_plane = pack_codes(codes, bits)
     packed = (qdata, pack_scale_zero(scale, zero_point), high_plane)
     weight = reference.dequantize(*packed, None, bits, n, k, dtype)
-    if not torch.equal(dequantize_triton.dequantize(*packed, bits, group, n, k, dtype), weight):
+    if not torch.equal(dequantize.dequantize(*packed, bits, group, n, k, dtype), weight):
         return False
 
     def close(y: Tensor, x: Tensor, w: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from gptq_ao.kernels.heuristics import SHARED_MEMORY, LinearConfig, columns_ahead, computes, programs_per_sm
+from gptq_ao.kernels.tuning.heuristics import SHARED_MEMORY, LinearConfig, columns_ahead, computes, programs_per_sm
 
 __all__ = ["candidates", "variations"]
 

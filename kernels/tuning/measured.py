@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_ao.errors import TuningError
-from gptq_ao.kernels.heuristics import LinearConfig, computes
+from gptq_ao.kernels.tuning.heuristics import LinearConfig, computes
 
 __all__ = ["VARIABLE", "Product", "Tuned", "default_path", "load", "save"]
 

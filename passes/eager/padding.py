@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gptq_ao.batches import Batch
+from gptq_ao.calibration.batches import Batch
 
 __all__ = ["Padding"]
 

@@ -16,9 +16,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from gptq_ao.passes.products import MULTIPLYING, Product, products
+from gptq_ao.passes.products.table import MULTIPLYING, Product, products
+from gptq_ao.passes.products.weight_views import ParameterView, read_matrix
 from gptq_ao.passes.records import Layout, Part
-from gptq_ao.passes.weight_views import ParameterView, read_matrix
 
 __all__ = ["Parameters", "Problem", "Use", "Watch", "multiplies"]
 

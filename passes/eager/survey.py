@@ -14,8 +14,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gptq_ao.batches import Batch
-from gptq_ao.passes.eager_products import Parameters, Problem, Use, Watch, multiplies
+from gptq_ao.calibration.batches import Batch
+from gptq_ao.passes.eager.products import Parameters, Problem, Use, Watch, multiplies
 from gptq_ao.passes.records import Excluded, LinearSite, Part, Rows
 
 __all__ = ["Survey"]

@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from gptq_ao.passes.products import op_name
+from gptq_ao.passes.products.table import op_name
 from gptq_ao.passes.records import dim
 
 __all__ = ["added_to"]

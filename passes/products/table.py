@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from gptq_ao import activation_rows
+from gptq_ao.passes.products import activation_rows
 from gptq_ao.passes.records import dim
 
 __all__ = ["DEPTHWISE", "MULTIPLYING", "Product", "multiplies", "op_name", "products"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gptq_ao.passes.products import op_name
+from gptq_ao.passes.products.table import op_name
 from gptq_ao.passes.records import Program, dim
 
 __all__ = ["TokenRows"]

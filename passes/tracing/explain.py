@@ -84,7 +84,7 @@ def explain(error: BaseException) -> str:
 
 def _model_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The deepest frame below the model's forward that is not in torch, or in one of this package's files."""
-    outside = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    outside = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
     frames = traceback.extract_tb(error.__traceback__)
     return next((f for f in reversed(frames) if not f.filename.startswith(outside)), None)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_ao import activations
-from gptq_ao.activations import ActivationStore, Budget, compact, pinned_bytes
+from gptq_ao.calibration import activation_store
+from gptq_ao.calibration.activation_store import ActivationStore, Budget, compact, pinned_bytes
 from gptq_ao.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_nothing_is_left_when_something_goes_wrong(files_in: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(activations, "save_file", full)
+    monkeypatch.setattr(activation_store, "save_file", full)
     message = r"activations that exceed max_memory go to files in .*, which could not be written \(12 bytes, \d+ free\)"
     with pytest.raises(ConfigError, match=message):
         ActivationStore([{"x": torch.ones(3)}], CPU, Budget(device=0))

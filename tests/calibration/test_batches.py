@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gptq_ao.batches import Batch, as_batch, read_batches
+from gptq_ao.calibration.batches import Batch, as_batch, read_batches
 from gptq_ao.errors import CalibrationError, GPTQError
 
 IDS, MASK = torch.arange(6).reshape(2, 3), torch.ones(2, 3)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
 
-from .models import tiny_llama, token_batches
+from ..models import tiny_llama, token_batches
 
 # name → (settings, formats that hold it)
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import gptq_ao.shards
+import gptq_ao.checkpoint.files.shards
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
+from gptq_ao.codes.bit_stream import unpack_bits
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.transformers import load_model
-from gptq_ao.packing import unpack_bits
 from gptq_ao.tensor import GroupTensor, tensor_class
 
-from .models import seeded, tiny_llama, token_batches
+from ..models import seeded, tiny_llama, token_batches
 
 
 def quantized_llama(**settings: Any) -> Any:
@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         written.append(path)
         save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(gptq_ao.shards, "save_file", fills_up)
+    monkeypatch.setattr(gptq_ao.checkpoint.files.shards, "save_file", fills_up)
     with pytest.raises(CheckpointError, match=r"out could not be written, nothing is left of it: the disk is full"):
         save_quantized(mlp(), tmp_path / "out", max_shard_bytes=1000)
     assert written
@@ -395,7 +395,7 @@ def test_an_unsafe_index_is_refused_before_transformers_sees_it(tmp_path: Path) 
 
 def test_loading_allocates_no_dense_weight(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The frame of the model is on the meta device, computed buffers are not."""
-    from gptq_ao.architecture import empty_model
+    from gptq_ao.model.empty import empty_model
 
     register = nn.Module.register_parameter
     model = empty_model(saved)

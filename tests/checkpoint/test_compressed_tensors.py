@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq_ao.checkpoint.compressed_tensors.read import Scheme, compressed_schemes
+from gptq_ao.checkpoint.compressed_tensors.tensors import decode_compressed, encode_compressed
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.compressed_tensors import decode_compressed, encode_compressed
-from gptq_ao.formats.compressed_tensors_config import Scheme, compressed_schemes
 
 from .writers import compressed_tensors, dense, meant
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptq_ao import load_quantized, save_quantized
-from gptq_ao.formats.recognize import open_quantized
+from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.tensor import GroupTensor
 
 CHECKPOINTS = [

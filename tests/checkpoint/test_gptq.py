@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq_ao.checkpoint.gptq.read import gptq_settings
+from gptq_ao.checkpoint.gptq.tensors import ZeroPoints, decode_gptq, encode_gptq
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.gptq import ZeroPoints, decode_gptq, encode_gptq
-from gptq_ao.formats.gptq_config import gptq_settings
 
 from .writers import decremented, dense, gptq_tensors, meant
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gptq_ao import load_quantized, save_quantized
+from gptq_ao.checkpoint.formats import open_quantized
+from gptq_ao.checkpoint.source import source_of
 from gptq_ao.errors import CheckpointError, GPTQError
-from gptq_ao.formats.recognize import open_quantized
-from gptq_ao.source import source_of
 from gptq_ao.tensor import GroupTensor
 
 from ..models import tiny_llama

@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from gptq_ao.checkpoint.source import open_source
 from gptq_ao.errors import CheckpointError
-from gptq_ao.source import open_source
 
-from .models import seeded, tiny_llama
+from ..models import seeded, tiny_llama
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}

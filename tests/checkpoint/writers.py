@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_ao.formats.grouped import GroupedWeight
+from gptq_ao.checkpoint.exchange.grouped_weight import GroupedWeight
 
 
 def words(row: list[int], bits: int) -> list[int]:

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from gptq_ao.errors import NonFiniteError
-from gptq_ao.grid import (
+from gptq_ao.codes.grid import (
     NARROWEST,
     SMALLEST_SCALE,
     candidate_grids,
@@ -12,6 +11,7 @@ from gptq_ao.grid import (
     max_code,
     round_to_grid,
 )
+from gptq_ao.errors import NonFiniteError
 
 BITS = (2, 3, 4, 8)
 # Shapes [N, K] and group sizes: awkward, one row, one scale per row.

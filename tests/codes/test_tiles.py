@@ -6,16 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_ao import packing
-from gptq_ao.formats.words import codes_to_words, word_count, words_to_codes
-from gptq_ao.packing import (
+from gptq_ao.codes import tiles
+from gptq_ao.codes.bit_stream import codes_to_words, pack_bits, unpack_bits, word_count, words_to_codes
+from gptq_ao.codes.tiles import (
     TILE_ROWS,
-    pack_bits,
     pack_codes,
     pack_scale_zero,
     pack_words,
     tile_columns,
-    unpack_bits,
     unpack_codes,
     unpack_scale_zero,
 )
@@ -272,7 +270,7 @@ def test_words_become_tiles_as_their_codes_do(bits: int, data: st.DataObject) ->
     if data.draw(st.booleans()):
         words = words.mT.contiguous().mT
     before = words.clone()
-    with patch.object(packing, "_BLOCK_WORDS", data.draw(st.sampled_from([1, 400, 2**20]))):
+    with patch.object(tiles, "_BLOCK_WORDS", data.draw(st.sampled_from([1, 400, 2**20]))):
         packed = pack_words(words, bits, shape[-1])
     assert same(packed, pack_codes(codes, bits))
     assert packed[0].is_contiguous()

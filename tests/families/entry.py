@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gptq_ao import gptq_config, quantize_
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.errors import CaptureError
 
 from .products import multiplied_parameters

@@ -9,8 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-import gptq_ao.prepare
-from gptq_ao.batches import as_batch
+import gptq_ao.planning.prepare
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.capture import calibration_mode
 from gptq_ao.passes.records import Plan, Program
@@ -23,14 +23,14 @@ __all__ = ["eager_outputs", "keep_plan", "largest_difference", "segmented_output
 def keep_plan() -> Iterator[list[tuple[Program, Plan]]]:
     """The (program, plan) of each `quantize_` inside, without a second capture."""
     kept: list[tuple[Program, Plan]] = []
-    schedule = gptq_ao.prepare.schedule
+    schedule = gptq_ao.planning.prepare.schedule
 
     def keeping(program: Program, *args: Any) -> Plan:
         plan = schedule(program, *args)
         kept.append((program, plan))
         return plan
 
-    with mock.patch.object(gptq_ao.prepare, "schedule", keeping):
+    with mock.patch.object(gptq_ao.planning.prepare, "schedule", keeping):
         yield kept
 
 

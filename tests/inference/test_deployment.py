@@ -17,9 +17,9 @@ from torch._dynamo.utils import counters
 from gptq_ao import gptq_config, quantize_
 from gptq_ao.tensor import GroupTensor
 
-from .models import Attention, seeded, tiny_llama, token_batches
+from ..models import Attention, seeded, tiny_llama, token_batches
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Another process imports this checkout, and all else that this one can.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from gptq_ao import fuse_projections_, gptq_config, quantize_, save_quantized, unfuse_projections_
 from gptq_ao.errors import CheckpointError
-from gptq_ao.fuse import FusedProjections
 from gptq_ao.tensor import GroupTensor
+from gptq_ao.tensor.fused import FusedProjections
 
-from .models import Attention, seeded, tiny_llama, token_batches
+from ..models import Attention, seeded, tiny_llama, token_batches
 
 
 def rounded(model: nn.Module, **settings: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptq_ao import save_quantized
 
-from .test_directories import contents, quantized
+from ..checkpoint.test_directories import contents, quantized
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.quantizers import auto
 
 from gptq_ao import GptqAoConfig, gptq_config, load_quantized, quantize_, save_quantized
+from gptq_ao.checkpoint.compressed_tensors import read as compressed_tensors_read
+from gptq_ao.checkpoint.gptq import read as gptq_read
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.formats import compressed_tensors_config
-from gptq_ao.formats import gptq_config as gptq_config_module
 from gptq_ao.integrations import transformers as integration
 from gptq_ao.integrations.hf_quantizer import GptqAoQuantizer
 from gptq_ao.tensor import GroupTensor, Int4GroupTensor
 
+from ..checkpoint.test_directories import FORMATS, MODELS, assert_same_files, assert_same_weights, quantized
 from ..models import tiny_llama, token_batches
-from .test_directories import FORMATS, MODELS, assert_same_files, assert_same_weights, quantized
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +188,8 @@ def test_weights_are_decoded_where_they_go(
         raise CheckpointError("was asked for")
 
     save_quantized(quantized(), tmp_path / "a", format=format)
-    monkeypatch.setattr(gptq_config_module, "decode_gptq", spy)
-    monkeypatch.setattr(compressed_tensors_config, "decode_compressed", spy)
+    monkeypatch.setattr(gptq_read, "decode_gptq", spy)
+    monkeypatch.setattr(compressed_tensors_read, "decode_compressed", spy)
     monkeypatch.setattr(Int4GroupTensor, "from_words", spy)
     where: dict[str, Any] = {"device": "meta"} if loader is load_quantized else {"device_map": {"": "meta"}}
     with pytest.raises((CheckpointError, RuntimeError)):

@@ -1,15 +1,14 @@
-"""What several tests of the core need."""
+"""What several tests of kernels need."""
 
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,12 +62,3 @@ def compile_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         return compiled, dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", done.stdout + done.stderr))
 
     return compile_
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Column by column there is too little to share: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -238,7 +238,7 @@ class Outputs:
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    from gptq_ao.kernels import columns_triton
+    from gptq_ao.kernels.triton import columns as columns_triton
 
     outputs = Outputs()
     vars(columns_triton)["torch"] = outputs
@@ -261,7 +261,7 @@ def interpret(folder: Path) -> None:
     """In a process of its own: run the kernels on the CPU, on the arguments in a file."""
     from triton.runtime import interpreter
 
-    from gptq_ao.kernels import columns_triton
+    from gptq_ao.kernels.triton import columns as columns_triton
 
     patch = interpreter._patch_lang_tensor
 
@@ -359,7 +359,7 @@ VARIANTS = {
 def test_kernels_compile_without_spilling(
     absent: list[str], tiles: int, architecture: int, compile_ahead: Callable[..., Any]
 ) -> None:
-    from gptq_ao.kernels import columns_triton
+    from gptq_ao.kernels.triton import columns as columns_triton
 
     constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": columns_triton.ROWS, **dict.fromkeys(absent)}
     types = {"rows": "i32", "columns": "i32", "codes": "*u8"}

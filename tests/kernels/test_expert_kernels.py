@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_ao import ops
-from gptq_ao.kernels.heuristics import FUSED_ROWS, LinearConfig, choose_grouped
-from gptq_ao.kernels.launch_grouped import launch_grouped, most_blocks
-from gptq_ao.packing import pack_codes, pack_scale_zero
+from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
+from gptq_ao.kernels import ops
+from gptq_ao.kernels.triton.launch_experts import launch_grouped, most_blocks
+from gptq_ao.kernels.tuning.heuristics import FUSED_ROWS, LinearConfig, choose_grouped
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -169,8 +169,8 @@ SHIPPED += [(4, 128, 8, 128, 80), (4, 128, 512, 8, 80), (3, 128, 256, 8, 80)]
 def test_chosen_kernels_compile_without_spilling(
     bits: int, group: int, rows: int, experts: int, architecture: int, compile_ahead: Callable[..., Any]
 ) -> None:
-    from gptq_ao.kernels.launch import constants
-    from gptq_ao.kernels.linear_triton import linear_kernel
+    from gptq_ao.kernels.triton.launch import constants
+    from gptq_ao.kernels.triton.linear import linear_kernel
 
     sms = 132 if architecture == 90 else 108
     chosen = choose_grouped(rows, 4096, 4096, bits, group, experts, sms, architecture // 10)

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from gptq_ao import gptq_config, load_quantized, plan, quantize_, save_quantized
-from gptq_ao.factor import factor
-from gptq_ao.hessian import Hessian, HessianObserver
-from gptq_ao.refine import refine
-from gptq_ao.solver import relative_error, round_to_nearest, solve
+from gptq_ao.solver.factor import factor
+from gptq_ao.solver.hessian import Hessian, HessianObserver
+from gptq_ao.solver.refine import refine
+from gptq_ao.solver.solve import relative_error, round_to_nearest, solve
 from gptq_ao.tensor import GroupTensor, tensor_class
 
-from .models import seeded, tiny_llama, token_batches
+from ..models import seeded, tiny_llama, token_batches
 
 pytestmark = pytest.mark.gpu
 
@@ -252,7 +252,7 @@ def test_a_limit_on_cuda_is_kept_and_changes_nothing() -> None:
 
 
 def test_experts_on_cuda_agree_with_cpu() -> None:
-    from .test_experts import mixture
+    from ..pipeline.test_experts import mixture
 
     config = gptq_config(4, -1, calibration=token_batches(3), expert_min_rows=8)
     here, there = mixture(2), mixture(2).cuda()
@@ -285,7 +285,7 @@ def test_parts_convolutions_and_stacks_on_cuda() -> None:
 
 
 def test_a_model_that_is_no_graph_on_cuda() -> None:
-    from .test_replay import Experts
+    from ..pipeline.test_replay import Experts
 
     batches = [{"hidden": randn(2, 15, 16, seed=i).cuda()} for i in range(3)]
     model = seeded(Experts()).cuda()

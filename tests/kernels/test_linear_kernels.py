@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import reference
-from gptq_ao.kernels.heuristics import LinearConfig, choose
-from gptq_ao.packing import pack_codes, pack_scale_zero
+from gptq_ao.kernels.tuning.heuristics import LinearConfig, choose
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -119,10 +119,10 @@ DENSE = [(2, 32, 40, 96), (3, 96, 33, 288), (4, 8, 16, 72), (4, 128, 50, 640), (
 
 def interpret(folder: Path) -> None:
     """In a process of its own: run the kernels on the CPU."""
-    from gptq_ao.kernels import self_check
-    from gptq_ao.kernels.dequantize_triton import dequantize
-    from gptq_ao.kernels.launch import launch
-    from gptq_ao.kernels.self_check import same_as_reference
+    from gptq_ao.kernels.triton import self_check
+    from gptq_ao.kernels.triton.dequantize import dequantize
+    from gptq_ao.kernels.triton.launch import launch
+    from gptq_ao.kernels.triton.self_check import same_as_reference
 
     runpy.run_path(str(Path(__file__).with_name("ptx_in_numpy.py")))["install"]()
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
@@ -207,8 +207,8 @@ def test_dequantize_in_the_interpreter_is_the_reference(
 
 def test_constants_are_in_the_order_of_the_kernel() -> None:
     """Kernels that are compiled already are launched with all arguments by position."""
-    from gptq_ao.kernels.launch import constants
-    from gptq_ao.kernels.linear_triton import add_splits_kernel, linear_kernel
+    from gptq_ao.kernels.triton.launch import constants
+    from gptq_ao.kernels.triton.linear import add_splits_kernel, linear_kernel
 
     values, _ = constants(BLOCK, 4, 128, 4096, BF16, 9, fast=True)
     assert linear_kernel.arg_names[13:] == list(values)
@@ -216,7 +216,7 @@ def test_constants_are_in_the_order_of_the_kernel() -> None:
 
 
 def test_more_shared_memory_is_taken_only_where_it_is_known_how_much_there_is() -> None:
-    from gptq_ao.kernels.launch import constants
+    from gptq_ao.kernels.triton.launch import constants
 
     c = dataclasses.replace(BLOCK, ahead=128, per_sm=2)
     found = [constants(c, 4, 128, 4096, BF16, capability, fast=True)[0]["SHARED"] for capability in (8, 9, 10, 12)]
@@ -269,7 +269,7 @@ class Source:
 
 
 def test_a_kernel_is_compiled_once_for_each_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptq_ao.kernels import launch
+    from gptq_ao.kernels.triton import launch
 
     monkeypatch.setattr(launch, "DIRECT", True)
     source = Source()
@@ -295,7 +295,7 @@ def test_shared_memory_is_taken_before_the_first_launch(
 ) -> None:
     from triton.backends.compiler import GPUTarget
 
-    from gptq_ao.kernels import launch
+    from gptq_ao.kernels.triton import launch
 
     monkeypatch.setattr(launch, "DIRECT", True)
     monkeypatch.setattr(Compiled, "metadata", Metadata(GPUTarget("cuda", 90, 32)))
@@ -318,7 +318,7 @@ def test_shared_memory_is_taken_before_the_first_launch(
 def test_triton_launches_where_it_must(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
-    from gptq_ao.kernels import launch
+    from gptq_ao.kernels.triton import launch
 
     monkeypatch.setattr(launch, "DIRECT", why == "a hook")
     if why == "a hook":  # of a profiler
@@ -333,7 +333,7 @@ def test_triton_launches_where_it_must(why: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_counters_a_second_kernel_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptq_ao.kernels import launch
+    from gptq_ao.kernels.triton import launch
 
     sources = Source(), Source()
     monkeypatch.setattr(launch, "linear_kernel", sources[0])
@@ -374,8 +374,8 @@ def test_chosen_kernels_compile_without_spilling(
 ) -> None:
     import triton
 
-    from gptq_ao.kernels.launch import constants, take_shared_memory
-    from gptq_ao.kernels.linear_triton import linear_kernel
+    from gptq_ao.kernels.triton.launch import constants, take_shared_memory
+    from gptq_ao.kernels.triton.linear import linear_kernel
 
     chosen = choose(rows, 4096, in_features, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
     assert chosen is not None
@@ -406,7 +406,7 @@ def test_chosen_kernels_compile_without_spilling(
 
 
 def on_gpu(p: Product, c: LinearConfig, fast: bool = True) -> Tensor:
-    from gptq_ao.kernels.launch import launch
+    from gptq_ao.kernels.triton.launch import launch
 
     bias = p.bias_values()
     bias = None if bias is None else bias.cuda()
@@ -489,7 +489,7 @@ def test_parts_of_a_weight_that_is_too_large_at_once(monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 def test_dequantize_on_cuda_is_the_reference(dtype: torch.dtype) -> None:
-    from gptq_ao.kernels.dequantize_triton import dequantize
+    from gptq_ao.kernels.triton.dequantize import dequantize
 
     for bits, group, n, k in [*DENSE, (4, 128, 3000, 4096), (8, 64, 70, 1024), (3, 32, 40, 4096)]:
         p = Product(bits, group, 1, n, k, experts=2)
@@ -503,7 +503,7 @@ def test_dequantize_on_cuda_is_the_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("last_adds", [False, True])
 def test_a_kernel_that_begins_early_waits_for_what_it_reads(last_adds: bool, captured: bool) -> None:
     """Products of what the product before, on this stream or another, has just written, by weights that a copy has."""
-    from gptq_ao.kernels.launch import launch
+    from gptq_ao.kernels.triton.launch import launch
 
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("programmatic dependent launch came with compute capability 9.0")
@@ -553,7 +553,7 @@ def test_a_kernel_that_begins_early_waits_for_what_it_reads(last_adds: bool, cap
 @pytest.mark.parametrize("last_adds", [False, True])
 def test_graphs_and_streams_do_not_disturb_each_other(last_adds: bool, ahead: int) -> None:
     """Two graphs captured on one stream and replayed on two at the same time, beside launches on a third."""
-    from gptq_ao.kernels.launch import launch
+    from gptq_ao.kernels.triton.launch import launch
 
     p = Product(4, 128, 8, 4096, 4096, BF16)
     qdata, scale_zero, _ = p.packed("cuda")
@@ -605,7 +605,7 @@ def test_compiled_with_changing_numbers_of_rows(mode: str | None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_well_formed_operators_on_cuda(bits: int) -> None:
-    from gptq_ao import ops
+    from gptq_ao.kernels import ops
 
     p = Product(bits, 128, 5, 40, 256, BF16)
     qdata, scale_zero, high = p.one_packed()
@@ -623,7 +623,8 @@ def test_well_formed_operators_on_cuda(bits: int) -> None:
 
 @pytest.mark.gpu
 def test_an_unknown_gpu_is_checked_and_believed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptq_ao.kernels import cuda, dequantize_triton
+    from gptq_ao.kernels import cuda
+    from gptq_ao.kernels.triton import dequantize
 
     device = torch.device("cuda", 0)
     monkeypatch.setattr(cuda, "TESTED", set())
@@ -631,8 +632,8 @@ def test_an_unknown_gpu_is_checked_and_believed_or_not(monkeypatch: pytest.Monke
     cuda.forget()
     assert all(cuda._usable(device, bits) for bits in (2, 3, 4, 8))
     cuda._usable.cache_clear()
-    right = dequantize_triton.dequantize
-    monkeypatch.setattr(dequantize_triton, "dequantize", lambda *a: right(*a) + 1)
+    right = dequantize.dequantize
+    monkeypatch.setattr(dequantize, "dequantize", lambda *a: right(*a) + 1)
     with pytest.warns(UserWarning, match="4-bit Triton kernels disagree with the reference on"):
         assert not cuda._usable(device, 4)
     assert not cuda._usable(device, 4)  # known, and said once

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from gptq_ao.errors import TuningError
-from gptq_ao.kernels.candidates import candidates, variations
-from gptq_ao.kernels.heuristics import LinearConfig, choose, computes
-from gptq_ao.kernels.tuned import VARIABLE, Product, Tuned, default_path, load, save
-from gptq_ao.tune import tune
+from gptq_ao.inference.tune import tune
+from gptq_ao.kernels.tuning.candidates import candidates, variations
+from gptq_ao.kernels.tuning.heuristics import LinearConfig, choose, computes
+from gptq_ao.kernels.tuning.measured import VARIABLE, Product, Tuned, default_path, load, save
 
 PRODUCT = Product(16, 4096, 4096, 4, 128)
 ENTRIES = {
@@ -120,7 +120,7 @@ def test_what_the_kernel_does_not_compute() -> None:
 @pytest.mark.gpu
 def test_tuning_changes_what_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptq_ao.kernels import cuda
-    from gptq_ao.solver import round_to_nearest
+    from gptq_ao.solver.solve import round_to_nearest
     from gptq_ao.tensor import tensor_class
 
     path = tmp_path / "tuned.json"

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_ao import ops
-from gptq_ao.kernels import cpu, reference
-from gptq_ao.packing import pack_codes, pack_scale_zero
+from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
+from gptq_ao.kernels import cpu, ops, reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 U = 2.0**-8  # unit roundoff of bf16

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.rewrite import replace_parameter
+from gptq_ao.model.weights import replace_parameter
 
 
 class Shared(nn.Module):

@@ -11,10 +11,10 @@ from torch import nn
 
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
 from gptq_ao.errors import ConfigError
+from gptq_ao.model.weights import ModelWeights
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.weights import ModelWeights
 
-from .models import tiny_llama, token_batches
+from ..models import tiny_llama, token_batches
 
 MAP = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "disk"}
 MAP |= {"model.rotary_emb": "cpu", "lm_head": "disk"}

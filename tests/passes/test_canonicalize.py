@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.records import Program

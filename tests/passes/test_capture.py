@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.errors import CalibrationError, CaptureError
 from gptq_ao.passes.capture import calibration_mode, capture
 

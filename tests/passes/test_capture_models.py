@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptq_ao.batches import Batch, as_batch
+from gptq_ao.calibration.batches import Batch, as_batch
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import calibration_mode, capture
 from gptq_ao.passes.records import Program

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.config import gptq_config
 from gptq_ao.errors import ConfigError, NoLinearError
 from gptq_ao.passes.canonicalize import canonicalize

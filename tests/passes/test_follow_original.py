@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gptq_ao import gptq_config, load_quantized, quantize_, quantize_checkpoint, run
-from gptq_ao.activation_rows import patches
-from gptq_ao.batches import as_batch
+from gptq_ao import gptq_config, load_quantized, quantize_, quantize_checkpoint
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.errors import CaptureError
-from gptq_ao.hessian import Hessian, HessianObserver
 from gptq_ao.integrations.transformers import load_model
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
@@ -26,16 +24,19 @@ from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.follow_original import follow_original, last_reads
 from gptq_ao.passes.observe import observe, uncompensated
-from gptq_ao.passes.products import op_name
+from gptq_ao.passes.products.activation_rows import patches
+from gptq_ao.passes.products.residual_stream import added_to
+from gptq_ao.passes.products.table import op_name
 from gptq_ao.passes.records import Plan, Program, twin, twin_of
-from gptq_ao.passes.residual_stream import added_to
 from gptq_ao.passes.schedule import schedule
+from gptq_ao.pipeline import run_plan
+from gptq_ao.solver.hessian import Hessian, HessianObserver
 from gptq_ao.tensor import GroupTensor
 
+from ..checkpoint.test_source import saved
 from ..models import seeded, tiny_llama, token_batches
-from ..test_experts import mixture
-from ..test_quantize import gpt2, language_model
-from ..test_source import saved
+from ..pipeline.test_experts import mixture
+from ..pipeline.test_quantize import gpt2, language_model
 
 
 class Residual(nn.Module):
@@ -185,7 +186,7 @@ def test_nothing_is_doubled_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("gptq_ao.prepare.follow_original", fail)
+    monkeypatch.setattr("gptq_ao.planning.prepare.follow_original", fail)
     quantize_(tiny_llama(layers=1), gptq_config(4, 32, compensate="none", calibration=token_batches(1)))
     with pytest.raises(AssertionError):
         quantize_(tiny_llama(layers=1), gptq_config(4, 32, compensate="inputs", calibration=token_batches(1)))
@@ -363,13 +364,13 @@ def test_the_observer_starts_anew() -> None:
 def hessians_of(model: nn.Module, data: list[Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Hessian]:
     """First weight of a group → its Hessian, while `model` is quantized."""
     found: dict[str, Hessian] = {}
-    solve_group = run.solve_group
+    solve_group = run_plan.solve_group
 
     def spy(matrices: Any, settings: Any, hessian: Hessian, *rest: Any) -> Any:
         found[next(iter(matrices)).weight] = hessian
         return solve_group(matrices, settings, hessian, *rest)
 
-    monkeypatch.setattr(run, "solve_group", spy)
+    monkeypatch.setattr(run_plan, "solve_group", spy)
     quantize_(model, gptq_config(3, -1, calibration=data))
     return found
 
@@ -474,7 +475,7 @@ def test_without_a_graph_it_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise CaptureError("not today")
 
-    monkeypatch.setattr("gptq_ao.prepare.capture", fail)
+    monkeypatch.setattr("gptq_ao.planning.prepare.capture", fail)
     models, data = [tiny_llama(layers=1), tiny_llama(layers=1)], token_batches(2)
     reports: list[Any] = [
         quantize_(m, gptq_config(4, 32, compensate=c, calibration=data))
@@ -527,13 +528,13 @@ def test_originals_go_when_nothing_reads_them_anymore(monkeypatch: pytest.Monkey
     solved_in = {w: number for number, s in enumerate(plan.stages, 1) for g in s.groups for w in g.weights}
     alive = {w: weakref.ref(model.get_parameter(w).untyped_storage()) for w in solved_in}
     seen: list[set[str]] = []
-    calibrate = run.calibrate
+    calibrate = run_plan.calibrate
 
     def spy(*args: Any) -> Any:
         seen.append({w for w, ref in alive.items() if ref() is not None})
         return calibrate(*args)
 
-    monkeypatch.setattr(run, "calibrate", spy)
+    monkeypatch.setattr(run_plan, "calibrate", spy)
     del program, plan
     quantize_(model, gptq_config(4, 32, calibration=data))
     assert len(seen) == 8

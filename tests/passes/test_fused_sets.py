@@ -10,7 +10,7 @@ from torch import nn
 from gptq_ao import gptq_config, plan, quantize_
 from gptq_ao.errors import FusedSettingsWarning
 from gptq_ao.passes.choose_weights import choose_weights
-from gptq_ao.passes.fused_sets import mixed_sets
+from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.records import Layout, LinearSite, Rows
 
 from ..models import seeded, tiny_llama, token_batches

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.activations import ActivationStore
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.activation_store import ActivationStore
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.config import gptq_config
 from gptq_ao.errors import NonFiniteError
 from gptq_ao.passes.calibrate import calibrate, run_segment

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from gptq_ao import allocate as module
-from gptq_ao.allocate import Choice, Unit, allocate
 from gptq_ao.errors import ConfigError
+from gptq_ao.pipeline import allocate as module
+from gptq_ao.pipeline.allocate import allocate
+from gptq_ao.report import Choice, Unit
 
 BITS = (2, 3, 4, 8, 16)
 

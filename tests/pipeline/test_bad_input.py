@@ -11,7 +11,7 @@ from gptq_ao import gptq_config, quantize_
 from gptq_ao.errors import CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError
 from gptq_ao.tensor import GroupTensor
 
-from .models import seeded, tiny_llama, token_batches
+from ..models import seeded, tiny_llama, token_batches
 
 
 def mlp() -> nn.Sequential:

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from gptq_ao import Int4GroupTensor, gptq_config, load_quantized, quantize_, save_quantized
-from gptq_ao.activations import ActivationStore
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.activation_store import ActivationStore
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, SolverError
-from gptq_ao.hessian import Hessian
 from gptq_ao.passes.calibrate import calibrate
-from gptq_ao.passes.calibration_mode import calibration_mode
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import choose_weights
@@ -24,9 +22,11 @@ from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.observe import observe
 from gptq_ao.passes.reach_all_experts import reach_all_experts
 from gptq_ao.passes.schedule import schedule
+from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.report import Report
+from gptq_ao.solver.hessian import Hessian
 
-from .models import seeded, token_batches
+from ..models import seeded, token_batches
 
 EXPERTS, PER_TOKEN = 5, 2
 UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"

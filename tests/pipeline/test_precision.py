@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchao.core.config import config_from_dict, config_to_dict
 
 from gptq_ao import gptq_config, plan, quantize_, quantize_checkpoint
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.data import text_batches, token_chunks
 from gptq_ao.errors import CalibrationError, ConfigError
 from gptq_ao.evaluate import evaluate
@@ -21,13 +21,13 @@ from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.expected_harm import SEQUENCES, expected_harm
 from gptq_ao.passes.find_linears import find_linears
-from gptq_ao.quantize import quantize_parameter_
+from gptq_ao.pipeline.quantize import quantize_parameter_
 from gptq_ao.report import Report
 from gptq_ao.tiny_lm.corpus import documents
 
-from .models import seeded, tiny_llama, token_batches
+from ..models import seeded, tiny_llama, token_batches
 
-TINY_LM = Path(__file__).parents[1] / "examples" / "tiny_lm"
+TINY_LM = Path(__file__).parents[2] / "examples" / "tiny_lm"
 
 
 def quantized(model: nn.Module, batches: Any, **settings: Any) -> Report:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gptq_ao
 from gptq_ao import Int4GroupTensor, gptq_config, quantize_, whole_model
-from gptq_ao.batches import as_batch
+from gptq_ao.calibration.batches import as_batch
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
@@ -20,7 +20,7 @@ from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.tensor import GroupTensor
 
-from .models import Attention, seeded, tiny_llama, token_batches
+from ..models import Attention, seeded, tiny_llama, token_batches
 
 
 class Policy(nn.Module):

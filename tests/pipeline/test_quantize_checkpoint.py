@@ -17,10 +17,10 @@ from gptq_ao import cli, gptq_config, load_quantized, quantize_, quantize_checkp
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
 from gptq_ao.integrations.transformers import load_model
 
-from .models import token_batches
-from .test_source import NORM, rewrite, saved
+from ..checkpoint.test_source import NORM, rewrite, saved
+from ..models import token_batches
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def tensors(directory: Path) -> Iterator[tuple[str, Any]]:
@@ -109,18 +109,19 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt("stop")
         return solve_group(*args)
 
-    from gptq_ao import run, writer
+    from gptq_ao.checkpoint.native import write
+    from gptq_ao.pipeline import run_plan
 
-    solve_group = run.solve_group
+    solve_group = run_plan.solve_group
     with monkeypatch.context() as patch:
-        patch.setattr(run, "solve_group", interrupt)
+        patch.setattr(run_plan, "solve_group", interrupt)
         fails(KeyboardInterrupt, "stop")
     assert len(solved) == 7
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
         fails(CheckpointError, r"the disk of .*out is full: \d+ bytes needed, 10 free")
     with monkeypatch.context() as patch:
-        patch.setattr(writer.CheckpointWriter, "finish", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        patch.setattr(write.CheckpointWriter, "finish", lambda *_: (_ for _ in ()).throw(OSError("gone")))
         fails(OSError, "gone")
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(directory, lambda t: {n: v.fill_(float("nan")) if n == name else v for n, v in t.items()})

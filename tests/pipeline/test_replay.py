@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from gptq_ao import gptq_config, plan, quantize_
 from gptq_ao.errors import CaptureError, ConfigError, FusedSettingsWarning, NonFiniteError, SolverError
-from gptq_ao.forwards import Forward
-from gptq_ao.quantize import quantize_weights
+from gptq_ao.model.weights import ModelWeights
+from gptq_ao.pipeline.paused_forwards import Forward
+from gptq_ao.pipeline.quantize import quantize_weights
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
-from gptq_ao.weights import ModelWeights
 
-from .families.causal_lm import causal_lm_of
-from .models import seeded, tiny_llama, token_batches
+from ..families.causal_lm import causal_lm_of
+from ..models import seeded, tiny_llama, token_batches
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -76,7 +76,7 @@ def no_graph(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def fail(*_: Any) -> None:
         raise CaptureError("not today")
 
-    monkeypatch.setattr("gptq_ao.prepare.capture", fail)
+    monkeypatch.setattr("gptq_ao.planning.prepare.capture", fail)
     return monkeypatch
 
 
@@ -532,7 +532,7 @@ def test_a_limit_that_cannot_be_kept_is_refused_and_a_plan_that_cannot_be_made(m
     def fail(*_: Any) -> Any:
         raise CaptureError("data-dependent branch")
 
-    monkeypatch.setattr("gptq_ao.prepare.capture", fail)
+    monkeypatch.setattr("gptq_ao.planning.prepare.capture", fail)
     config = gptq_config(4, 32, calibration=token_batches(1))
     with pytest.raises(ConfigError, match=r"max_memory cannot be kept, since the model cannot be captured .* branch"):
         quantize_(tiny_llama(layers=1), config, max_memory={"cpu": 0})

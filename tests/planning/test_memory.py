@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_ao import memory
-from gptq_ao.activations import Budget
+from gptq_ao.calibration.activation_store import Budget
 from gptq_ao.config import gptq_config
 from gptq_ao.errors import ConfigError
-from gptq_ao.hessian import HessianObserver
 from gptq_ao.kernels.columns import SCRATCH, score_grids
-from gptq_ao.live_bytes import LiveBytes
-from gptq_ao.memory import Limits, choose_budget, free_bytes, read_limits, readable
 from gptq_ao.passes.records import Part
-from gptq_ao.simulate import Footprint, Work
-from gptq_ao.solve_bytes import SolveCost, solve_cost
-from gptq_ao.solve_group import solve_group
-from gptq_ao.solver import round_to_nearest
+from gptq_ao.pipeline.solve_together import solve_group
+from gptq_ao.planning import memory
+from gptq_ao.planning.live_bytes import LiveBytes
+from gptq_ao.planning.memory import Limits, choose_budget, free_bytes, read_limits, readable
+from gptq_ao.planning.simulate import Footprint, Work
+from gptq_ao.planning.solve_cost import SolveCost, solve_cost
+from gptq_ao.solver.hessian import HessianObserver
+from gptq_ao.solver.solve import round_to_nearest
 from gptq_ao.tensor import tensor_class
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

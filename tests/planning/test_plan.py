@@ -13,17 +13,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gptq_ao import cli, gptq_config, memory, plan, planning, quantize, quantize_, quantize_checkpoint, save_quantized
-from gptq_ao.architecture import empty_model
+from gptq_ao import cli, gptq_config, plan, quantize_, quantize_checkpoint, save_quantized
 from gptq_ao.errors import CalibrationError, CaptureError, CheckpointError, ConfigError
-from gptq_ao.live_bytes import LiveBytes
+from gptq_ao.model.empty import empty_model
+from gptq_ao.pipeline import quantize
+from gptq_ao.planning import memory
+from gptq_ao.planning import plan as plan_module
+from gptq_ao.planning.live_bytes import LiveBytes
 from gptq_ao.tensor import GroupTensor
 
-from .models import seeded, tiny_llama, token_batches
-from .test_quantize import language_model
-from .test_source import saved
+from ..checkpoint.test_source import saved
+from ..models import seeded, tiny_llama, token_batches
+from ..pipeline.test_quantize import language_model
 
-TINY = str(Path(__file__).parents[1] / "examples" / "tiny_lm")
+TINY = str(Path(__file__).parents[2] / "examples" / "tiny_lm")
 
 
 def convolutions() -> nn.Module:
@@ -215,7 +218,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan(model, config)
     taken = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     free = {"cpu": planned.peak_bytes["host"] - taken, "cuda": 10**12}
-    monkeypatch.setattr(planning, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(plan_module, "free_bytes", lambda device: free[device.type])
     monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.type])
     plan(model, config)
     free["cpu"] -= 1
@@ -225,7 +228,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     smaller = plan(model, config, max_memory={"cpu": 2**20})  # the rest in files
     assert smaller.peak_bytes["disk"] == planned.activation_bytes - 2**20
     assert smaller.peak_bytes["host"] < planned.peak_bytes["host"] - 2**20
-    monkeypatch.setattr(planning, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(plan_module, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(ConfigError, match=rf"would wait in files in {tempfile.gettempdir()}, which has 10 B free: set"):
         plan(model, config, max_memory={"cpu": 2**20})
 
@@ -275,8 +278,6 @@ def test_no_file_is_left_when_it_fails(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: Any) -> Any:
         seen.append(len(list(tmp_path.rglob("*.safetensors"))))
         raise KeyboardInterrupt
-
-    from gptq_ao import run
 
     monkeypatch.setattr(run, "solve_group", fail)
     with pytest.raises(KeyboardInterrupt):

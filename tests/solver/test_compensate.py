@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gptq_ao.errors import SolverError
-from gptq_ao.hessian import Hessian, HessianObserver
-from gptq_ao.target import OF_INPUTS, OF_RESIDUAL, SMALLEST_DAMPING, corrected_target
+from gptq_ao.solver.compensate import OF_INPUTS, OF_RESIDUAL, SMALLEST_DAMPING, corrected_target
+from gptq_ao.solver.hessian import Hessian, HessianObserver
 
 N, K = 11, 24
 

@@ -3,7 +3,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gptq_ao.hessian import HessianObserver, ieee_fp32
+from gptq_ao.solver.fp32 import ieee_fp32
+from gptq_ao.solver.hessian import HessianObserver
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 U = 2.0**-24  # unit roundoff of fp32

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_ao.factor import Factor, factor
-from gptq_ao.grid import choose_grid
-from gptq_ao.hessian import Hessian
-from gptq_ao.refine import refine
-from gptq_ao.solution import Solution
-from gptq_ao.solver import round_to_nearest, solve
+from gptq_ao.codes.grid import choose_grid
+from gptq_ao.solver.factor import Factor, factor
+from gptq_ao.solver.hessian import Hessian
+from gptq_ao.solver.refine import refine
+from gptq_ao.solver.solution import Solution
+from gptq_ao.solver.solve import round_to_nearest, solve
 
 N, K = 8, 480  # three groups of 160, which is longer than a block
 GROUPS = [32, 64, 128, -1, 48, 160]

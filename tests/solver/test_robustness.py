@@ -9,12 +9,12 @@ from torch import Tensor
 
 from gptq_ao.config import EFFORTS
 from gptq_ao.errors import NonFiniteError
-from gptq_ao.factor import Factor, factor
-from gptq_ao.hessian import Hessian
-from gptq_ao.refine import refine
-from gptq_ao.solution import Solution
-from gptq_ao.solver import relative_error, round_to_nearest, solve
-from gptq_ao.target import corrected_target
+from gptq_ao.solver.compensate import corrected_target
+from gptq_ao.solver.factor import Factor, factor
+from gptq_ao.solver.hessian import Hessian
+from gptq_ao.solver.refine import refine
+from gptq_ao.solver.solution import Solution
+from gptq_ao.solver.solve import relative_error, round_to_nearest, solve
 
 N, K, GROUP = 10, 160, 32
 DEFAULT = EFFORTS["default"]

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq_ao import factor as factor_module
+from gptq_ao.codes.grid import choose_grid, round_to_grid
 from gptq_ao.errors import NonFiniteError, SolverError
-from gptq_ao.factor import factor
-from gptq_ao.grid import choose_grid, round_to_grid
-from gptq_ao.hessian import Hessian
 from gptq_ao.kernels.columns import MAX_COLUMNS
-from gptq_ao.solution import Solution
-from gptq_ao.solver import relative_error, round_to_nearest, solve
+from gptq_ao.solver import factor as factor_module
+from gptq_ao.solver.factor import factor
+from gptq_ao.solver.hessian import Hessian
+from gptq_ao.solver.solution import Solution
+from gptq_ao.solver.solve import relative_error, round_to_nearest, solve
 
 # [N, K] and group size: one block and a part, two blocks, one group longer than a block, groups that do not divide one.
 SHAPES = [(40, 160, 32), (24, 256, 128), (33, 130, -1), (21, 144, 48)]

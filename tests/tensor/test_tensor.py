@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from gptq_ao.codes.bit_stream import codes_to_words
 from gptq_ao.errors import ConfigError, NonFiniteError
-from gptq_ao.formats.words import codes_to_words
 from gptq_ao.tensor import GroupTensor, Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor, tensor_class
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

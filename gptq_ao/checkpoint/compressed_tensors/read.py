@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from gptq_ao.checkpoint.compressed_tensors.tensors import decode_compressed
+from gptq_ao.checkpoint.exchange.packed_weight import PackedWeight, Rounding
+from gptq_ao.checkpoint.files.shards import StoredTensor
+from gptq_ao.codes.bit_stream import word_count
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.compressed_tensors import decode_compressed
-from gptq_ao.formats.packed_weight import PackedWeight, Rounding
-from gptq_ao.formats.words import word_count
-from gptq_ao.shards import StoredTensor
 
 __all__ = ["COMPRESSED_PARTS", "compressed_schemes", "compressed_weights"]
 

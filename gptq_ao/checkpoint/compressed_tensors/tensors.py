@@ -20,10 +20,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gptq_ao.checkpoint.exchange.grouped_weight import GroupedWeight, as_half, in_equal_groups
+from gptq_ao.codes.bit_stream import codes_to_words, words_to_codes
 from gptq_ao.config import BITS
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.grouped import GroupedWeight, as_half, in_equal_groups
-from gptq_ao.formats.words import codes_to_words, words_to_codes
 
 __all__ = ["decode_compressed", "encode_compressed"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_ao.formats.compressed_tensors import encode_compressed
-from gptq_ao.formats.export import ExportedModel, grouped, is_sym, refuse
+from gptq_ao.checkpoint.compressed_tensors.tensors import encode_compressed
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, grouped, is_sym, refuse
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["compressed_config_of", "compressed_tensors_of"]

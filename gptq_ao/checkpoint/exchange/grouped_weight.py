@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gptq_ao.codes.bit_stream import codes_to_words, words_to_codes
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.words import codes_to_words, words_to_codes
 
 __all__ = ["GroupedWeight", "as_half", "in_equal_groups"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.exchange.grouped_weight import GroupedWeight
+from gptq_ao.codes.bit_stream import codes_to_words
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.grouped import GroupedWeight
-from gptq_ao.formats.words import codes_to_words
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["ExportedModel", "export_model", "grouped", "is_sym", "refuse"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gptq_ao.checkpoint.exchange.grouped_weight import GroupedWeight
+from gptq_ao.checkpoint.files.shards import StoredTensor
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError, RoundedScalesWarning
-from gptq_ao.formats.grouped import GroupedWeight
-from gptq_ao.shards import StoredTensor
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 __all__ = ["PackedWeight", "Rounding", "held"]

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptq_ao.checkpoint.files.paths import MANIFEST, check_weight_map, shard_path
+from gptq_ao.checkpoint.files.shards import StoredTensor, read_header
 from gptq_ao.errors import CheckpointError
-from gptq_ao.manifest import MANIFEST, check_weight_map, shard_path
-from gptq_ao.shards import StoredTensor, read_header
 
 __all__ = ["INDEX", "format_of", "quantization_config", "read_json", "stored_tensors"]
 

@@ -17,9 +17,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.files.directory import INDEX
+from gptq_ao.checkpoint.files.shards import ShardWriter
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.directory import INDEX
-from gptq_ao.shards import ShardWriter
 
 __all__ = ["OutputDirectory", "as_json", "has_config"]
 

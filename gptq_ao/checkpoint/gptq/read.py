@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from gptq_ao.checkpoint.exchange.packed_weight import PackedWeight, Rounding
+from gptq_ao.checkpoint.files.shards import StoredTensor
+from gptq_ao.checkpoint.gptq.tensors import ZeroPoints, decode_gptq
+from gptq_ao.codes.bit_stream import word_count
 from gptq_ao.config import BITS
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.gptq import ZeroPoints, decode_gptq
-from gptq_ao.formats.packed_weight import PackedWeight, Rounding
-from gptq_ao.formats.words import word_count
-from gptq_ao.shards import StoredTensor
 
 __all__ = ["GPTQ_PARTS", "gptq_settings", "gptq_weights"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gptq_ao.formats.export import ExportedModel, grouped, is_sym, refuse
-from gptq_ao.formats.gptq import encode_gptq
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, grouped, is_sym, refuse
+from gptq_ao.checkpoint.gptq.tensors import encode_gptq
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.version import VERSION
 

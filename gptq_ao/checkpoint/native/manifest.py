@@ -16,7 +16,6 @@ tensor is allocated.
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,28 +24,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gptq_ao.checkpoint.files.paths import MANIFEST, shard_path
 from gptq_ao.config import BITS
 from gptq_ao.errors import CheckpointError
 
 __all__ = [
     "DTYPES",
-    "MANIFEST",
     "Manifest",
     "QuantizedEntry",
     "check_version",
-    "check_weight_map",
-    "confined",
     "entry_json",
     "format_version",
     "parse_entries",
     "read_manifest",
-    "shard_path",
 ]
 
-MANIFEST = "gptq_ao.json"
 FORMAT_VERSIONS = (1, 2)
 MAX_MANIFEST_BYTES = 256 * 2**20
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -130,17 +124,6 @@ def read_manifest(directory: str | Path) -> Manifest:
     return manifest
 
 
-def check_weight_map(directory: Path) -> None:
-    """Refuse a Hugging Face directory whose index names shards outside of it; transformers would follow such a name."""
-    for index in directory.glob("*.index.json"):
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-            raise CheckpointError(f"{index} is damaged: {type(e).__name__}: {e}") from e
-        for file in sorted(map(str, files)):
-            shard_path(directory, file)
-
-
 def check_version(version: object, path: object) -> None:
     if version not in FORMAT_VERSIONS:
         raise CheckpointError(
@@ -209,25 +192,3 @@ def _check_headers(directory: Path, manifest: Manifest) -> None:
                         raise CheckpointError(f"{path}: tensor {name!r} is {found}, the manifest says {expected[name]}")
         except SafetensorError as e:
             raise CheckpointError(f"{path} is truncated or no safetensors file: {e}") from e
-
-
-def shard_path(directory: Path, file: str) -> Path:
-    """A shard is a file in the directory itself (or, in a hub cache, in the blobs that its snapshots link to)."""
-    if not _SHARD_NAME.fullmatch(file):
-        raise CheckpointError(f"{directory} names the shard {file!r}: only plain *.safetensors names are allowed")
-    path = confined(directory, file)
-    if not path.is_file():
-        raise CheckpointError(f"{directory} lacks the shard {file!r}")
-    return path
-
-
-def confined(directory: Path, file: str) -> Path:
-    """
-    Raises:
-        CheckpointError: a file of a checkpoint is a link to somewhere else.
-    """
-    root = directory.resolve()
-    path = (directory / file).resolve()
-    if path.parent not in (root, root.parent.parent / "blobs"):
-        raise CheckpointError(f"{file!r} of {directory} links to {path}, outside the checkpoint")
-    return path

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from gptq_ao.checkpoint.exchange.packed_weight import Rounding
+from gptq_ao.checkpoint.files.shards import NAME_OF, StoredTensor
+from gptq_ao.checkpoint.native.manifest import DTYPES, QuantizedEntry, check_version, parse_entries
+from gptq_ao.checkpoint.native.tensors import from_stored
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.packed_weight import Rounding
-from gptq_ao.manifest import DTYPES, QuantizedEntry, check_version, parse_entries
-from gptq_ao.shards import NAME_OF, StoredTensor
-from gptq_ao.stored import from_stored
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["NATIVE_PARTS", "NativeWeight", "native_config", "native_weights"]

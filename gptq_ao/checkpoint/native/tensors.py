@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gptq_ao.checkpoint.native.manifest import DTYPES, QuantizedEntry
+from gptq_ao.codes.bit_stream import pack_bits
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
-from gptq_ao.manifest import DTYPES, QuantizedEntry
-from gptq_ao.packing import pack_bits
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 __all__ = ["from_stored", "stored_entry", "stored_parts"]

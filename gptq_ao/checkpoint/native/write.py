@@ -7,33 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.files.model_card import CARD, model_card
+from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json, has_config
+from gptq_ao.checkpoint.files.paths import MANIFEST
+from gptq_ao.checkpoint.files.shards import NAME_OF
+from gptq_ao.checkpoint.native.manifest import QuantizedEntry, entry_json, format_version
+from gptq_ao.checkpoint.native.read import native_config
+from gptq_ao.checkpoint.native.tensors import from_stored, stored_entry, stored_parts
 from gptq_ao.errors import CheckpointError
-from gptq_ao.formats.native import native_config
-from gptq_ao.grid import group_columns
-from gptq_ao.manifest import MANIFEST, QuantizedEntry, entry_json, format_version
-from gptq_ao.model_card import CARD, model_card
-from gptq_ao.output import OutputDirectory, as_json, has_config
-from gptq_ao.passes.records import Selection
+from gptq_ao.model.inspection import state_names
 from gptq_ao.report import Report
-from gptq_ao.shards import NAME_OF
-from gptq_ao.stored import from_stored, stored_entry, stored_parts
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["CheckpointWriter", "result_size", "state_names", "stored_bytes"]
-
-
-def state_names(model: nn.Module) -> list[list[str]]:
-    """The names of every parameter and persistent buffer, in the model's order.
-
-    Raises:
-        CheckpointError: the model has state that is no tensor.
-    """
-    names: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"state {name!r} is a {type(value).__name__}, not a tensor: it cannot be saved")
-        names.setdefault(id(value), []).append(name)
-    return list(names.values())
+__all__ = ["CheckpointWriter", "stored_bytes"]
 
 
 def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
@@ -43,18 +29,6 @@ def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
         what = stored_entry(what) if isinstance(what, GroupTensor) else what
         total += what.stored_bytes(name) if isinstance(what, QuantizedEntry) else what.nbytes
     return total
-
-
-def result_size(model: nn.Module, selection: Selection) -> int:
-    """What the model takes in files when the selected weights are quantized."""
-    state = model.state_dict(keep_vars=True)
-    contents: dict[str, Tensor | QuantizedEntry] = {first: state[first] for first, *_ in state_names(model)}
-    for name, c in selection.settings.items():
-        k = selection.layouts[name].in_features
-        rows = contents[name].numel() // k  # type: ignore[union-attr]  # those of all matrices of a stack
-        permuted = c.act_order == "group" and c.method == "gptq"
-        contents[name] = QuantizedEntry(c.bits, (rows, k), k // group_columns(k, c.group_size), "", False, permuted)
-    return stored_bytes(contents)
 
 
 class CheckpointWriter(OutputDirectory):

@@ -1,0 +1,1 @@
+"""Batches of calibration data, and where their activations wait."""

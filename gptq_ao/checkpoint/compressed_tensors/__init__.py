@@ -1,0 +1,1 @@
+"""The format of compressed-tensors, as llm-compressor writes it."""

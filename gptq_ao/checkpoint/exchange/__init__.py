@@ -1,0 +1,1 @@
+"""What formats of other libraries say of a weight, whichever it is."""

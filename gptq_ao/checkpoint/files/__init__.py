@@ -1,0 +1,1 @@
+"""What lies on a disk. Nothing in it is trusted."""

@@ -1,0 +1,48 @@
+"""Which files of a checkpoint may be opened: plain names, in the checkpoint's own directory."""
+
+import json
+import re
+from pathlib import Path
+
+from gptq_ao.errors import CheckpointError
+
+__all__ = ["MANIFEST", "check_weight_map", "confined", "shard_path"]
+
+
+MANIFEST = "gptq_ao.json"
+
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+
+def check_weight_map(directory: Path) -> None:
+    """Refuse a Hugging Face directory whose index names shards outside of it; transformers would follow such a name."""
+    for index in directory.glob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+            raise CheckpointError(f"{index} is damaged: {type(e).__name__}: {e}") from e
+        for file in sorted(map(str, files)):
+            shard_path(directory, file)
+
+
+def shard_path(directory: Path, file: str) -> Path:
+    """A shard is a file in the directory itself (or, in a hub cache, in the blobs that its snapshots link to)."""
+    if not _SHARD_NAME.fullmatch(file):
+        raise CheckpointError(f"{directory} names the shard {file!r}: only plain *.safetensors names are allowed")
+    path = confined(directory, file)
+    if not path.is_file():
+        raise CheckpointError(f"{directory} lacks the shard {file!r}")
+    return path
+
+
+def confined(directory: Path, file: str) -> Path:
+    """
+    Raises:
+        CheckpointError: a file of a checkpoint is a link to somewhere else.
+    """
+    root = directory.resolve()
+    path = (directory / file).resolve()
+    if path.parent not in (root, root.parent.parent / "blobs"):
+        raise CheckpointError(f"{file!r} of {directory} links to {path}, outside the checkpoint")
+    return path

@@ -1,0 +1,1 @@
+"""What an n-bit code means, and how codes lie in files and in memory."""

@@ -1,0 +1,1 @@
+"""A quantized model, made faster."""

@@ -1,0 +1,1 @@
+"""The mathematics of GPTQ: tensors in, tensors out."""

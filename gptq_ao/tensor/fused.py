@@ -1,0 +1,60 @@
+"""Several linear layers whose weights are one quantized tensor, and so one product."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["FusedProjections", "Projection"]
+
+
+class FusedProjections(nn.Module):
+    """The weights of several linear layers as one, [sum of out_features, in_features].
+
+    The layer that is called first computes all parts, the others take theirs. A layer that is given another tensor than
+    the one the waiting parts were computed from computes all anew: what is called, and in which order, decides how much
+    is computed, and never what the result is.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+        biases = tuple(layer.bias for layer in layers if layer.bias is not None)
+        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        self.sizes = [layer.out_features for layer in layers]
+        self._waiting: tuple[Tensor, list[Tensor | None]] | None = None
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """x·Wᵀ + bias of one of the layers."""
+        waiting = self._waiting
+        if waiting is None or waiting[0] is not x or waiting[1][index] is None:
+            fresh: list[Tensor | None] = [*F.linear(x, self.weight, self.bias).split(self.sizes, -1)]
+            waiting = x, fresh
+        parts = waiting[1]
+        mine, parts[index] = parts[index], None
+        assert mine is not None
+        self._waiting = None if all(p is None for p in parts) else waiting
+        return mine
+
+
+class Projection(nn.Module):
+    """One of the layers, in its place in the model."""
+
+    def __init__(self, fused: FusedProjections, index: int) -> None:
+        super().__init__()
+        self.fused, self.index = fused, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused.part(x, self.index)
+
+    def layer(self) -> nn.Linear:
+        """As it was."""
+        start = sum(self.fused.sizes[: self.index])
+        rows = slice(start, start + self.fused.sizes[self.index])
+        weight, bias = self.fused.weight, self.fused.bias
+        layer = nn.Linear(weight.shape[1], rows.stop - start, bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.detach()[rows], requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach()[rows], requires_grad=False)
+        return layer
