@@ -4,9 +4,8 @@ from gptq_ao import gptq_config, quantize_
 quantize_(model, gptq_config(bits=4, group_size=128, calibration=batches))
 """
 
+import typing as _typing
 from importlib import import_module as _import
-from typing import TYPE_CHECKING
-from typing import Any as _Any
 
 from gptq_ao import data, errors
 from gptq_ao.checkpoint.load import load_quantized
@@ -23,7 +22,7 @@ from gptq_ao.planning.prepare import whole_model
 from gptq_ao.report import Report
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from gptq_ao.integrations.transformers import GptqAoConfig
 
 _register_with_torchao()
@@ -55,7 +54,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _Any:
+def __getattr__(name: str) -> _typing.Any:
     if name == "GptqAoConfig":
         return _import("gptq_ao.integrations.transformers").GptqAoConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

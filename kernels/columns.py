@@ -5,9 +5,9 @@ changes is passed on to the columns after it:
 
     ŵ_i = grid(x_i)        p_i = x_i − ŵ_i        x_j ← x_j − p_i·follow_ij   for j > i
 
-With `follow` the block of U / diag(U) (see `factor.py`) this is GPTQ's rounding with error feedback. With
+With `follow` the block of U / diag(U) (see `solver/factor.py`) this is GPTQ's rounding with error feedback. With
 `follow`_ij = −H_ij / H_jj, x_j = ŵ_j + (E·H)_j / H_jj and p_i the change of ŵ_i, it is coordinate descent (see
-`refine.py`).
+`solver/refine.py`).
 
 Shapes: a block has B columns of N rows (out_features), and is stored as [B, N]: all threads of a warp then do the same
 to neighbouring rows. fp32, except for codes (uint8).

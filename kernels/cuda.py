@@ -1,9 +1,9 @@
 """What the operators run on a CUDA device: the Triton kernels where they compute this, else `reference.py`.
 
-    few rows of x    one kernel that reads packed codes (`linear_triton.py`)
+    few rows of x    one kernel that reads packed codes (`triton/linear.py`)
     many             dequantize a part of the weight, multiply by it, and so on: a part at a time bounds the memory
 
-For products that are grouped by expert, see `grouped.py`.
+For products that are grouped by expert, see `cuda_experts.py`.
 
 A kernel that was never run on this architecture is compared with the reference once, and not used if it is wrong.
 """

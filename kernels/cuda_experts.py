@@ -1,6 +1,6 @@
 """What `gptq_ao::grouped_linear` runs on a CUDA device: rows of x, sorted by expert, by a stack of packed weights.
 
-    few rows per expert     one launch of `linear_triton.py`, whose programs find their expert's rows in `offsets`
+    few rows per expert     one launch of `triton/linear.py`, whose programs find their expert's rows in `offsets`
     many, or no such kernel dequantize some output features of all experts, multiply by torch's grouped_mm, and so on
 
 Nothing here reads `offsets` on the host, so that CUDA graphs work. (torch's grouped_mm does, but for bf16 on Hopper or

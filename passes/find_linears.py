@@ -1,7 +1,8 @@
 """Program → every place where an activation is multiplied by a parameter, and all other matrices with the reason.
 
 Invariant: every parameter with two or more dimensions is either in a site or excluded with a reason. Nothing depends on
-module classes: `products.py` knows the operators, `weight_views.py` what lies between a parameter and its product.
+module classes: `passes/products/table.py` knows the operators, `passes/products/weight_views.py` what lies between a
+parameter and its product.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Plan → Plan whose segments compute every value twice where it differs: once with the weights quantized so far, and
 once as the original model would.
 
-A layer can then make up for what the quantization before it did to its inputs (`gptq_ao/target.py`). It costs a second
-forward, the waiting activations a second time, and the original weights until their products have run.
+A layer can then make up for what the quantization before it did to its inputs (`solver/compensate.py`). It costs a
+second forward, the waiting activations a second time, and the original weights until their products have run.
 
 Invariant: the values that a segment computed before are computed as before; `twin(name)` is what `name` would be if
 nothing were quantized, and is missing where that is the same.

@@ -187,8 +187,8 @@ class Rows:
 
     Attributes:
         value: the node that holds them.
-        arrange: a function of `activation_rows.py` and its arguments after the value, which brings the rows into the
-            form [..., in_features] or, for experts, [experts, ..., in_features]; None where they have it.
+        arrange: a function of `products/activation_rows.py` and its arguments after the value, which brings the rows
+            into the form [..., in_features] or, for experts, [experts, ..., in_features]; None where they have it.
         offsets: node with the cumulative number of rows per expert, if the rows are sorted by expert.
         mask: input [batch, position] that is zero where there is padding, or None.
         gathers: nodes of row numbers: row i of the value belongs to position `gathers[-1][i]` of what `gathers[-2]`

@@ -21,7 +21,9 @@ echo "$site" > "$("$work/clean/bin/python" -c 'import sysconfig; print(sysconfig
 cd "$work"
 "$work/clean/bin/python" - <<'PY'
 import gptq_ao.kernels.reference
+import gptq_ao.kernels.tuning.heuristics
 import gptq_ao.passes.capture
+import gptq_ao.passes.products.table
 import gptq_ao.tiny_lm.corpus
 from importlib.resources import files
 

@@ -64,6 +64,19 @@ def test_links_lead_somewhere() -> None:
             assert (path.parent / target).exists(), f"{page}: {target}"
 
 
+def test_files_that_prose_names_exist() -> None:
+    """In Markdown and in Python: a file is beside the one that names it, or below one of the roots."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
+    sources = [p for folder in ("gptq_ao", "kernels", "passes", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*pages, *sources]
+        for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8"))
+        if name != "__init__.py" and not any((root / name).is_file() for root in (path.parent, ROOT, ROOT / "gptq_ao"))
+    ]
+    assert missing == []
+
+
 def test_every_option_of_quantize_is_documented() -> None:
     import typer.main
 

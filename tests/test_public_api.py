@@ -1,7 +1,11 @@
 """What `import gptq_ao` offers, what it costs, and that it needs neither Triton nor a GPU."""
 
+import importlib
 import subprocess
 import sys
+from types import ModuleType
+
+import pytest
 
 import gptq_ao
 
@@ -30,6 +34,17 @@ PUBLIC = {
 }
 
 
+# Modules that the documentation imports from, or that files written by `torch.save` and `config_to_dict` name.
+DOCUMENTED = {
+    "config": {"GPTQConfig", "gptq_config"},
+    "data": {"text_batches", "token_chunks"},
+    "errors": {"CheckpointError", "ConfigError", "FusedSettingsWarning"},
+    "evaluate": {"evaluate"},
+    "integrations.transformers": {"GptqAoConfig", "load_model", "load_tokenizer", "load_with_gptq_ao"},
+    "tensor": {"GroupTensor", "Int2GroupTensor", "Int3GroupTensor", "Int4GroupTensor", "Int8GroupTensor"},
+}
+
+
 def fresh(code: str) -> str:
     """Output of `code` in a new interpreter, where warnings do not matter."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -40,6 +55,21 @@ def fresh(code: str) -> str:
 def test_the_public_surface() -> None:
     assert set(gptq_ao.__all__) == PUBLIC
     assert all(getattr(gptq_ao, name).__doc__ for name in PUBLIC)
+
+
+def test_nothing_else_is_in_the_namespace() -> None:
+    """A room has one word, and no function has the same: it would hide the room, or be hidden by it."""
+    names = {n for n in dir(gptq_ao) if not n.startswith("_")}
+    modules = {n for n in names if isinstance(getattr(gptq_ao, n), ModuleType)}
+    assert names - modules == PUBLIC - {"GptqAoConfig", "data", "errors"}  # the first is imported when it is asked for
+    assert modules >= {"data", "errors"}
+    assert not {"plan", "tune"} & modules
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_documented_paths(module: str) -> None:
+    found = importlib.import_module(f"gptq_ao.{module}")
+    assert set(dir(found)) >= DOCUMENTED[module]
 
 
 def test_every_public_function_documents_what_it_raises() -> None:

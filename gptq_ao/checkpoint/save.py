@@ -1,19 +1,7 @@
-"""Save and load quantized models: the own format, safetensors shards and one JSON file, and those of other libraries.
+"""Save a quantized model, in any format.
 
-    DIRECTORY/
-      gptq_ao.json                          the manifest, written last: without it there is no checkpoint
-      model-00001-of-00002.safetensors …
-      config.json, tokenizer.json, …        of a Hugging Face model
-
-A quantized weight NAME [N, K] is stored as `NAME.codes` (uint8 [N, ceil(K·bits/8)], each row a little-endian stream of
-bits), `NAME.scale` (fp16 [N, G]), `NAME.zero_point` (uint8 [N, G]) and, if its columns are permuted, `NAME.perm`
-(int32 [K]); w = (code − zero_point)·scale. A stack of them [E, N, K] has E in front, except for `perm`. That is
-independent of how this package arranges codes at run time. All other parameters and buffers are stored as they are.
-
-A checkpoint is written to a temporary directory and renamed when complete. On loading, `manifest.py` first checks
-names, sizes and files, and the model is changed only when all tensors are there. No pickle, no code from a checkpoint.
-
-The other formats are in `formats/`.
+A checkpoint is written to a temporary directory, which gets its name when everything is in it. No pickle, no code. Each
+format is a folder here, and `formats.py` lists them.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""How codes lie in memory. The only file that knows the order of bits.
+"""How codes lie in memory. The only file that knows the order of bits there.
 
-**Run-time layout.** `qdata` is int32 `[N/16, K/KE, 128]`: tiles of 16 rows by KE = 256/bits columns, 512 bytes each.
+`qdata` is int32 `[N/16, K/KE, 128]`: tiles of 16 rows by KE = 256/bits columns, 512 bytes each.
 The four words (16 bytes) at `4·lane` are what lane `lane` of a warp feeds to a 16×8×16 matrix instruction as operand
 "A", so a kernel loads 16 bytes per lane and shuffles nothing (the fragment order of mma.sync and wgmma). With
 lane = 4·g + t:
@@ -20,9 +20,8 @@ lane = 4·g + t:
 that a kernel can load asynchronously, whatever the model's dtype. Every tensor has dim 0 ∝ N and dim 1 ∝ K, so sharding
 either one is a plain slice. Rows and columns that do not fill a tile are padded with zeros.
 
-**File layout.** Each row of codes is one little-endian stream of bits, code j at bits [j·bits, (j+1)·bits): portable,
-without tiles, without padding but the last byte's. `pack_words` goes from there to the run-time layout without taking
-codes apart, which is what loading a checkpoint comes down to.
+`pack_words` goes from files (`bit_stream.py`) to this layout without taking codes apart, which is what loading a
+checkpoint comes down to.
 
 Leading dimensions (a stack of experts) pass through all functions here. Words are viewed as bytes: PyTorch runs on
 little-endian machines only.
@@ -167,7 +166,7 @@ def unpack_scale_zero(scale_zero: Tensor, out_features: int) -> tuple[Tensor, Te
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int, groups: int) -> int:
-    """Of codes [..., N, K] with so many groups per row in the run-time layout, scales and zero points included."""
+    """Of codes [..., N, K] with `groups` groups per row in the run-time layout, scales and zero points included."""
     *lead, n, k = shape
     columns = tile_columns(bits)
     rows = -(-n // TILE_ROWS) * TILE_ROWS
@@ -216,7 +215,7 @@ def _exchange(words: Tensor, bits: int, tiles: Tensor) -> None:
 
 
 def _without_rest(words: Tensor, used: int) -> Tensor:
-    """Zeros in the last word of each row above its `used` bits; 0: all are used."""
+    """Clear the bits of each row's last word from bit `used` on. `used` is 0 where the row fills its last word."""
     if not used:
         return words
     words = words.clone()

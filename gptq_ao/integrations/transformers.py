@@ -35,8 +35,10 @@ _replaced: dict[str, tuple[Any, Any]] = {}  # quant_method → transformers' own
 
 
 def _register() -> None:
-    """Make `from_pretrained` know the own format, and the others where transformers' own loaders cannot run. Importing
-    this module does that; importing gptq_ao imports it as soon as transformers' models are there."""
+    """Make `from_pretrained` know the native format, and the others where transformers' own loaders cannot run.
+
+    Importing this module does that; importing gptq_ao imports it as soon as transformers' models are there.
+    """
     auto.AUTO_QUANTIZER_MAPPING["gptq_ao"] = GptqAoQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq_ao"] = CheckpointConfig
     for method, packages in _NEEDED.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gptq_ao.errors import ConfigError, PassError
 from gptq_ao.model.inspection import check_values
 
-__all__ = ["ModelWeights", "Weights"]
+__all__ = ["ModelWeights", "Weights", "replace_parameter"]
 
 
 class Weights(Protocol):
@@ -144,7 +144,14 @@ def _keep(module: nn.Module, hook: Any) -> None:
 
 
 def replace_parameter(model: nn.Module, name: str, value: Tensor) -> tuple[str, ...]:
-    """Replace the parameter `name` by `value`, which will not require gradients. Returns all names it has."""
+    """Replace the parameter `name` by `value`, which will not require gradients. Returns all names it has.
+
+    Every name under which the parameter was registered (tied weights, shared modules) leads to the one new parameter;
+    nothing else in the model is touched.
+
+    Raises:
+        PassError: the new tensor has another shape or dtype.
+    """
     old = model.get_parameter(name)
     new = nn.Parameter(value, requires_grad=False)
     replaced = []

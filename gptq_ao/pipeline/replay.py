@@ -9,8 +9,8 @@ So a layer sees inputs made by already quantized layers, as in the graph, each p
 flow may be any Python: branches on values, loops over the experts that were chosen, generators. (Replaying a model
 block by block would have to know its blocks and what is passed between them, run each of them twice, and quantize the
 weights within one block on unquantized inputs.) What it costs: one more forward per batch before, which finds the
-weights (`survey.py`); the model stays where it is; and all batches wait in the middle of a forward, with what their
-frames hold.
+weights (`passes/eager/survey.py`); the model stays where it is; and all batches wait in the middle of a forward, with
+what their frames hold.
 
 A weight that is applied again later is solved at its first use. What the later use, or a batch that came to it too
 late, would have added is left out, and the report says so.

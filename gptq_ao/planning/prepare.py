@@ -70,7 +70,7 @@ class Prepared:
 
     Attributes:
         device: where it computes.
-        mixed: sets of weights that engines fuse and whose settings differ, see `passes/fused_sets.py`.
+        mixed: sets of weights that engines fuse and whose settings differ, see `passes/products/fused_sets.py`.
         calibrated: None if every weight is rounded to nearest, for which nothing runs.
         found: None without data.
     """

@@ -1,7 +1,7 @@
 """A plan carried out on fake tensors: what will be in memory at most, and how much work it is.
 
-Every segment runs once for each distinct shape of batch, with its observers, as in `passes/calibrate.py` and `run.py`;
-nothing is computed or allocated. What solving takes comes from `solve_bytes.py`.
+Every segment runs once for each distinct shape of batch, with its observers, as in `passes/calibrate.py` and
+`pipeline/run_plan.py`; nothing is computed or allocated. What solving takes comes from `solve_cost.py`.
 """
 
 import contextlib

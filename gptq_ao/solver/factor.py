@@ -9,7 +9,7 @@ columns before it and its own:
 
 The factor comes from one Cholesky decomposition: reversing rows and columns turns a lower factor into an upper one. The
 inverse that GPTQ is usually written with, H⁻¹ = UᵀU, is U = (A·√pivots)⁻¹, of which only small blocks on the diagonal
-are ever needed (`solver.py`).
+are ever needed (`solve.py`).
 """
 
 from dataclasses import dataclass

@@ -53,7 +53,7 @@ def refine(
 
 
 class _Sweep:
-    """What changes in a sweep. As in `solver.py`, everything is transposed: [K, N], and [G, N] for scales.
+    """What changes in a sweep. As in `solve.py`, everything is transposed: [K, N], and [G, N] for scales.
 
     Attributes:
         error: W − Ŵ.

@@ -1,4 +1,4 @@
-"""GroupTensor: what a quantized weight is made of, and how it is built. Its operators are in `tensor.py`."""
+"""GroupTensor: what a quantized weight is made of, and how it is built. Its operators are in `operators.py`."""
 
 from typing import Any, ClassVar, NoReturn
 
@@ -18,7 +18,7 @@ class GroupTensor(TorchAOBaseTensor):
     """The shared base: everything but the number of bits.
 
     Attributes:
-        qdata, high_plane, scale_zero: packed codes, scales and zero points, see `packing.py`.
+        qdata, high_plane, scale_zero: packed codes, scales and zero points, see `codes/tiles.py`.
         perm: int32 [in_features] or None. Column i of the codes belongs to input feature `perm[i]`.
         group_size: neighbouring columns that share a scale.
         out_features, in_features: the logical size, without padding.
@@ -143,7 +143,7 @@ class GroupTensor(TorchAOBaseTensor):
         """The same of codes that are packed as files have them, much faster.
 
         Args:
-            words: [..., N, ⌈K·bits/32⌉] int32, each row a stream of bits (see `packing.py`).
+            words: [..., N, ⌈K·bits/32⌉] int32, each row a stream of bits (see `codes/tiles.py`).
             in_features: K.
         """
         width = -(-in_features * cls.bits // 32)
@@ -231,7 +231,7 @@ class GroupTensor(TorchAOBaseTensor):
         )
 
     def packed(self) -> tuple[Any, ...]:
-        """The arguments of the operators in `ops.py`, after x."""
+        """The arguments of the operators in `kernels/ops.py`, after x."""
         numbers = (self.bits, self.group_size, self.out_features, self.in_features)
         return (self.qdata, self.scale_zero, self.high_plane, self.perm, *numbers)
 

@@ -2,8 +2,8 @@
 
 `Int4GroupTensor` (and its 2-, 3- and 8-bit siblings) behaves like the dense weight it stands for: same shape, a dtype
 to compute in, `F.linear`, `mm`, `addmm` and `bmm` with it, `.to()`, `state_dict`, `torch.compile`. Inside are int32
-tensors in the layout that `packing.py` draws. A weight that a model stores as [in, out] (GPT-2) is the transposed view
-of one.
+tensors in the layout that `codes/tiles.py` draws. A weight that a model stores as [in, out] (GPT-2) is the transposed
+view of one.
 """
 
 import itertools

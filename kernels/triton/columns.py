@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`columns.py` on a GPU: one thread per row, which keeps its part of the block in registers.
+"""`kernels/columns.py` on a GPU: one thread per row, which keeps its part of the block in registers.
 
 A row's columns are walked through in order, so what parallelism there is comes from rows (and, for scores, from grids).
 A register cannot be chosen by a number that is known only at run time: a column is picked out of its tile by comparing
@@ -88,7 +88,7 @@ def _walk(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Both loops of `columns.py`. With `importance`, a grid per program writes its loss; without, codes are written."""
+    """Both loops of `kernels/columns.py`. With `importance`, a grid per program writes its loss; without, its codes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, TILE)
     lost = tl.zeros([ROWS], tl.float32)

@@ -85,7 +85,7 @@ def dequantize(
 
     Args:
         group_size: a multiple of `heuristics.SMALLEST_RUN`, or in_features.
-        fast: see `unpack_triton.py`.
+        fast: see `unpack.py`.
     """
     lead = qdata.shape[:-3]
     weight = torch.empty(*lead, out_features, in_features, dtype=dtype, device=qdata.device)

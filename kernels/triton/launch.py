@@ -1,4 +1,4 @@
-"""Launches of `linear_triton.py`: what is the same each time is found out once.
+"""Launches of `linear.py`: what is the same each time is found out once.
 
 A product of few rows takes the GPU some microseconds, so what Python does before it counts. A `LinearLaunch` is all
 that a shape of weight, a configuration and a device decide; a call is left with buffers and pointers.
@@ -132,7 +132,7 @@ class LinearLaunch:
 
     Attributes:
         device: its index; -1 for the CPU, in Triton's interpreter.
-        fast: whether codes are cut out of words in pairs, see `unpack_triton.py`.
+        fast: whether codes are cut out of words in pairs, see `unpack.py`.
     """
 
     config: LinearConfig

@@ -1,4 +1,4 @@
-"""Launches of `linear_triton.py` for rows of x that are sorted by expert."""
+"""Launches of `linear.py` for rows of x that are sorted by expert."""
 
 import functools
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def launch_grouped(
 
     Args:
         c: without a split.
-        fast: see `kernels/launch.py`.
+        fast: see `launch.py`.
     """
     assert c.split == 1
     rows, in_features = x.shape
@@ -64,6 +64,6 @@ def _kernel(
 
 
 def most_blocks(rows: int, experts: int, block_m: int) -> int:
-    """See `rows_triton.py`."""
+    """See `expert_rows.py`."""
     begun = min(rows, experts + 1)
     return begun + (rows - begun) // block_m

@@ -7,11 +7,11 @@ The roles are exchanged: the weight is the left operand of the matrix instructio
 unpacked goes from registers straight into the instruction, not through shared memory, and few rows of x waste little of
 it, as it takes them by eights.
 
-W [N, K] in the layout of `packing.py`, any N and K; x [M, K] contiguous, bf16 or fp16; sums in fp32. What lies beyond
-the last tile is read as the last one, which does no harm: rows beyond N are not stored, and x counts as zero beyond K
-and M. A stack of E weights is one launch: with x [E, M, K], or with x [M, K] sorted by expert and `offsets`, where each
-expert's rows end. How the work is cut: `heuristics.LinearConfig`, whose attributes are the constants here: BM, BN, BK =
-block_m, block_n, block_k.
+W [N, K] in the layout of `codes/tiles.py`, any N and K; x [M, K] contiguous, bf16 or fp16; sums in fp32. What lies
+beyond the last tile is read as the last one, which does no harm: rows beyond N are not stored, and x counts as zero
+beyond K and M. A stack of E weights is one launch: with x [E, M, K], or with x [M, K] sorted by expert and `offsets`,
+where each expert's rows end. How the work is cut: `heuristics.LinearConfig`, whose attributes are the constants here:
+BM, BN, BK = block_m, block_n, block_k.
 """
 
 import triton

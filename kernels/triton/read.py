@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
-"""How the linear kernel reads x and a packed weight: whole words of tiles, in the order in which `packing.py` lays them
-out. What its arguments and constants are, and what is read beyond the last tile: `linear_triton.py`.
+"""How the linear kernel reads x and a packed weight: whole words of tiles, in the order in which `codes/tiles.py` lays
+them out. What its arguments and constants are, and what is read beyond the last tile: `linear.py`.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Whether the kernels compute what `reference.py` does, on a GPU on which they were never run."""
+"""Whether the kernels compute what `kernels/reference.py` does, on a GPU on which they were never run."""
 
 import warnings
 

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""From packed words to numbers, in registers: the layout of `packing.py` read by Triton kernels.
+"""From packed words to numbers, in registers: the layout of `codes/tiles.py` read by Triton kernels.
 
 A lane holds whole words of its own matrix-instruction fragment, so nothing moves between lanes: what looks like
 reshapes and permutations here gives names to registers.
 
-Two ways to the same numbers. With `FAST`, a pair of codes (e = 0, 1; see `packing.py`) is cut out of a word by one
+Two ways to the same numbers. With `FAST`, a pair of codes (e = 0, 1; see `codes/tiles.py`) is cut out of a word by one
 instruction, (word >> shift) & mask | magic, that puts each code into the low bits of the mantissa of a large number:
 of 128 in bf16, 1024 in fp16, 2^23 in fp32, so that the result is that number plus the code, exactly. (Kim et al., "Who
 Says Elephants Can't Run", 2022.) Otherwise shift, mask and convert code by code, which Triton's interpreter can do too.

@@ -25,7 +25,7 @@ MOST_SPLIT = 16  # adding up the sums of more takes longer than reading less of 
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-    """How `linear_triton.py` computes one product.
+    """How `kernels/triton/linear.py` computes one product.
 
     Attributes:
         block_m: rows of x that a program works on, a power of two from 8 on.

@@ -2,7 +2,7 @@
 
 Rows are positions of the model's `attention_mask` [batch, position] if an activation has its leading axes, as they are
 or flattened to one. What a mixture of experts gathers from them, `tokens[numbers]`, is followed from result to result.
-(For a graph, `token_rows.py` finds the same.)
+(For a graph, `passes/products/token_rows.py` finds the same.)
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """The products of activations and parameters in a model that just runs, without a graph.
 
 A torch function mode sees every function that a forward calls. One that multiplies is described as a node of a graph
-of one, so that `products.py` says what it computes; a weight is recognized by the memory of an operand, and
-`weight_views.py` says which of its rows the operand's strides read.
+of one, so that `passes/products/table.py` says what it computes; a weight is recognized by the memory of an operand,
+and `passes/products/weight_views.py` says which of its rows the operand's strides read.
 """
 
 import itertools
@@ -185,7 +185,7 @@ def _opened(func: types.FunctionType) -> Callable[..., Any]:
 
 
 def _names() -> dict[Any, str]:
-    """Function of torch → the operator of `products.py` that it is. Modules and tensors call what is listed here."""
+    """Function of torch → the operator of `passes/products/table.py` that it is. Modules and tensors call these."""
     found = {}
     for name in sorted(MULTIPLYING):
         short = name.partition("::")[2]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gptq_ao import cli, gptq_config, plan, quantize_, quantize_checkpoint, save_quantized
 from gptq_ao.errors import CalibrationError, CaptureError, CheckpointError, ConfigError
 from gptq_ao.model.empty import empty_model
-from gptq_ao.pipeline import quantize
+from gptq_ao.pipeline import quantize, run_plan
 from gptq_ao.planning import memory
 from gptq_ao.planning import plan as plan_module
 from gptq_ao.planning.live_bytes import LiveBytes
@@ -279,7 +279,7 @@ def test_no_file_is_left_when_it_fails(tmp_path: Path, monkeypatch: pytest.Monke
         seen.append(len(list(tmp_path.rglob("*.safetensors"))))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "solve_group", fail)
+    monkeypatch.setattr(run_plan, "solve_group", fail)
     with pytest.raises(KeyboardInterrupt):
         quantize_(tiny_llama(layers=1), gptq_config(4, 32, calibration=token_batches()), max_memory={"cpu": 0})
     assert seen[0] > 0

@@ -2,7 +2,7 @@
 
 A linear layer of N output and K input features, b bits (2 to 8), G groups (1 for strategy "channel"):
 
-    weight_packed      int32 [N, ⌈K·b/32⌉]   code + 2^(b−1), packed along K (see `words.py`)
+    weight_packed      int32 [N, ⌈K·b/32⌉]   code + 2^(b−1), packed along K (see `codes/bit_stream.py`)
     weight_scale       [N, G]                in the model's dtype
     weight_zero_point  int32 [⌈N·b/32⌉, G]   zero point + 2^(b−1), packed along N; only of asymmetric weights
     weight_shape       int64 [2]             N, K

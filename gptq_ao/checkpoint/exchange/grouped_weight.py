@@ -29,7 +29,7 @@ class GroupedWeight:
 
     Attributes:
         bits: of the codes here, 2, 3, 4 or 8.
-        words: int32 [N, ⌈K·bits/32⌉], the codes as `words.py` draws them, in any strides.
+        words: int32 [N, ⌈K·bits/32⌉], the codes as `codes/bit_stream.py` draws them, in any strides.
         in_features: K.
         scale: fp16 [N, G].
         zero_point: uint8 [N, G].

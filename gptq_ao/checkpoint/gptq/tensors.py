@@ -2,7 +2,7 @@
 
 A linear layer of N output and K input features, b bits, G groups:
 
-    qweight  int32 [⌈K·b/32⌉, N]   codes, packed along K (see `words.py`)
+    qweight  int32 [⌈K·b/32⌉, N]   codes, packed along K (see `codes/bit_stream.py`)
     qzeros   int32 [G, ⌈N·b/32⌉]   zero points, packed along N
     scales   fp16  [G, N]          (also bf16 or fp32)
     g_idx    int32 [K]             group of each input feature; may be missing where that is k // group_size

@@ -1,4 +1,9 @@
-"""The manifest of a checkpoint: what it holds, in which file, in which shape.
+"""The manifest of a checkpoint, `gptq_ao.json`: what it holds, in which file, in which shape.
+
+    DIRECTORY/
+      gptq_ao.json                          written last: without it there is no checkpoint
+      model-00001-of-00002.safetensors …
+      config.json, tokenizer.json, …        of a Hugging Face model
 
     {"format": "gptq_ao", "format_version": 1,
      "quantized": {NAME: {"bits": 4, "shape": [N, K], "groups": G, "dtype": "bfloat16",

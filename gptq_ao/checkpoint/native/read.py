@@ -1,4 +1,4 @@
-"""The own format (see `checkpoint.py`) in a directory that transformers wrote: config.json is the manifest.
+"""The native format (see `tensors.py`) in a directory that transformers wrote: config.json is the manifest.
 
     "quantization_config": {"quant_method": "gptq_ao", "format_version": 1, "weights": {NAME: {"bits": 4, …}}}
 
@@ -25,7 +25,7 @@ NATIVE_PARTS = ("codes", "scale", "zero_point", "perm")
 
 @dataclass(frozen=True)
 class NativeWeight:
-    """A quantized weight in the own format, to the reader of a model a tensor of a file."""
+    """A quantized weight in the native format, to the reader of a model a tensor of a file."""
 
     name: str
     entry: QuantizedEntry

@@ -1,4 +1,10 @@
-"""A quantized weight as it lies in a file, see `checkpoint.py`, and back."""
+"""A quantized weight as it lies in a file, and back.
+
+A weight NAME [N, K] is stored as `NAME.codes` (uint8 [N, ⌈K·bits/8⌉], each row a stream of bits, see
+`codes/bit_stream.py`), `NAME.scale` (fp16 [N, G]), `NAME.zero_point` (uint8 [N, G]) and, if its columns are permuted,
+`NAME.perm` (int32 [K]); w = (code − zero_point)·scale. A stack of them [E, N, K] has E in front, except for `perm`.
+That is independent of how codes are arranged at run time.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A checkpoint in the own format while it is written: shards as they fill, the manifest last."""
+"""A checkpoint in the native format while it is written: shards as they fill, the manifest last."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
 
 
 class CheckpointWriter(OutputDirectory):
-    """A checkpoint in the own format while it is written; see `OutputDirectory`."""
+    """A checkpoint in the native format while it is written; see `OutputDirectory`."""
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
         super().__init__(directory, max_shard_bytes)
