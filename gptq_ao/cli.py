@@ -109,7 +109,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
     strict: Annotated[bool, typer.Option(help="Fail instead of falling back.")] = False,
     strict_capture: Annotated[
-        bool, typer.Option(help="Fail if the model is not one graph, instead of running its forwards in step.")
+        bool, typer.Option(help="Fail if the model is not one graph, instead of replaying its forwards.")
     ] = False,
     expert_min_rows: Annotated[int, typer.Option(min=0, help="Experts with fewer rows share a Hessian.")] = 128,
     calibrate_all_experts: Annotated[

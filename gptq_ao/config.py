@@ -252,7 +252,7 @@ def gptq_config(
             all experts' rows, and listed as a fallback.
         calibrate_all_experts: let every token reach every expert, for the Hessians only; what the model computes stays
             as it is. It costs as many passes through the experts as the number of experts over those per token.
-        strict_capture: fail where torch.export cannot capture the model, instead of running its own forwards in step,
+        strict_capture: fail where torch.export cannot capture the model, instead of replaying its own forwards,
             which takes more memory; the report says which was done.
         preset: `"4bit-128"`, `"4bit-32-act"` or `"3bit-128-act"`, in place of `bits`, `group_size` and `act_order`.
         desc_act: Hugging Face's spelling: True is `act_order="group"`, False is `act_order="none"`.

@@ -109,7 +109,7 @@ class Report:
             Of this call, if it was calibrated: the activations that waited on the device ("activations"), in host
             memory besides ("offloaded"), and in files ("files").
         warnings: what may be a problem for whoever uses the result.
-        capture: how the model was followed: "export", as one graph; "replay", by running its forwards in step; "none",
+        capture: how the model was followed: "export", as one graph; "replay", by running its own forwards; "none",
             without data.
         capture_reason: why it is not one graph, for "replay".
         notes: what was done less well than it could have been, beside the fallbacks.
@@ -183,7 +183,7 @@ class Report:
         lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
         lines += [f"warning: {text}" for text in self.warnings]
         if self.capture_reason is not None:
-            lines.append(f"not captured as one graph, its forwards were run in step: {self.capture_reason}")
+            lines.append(f"not captured as one graph, its forwards were replayed: {self.capture_reason}")
         lines += [f"note: {note}" for note in self.notes]
         lines.append(", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items()))
         return "\n".join(lines)

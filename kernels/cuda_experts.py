@@ -45,9 +45,9 @@ def linear(
         numbers = (bits, group_size, out_features, in_features)
         config = _config(cuda.bucket(len(x)), *numbers, len(qdata), x.dtype, x.device)
         if config is not None:
-            from gptq_ao.kernels.triton.launch_experts import launch_grouped
+            from gptq_ao.kernels.triton.launch_experts import launch_experts
 
-            return launch_grouped(x, *packed, bits, group_size, out_features, offsets, config)
+            return launch_experts(x, *packed, bits, group_size, out_features, offsets, config)
     # Parts by output features, not by experts: where the rows of an expert begin is not known here.
     most = max(1, cuda.SCRATCH // (len(qdata) * TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
     y = x.new_empty(len(x), out_features)

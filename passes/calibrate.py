@@ -34,13 +34,13 @@ def calibrate(
         static: a parameter, buffer or constant by placeholder name; asked once per segment.
 
     Returns:
-        The Hessians of each of `stage.groups`, in order: one, or one per expert.
+        The Hessians of each of `stage.inputs`, in order: one, or one per expert.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the weights that read it and the batch.
     """
     statics = [static(name) for name in segment.statics]
-    observers = [cast(HessianObserver, segment.module.get_submodule(group.name)) for group in stage.groups]
+    observers = [cast(HessianObserver, segment.module.get_submodule(shared.name)) for shared in stage.inputs]
     for index, values in enumerate(store.read(segment.reads)):
         # Nothing here holds on to what was written: the store may have put it elsewhere.
         store.replace(
@@ -49,10 +49,10 @@ def calibrate(
         for observer in observers:
             observer.end_batch()
     hessians = tuple(observer.finish() for observer in observers)
-    for group, (first, *_) in zip(stage.groups, hessians, strict=True):
+    for shared, (first, *_) in zip(stage.inputs, hessians, strict=True):
         if first.first_bad_batch is not None:
             raise NonFiniteError(
-                f"the input of {', '.join(group.weights)} is NaN or infinite in calibration batch "
+                f"the input of {', '.join(shared.weights)} is NaN or infinite in calibration batch "
                 f"{first.first_bad_batch} (or its squares exceed fp32). Check that batch, or run the model in bf16 "
                 "or fp32"
             )

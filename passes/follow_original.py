@@ -19,7 +19,9 @@ __all__ = ["follow_original", "last_reads"]
 
 def follow_original(program: Program, plan: Plan) -> Plan:
     """A new Plan. Its segments read the original values of parameters as statics named `twin(placeholder)`."""
-    stage_of = {w: number for number, stage in enumerate(plan.stages, 1) for g in stage.groups for w in g.weights}
+    stage_of = {
+        w: number for number, stage in enumerate(plan.stages, 1) for shared in stage.inputs for w in shared.weights
+    }
     stored: set[str] = set()  # names of values that wait twice
     segments = []
     for number, segment in enumerate(plan.segments, 1):

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.records import HessianGroup, Plan, Rows, Segment, Stage, twin
+from gptq_ao.passes.records import Plan, Rows, Segment, SharedInput, Stage, twin
 from gptq_ao.solver.hessian import HessianObserver, gathered_mask
 
 __all__ = ["observe", "uncompensated"]
@@ -24,11 +24,11 @@ def observe(plan: Plan) -> Plan:
         _with_differing_residuals(segment, stage) for segment, stage in zip(plan.segments, plan.stages, strict=True)
     )
 
-    def compensated(group: HessianGroup) -> bool:
-        return group.experts == 1 and any(_wants_compensation(plan, w) for w in group.weights)
+    def compensated(shared: SharedInput) -> bool:
+        return shared.experts == 1 and any(_wants_compensation(plan, w) for w in shared.weights)
 
     segments = tuple(
-        _with_observers(segment, stage.groups, [g.name for g in stage.groups if compensated(g)])
+        _with_observers(segment, stage.inputs, [shared.name for shared in stage.inputs if compensated(shared)])
         for segment, stage in zip(plan.segments, stages, strict=True)
     )
     result = dataclasses.replace(plan, segments=segments, stages=stages)
@@ -42,9 +42,9 @@ def uncompensated(plan: Plan) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for segment, stage in zip(plan.segments, plan.stages, strict=True):
         nodes = {n.name: n for n in segment.module.graph.nodes}
-        for group in stage.groups:
-            if not all(_same_rows(nodes[r.value], r) for r in group.rows) or group.experts > 1:
-                names |= dict.fromkeys(w for w in group.weights if _wants_compensation(plan, w))
+        for shared in stage.inputs:
+            if not all(_same_rows(nodes[r.value], r) for r in shared.rows) or shared.experts > 1:
+                names |= dict.fromkeys(w for w in shared.weights if _wants_compensation(plan, w))
     return tuple(names)
 
 
@@ -57,25 +57,25 @@ def _with_differing_residuals(segment: Segment, stage: Stage) -> Stage:
     """Only those residual streams stay that are otherwise in the original model: each is then one of
     `Hessian.residuals`, in order."""
     names = {n.name for n in segment.module.graph.nodes}
-    groups = (
-        dataclasses.replace(g, residuals=tuple((part, r) for part, r in g.residuals if twin(r) in names))
-        for g in stage.groups
+    inputs = (
+        dataclasses.replace(shared, residuals=tuple((part, r) for part, r in shared.residuals if twin(r) in names))
+        for shared in stage.inputs
     )
-    return dataclasses.replace(stage, groups=tuple(groups))
+    return dataclasses.replace(stage, inputs=tuple(inputs))
 
 
-def _with_observers(segment: Segment, groups: tuple[HessianGroup, ...], compensated: list[str]) -> Segment:
+def _with_observers(segment: Segment, inputs: tuple[SharedInput, ...], compensated: list[str]) -> Segment:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(segment.module.graph, copies))
     module = fx.GraphModule(segment.module, graph)  # with the attributes that the graph refers to
     by_name = {n.name: copies[n] for n in segment.module.graph.nodes if n in copies}
     twins = {n.name: by_name[twin(n.name)] for n in segment.module.graph.nodes if twin(n.name) in by_name}
-    for group in groups:
-        module.add_submodule(group.name, HessianObserver(group.in_features, group.experts))
-        for rows in group.rows:
-            streams = [(by_name[r], twins[r]) for _, r in group.residuals]
-            _insert(graph, group.name, rows, by_name, twins if group.name in compensated else {}, streams)
+    for shared in inputs:
+        module.add_submodule(shared.name, HessianObserver(shared.in_features, shared.experts))
+        for rows in shared.rows:
+            streams = [(by_name[r], twins[r]) for _, r in shared.residuals]
+            _insert(graph, shared.name, rows, by_name, twins if shared.name in compensated else {}, streams)
     graph.lint()
     module.recompile()
     return dataclasses.replace(segment, module=module)
@@ -119,6 +119,6 @@ def _same_rows(value: fx.Node, rows: Rows) -> bool:
 def _check(plan: Plan) -> None:
     for number, (segment, stage) in enumerate(zip(plan.segments, plan.stages, strict=True), 1):
         calls = [n.target for n in segment.module.graph.nodes if n.op == "call_module"]
-        wanted = [g.name for g in stage.groups for _ in g.rows]
+        wanted = [shared.name for shared in stage.inputs for _ in shared.rows]
         if sorted(calls) != sorted(wanted):
             raise PassError(f"segment {number} calls the observers {sorted(calls)}, its stage needs {sorted(wanted)}")

@@ -20,7 +20,6 @@ from gptq_ao.passes.size_conditions import check_sizes, static_size
 
 __all__ = [
     "Excluded",
-    "HessianGroup",
     "Layout",
     "LinearSite",
     "Part",
@@ -29,6 +28,7 @@ __all__ = [
     "Rows",
     "Segment",
     "Selection",
+    "SharedInput",
     "Stage",
     "dim",
     "static_size",
@@ -263,7 +263,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class HessianGroup:
+class SharedInput:
     """Parts of weights that multiply exactly the same rows, hence share a Hessian; or, with `experts` > 1, as many
     Hessians, one for each of the equal ranges that every part falls into.
 
@@ -305,7 +305,7 @@ class Stage:
     """Weights that are solved together, because no one's input depends on another's output (unless entangled: some
     weight of the stage is applied again to what comes out of it, so it has to be solved on unquantized inputs)."""
 
-    groups: tuple[HessianGroup, ...]
+    inputs: tuple[SharedInput, ...]
     entangled: bool = False
 
 
@@ -340,17 +340,17 @@ class Plan:
 
     def describe(self) -> str:
         """The plan, readable: one line per stage and per parameter that stays as it is."""
-        groups = [g for s in self.stages for g in s.groups]
-        weights = sum(len(g.weights) for g in groups)
-        lines = [f"{len(self.stages)} stages, {weights} weights, {len(groups)} Hessians"]
+        inputs = [shared for s in self.stages for shared in s.inputs]
+        weights = sum(len(shared.weights) for shared in inputs)
+        lines = [f"{len(self.stages)} stages, {weights} weights, {len(inputs)} Hessians"]
         for number, stage in enumerate(self.stages, 1):
-            for group in stage.groups:
-                count = f"{group.experts} of " if group.experts > 1 else ""
-                sides = f"{count}[{group.in_features}, {group.in_features}]"
+            for shared in stage.inputs:
+                count = f"{shared.experts} of " if shared.experts > 1 else ""
+                sides = f"{count}[{shared.in_features}, {shared.in_features}]"
                 note = " (entangled: a weight is applied more than once)" if stage.entangled else ""
-                values = ", ".join(r.value for r in group.rows)
+                values = ", ".join(r.value for r in shared.rows)
                 lines.append(f"  stage {number}: H {sides} of {values}{note}")
-                for weight in group.weights:
+                for weight in shared.weights:
                     c = self.selection.settings[weight]
                     grid = "symmetric" if c.sym else "asymmetric"
                     lines.append(f"    {weight}  {c.bits} bits, group {c.group_size}, {grid}, act_order {c.act_order}")

@@ -26,7 +26,7 @@ from torch import fx
 
 from gptq_ao.errors import PassError
 from gptq_ao.passes.products.residual_stream import added_to
-from gptq_ao.passes.records import HessianGroup, LinearSite, Part, Plan, Program, Rows, Segment, Selection, Stage
+from gptq_ao.passes.records import LinearSite, Part, Plan, Program, Rows, Segment, Selection, SharedInput, Stage
 
 __all__ = ["schedule"]
 
@@ -40,7 +40,7 @@ def schedule(program: Program, selection: Selection) -> Plan:
     stages = tuple(_stage(sites, selection, level, nodes, k) for k, sites in enumerate(sites_of, 1))
 
     outputs = next(n for n in program.graph.nodes if n.op == "output").all_input_nodes
-    targets = [[nodes[v] for g in s.groups for v in g.values] for s in stages]
+    targets = [[nodes[v] for shared in s.inputs for v in shared.values] for s in stages]
     targets.append(list(outputs))
     inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.inputs]
     static = set(program.graph.find_nodes(op="placeholder")) - set(inputs) | set(
@@ -79,7 +79,7 @@ def _levels(program: Program, sites: Iterable[LinearSite], nodes: dict[str, fx.N
     for first, *more in uses.values():
         for other in more:  # a cycle: the uses, and all paths between them, become one component
             graph.add_edges_from([(first, other), (other, first)])
-    multiplied = {n for group in uses.values() for n in group}
+    multiplied = {n for names in uses.values() for n in names}
 
     components = nx.condensation(graph)
     level: dict[int, int] = {}
@@ -99,11 +99,11 @@ def _stage(
     by_weight: dict[str, list[LinearSite]] = {}
     for s in sites:
         by_weight.setdefault(s.weight, []).append(s)
-    groups: dict[tuple[tuple[Rows, ...], int], list[Part]] = {}
+    parts_of: dict[tuple[tuple[Rows, ...], int], list[Part]] = {}
     width = {r: s.layout.in_features for s in sites for r in s.rows}
     for uses in by_weight.values():
         for part, rows, experts in _parts(uses):
-            groups.setdefault((rows, experts), []).append(part)
+            parts_of.setdefault((rows, experts), []).append(part)
     entangled = any(level[nodes[v]] >= number for s in sites for r in s.rows for v in r.values)
 
     def residuals(rows: tuple[Rows, ...], experts: int, parts: list[Part]) -> Iterator[tuple[Part, str]]:
@@ -120,7 +120,7 @@ def _stage(
 
     return Stage(
         tuple(
-            HessianGroup(
+            SharedInput(
                 f"hessian_{number}_{i}",
                 rows,
                 tuple(parts),
@@ -128,7 +128,7 @@ def _stage(
                 experts,
                 tuple(residuals(rows, experts, parts)),
             )
-            for i, ((rows, experts), parts) in enumerate(groups.items())
+            for i, ((rows, experts), parts) in enumerate(parts_of.items())
         ),
         entangled,
     )
@@ -188,7 +188,7 @@ def _segment(
     graph.output(tuple(copies[n] for n in writes))
     graph.lint()
     kept = [n for n in program.graph.nodes if n in keep]
-    names = [tuple(n.name for n in group) for group in (reads, statics, writes, kept)]
+    names = [tuple(n.name for n in nodes) for nodes in (reads, statics, writes, kept)]
     return Segment(fx.GraphModule(program.module, graph), names[0], names[1], names[2], names[3])
 
 
@@ -208,11 +208,11 @@ def _check(
                 raise PassError(f"node {name} runs in segments {ran[name]} and {k}")
             ran[name] = k
         if k <= len(plan.stages):
-            wanted = {v for g in plan.stages[k - 1].groups for v in g.values}
+            wanted = {v for shared in plan.stages[k - 1].inputs for v in shared.values}
             if not wanted <= inside:
                 raise PassError(f"segment {k} does not reach {sorted(wanted - inside)}")
         stored = set(segment.keeps)
         if not stored <= inside | {n.name for n in program.graph.nodes}:
             raise PassError(f"segment {k} keeps values that do not exist")
-    if {w for s in plan.stages for g in s.groups for w in g.weights} != set(plan.selection.settings):
+    if {w for s in plan.stages for shared in s.inputs for w in shared.weights} != set(plan.selection.settings):
         raise PassError("a chosen weight is in no stage")

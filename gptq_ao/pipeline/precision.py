@@ -33,7 +33,7 @@ from gptq_ao.passes.products.fused_sets import fused_sets
 from gptq_ao.passes.records import Excluded, Layout, Selection
 from gptq_ao.pipeline.allocate import allocate
 from gptq_ao.pipeline.run_plan import static_value
-from gptq_ao.pipeline.solve_together import expert_hessians, solve_group
+from gptq_ao.pipeline.solve_together import expert_hessians, solve_together
 from gptq_ao.planning.memory import Limits, waiting_budget
 from gptq_ao.planning.prepare import Prepared, with_selection
 from gptq_ao.report import Choice, Decision, Unit
@@ -214,14 +214,14 @@ def _round(
     with ActivationStore(calibrated.batches, device, budget) as store, torch.no_grad():
         for stage, segment in zip(plan.stages, plan.segments, strict=True):
             hessians = calibrate(segment, stage, store, lambda name: static_value(weights, program, name, device))
-            for group, of_group in zip(stage.groups, hessians, strict=True):
-                matrices = {n: layouts[n].matrix(weights.get(n, device)) for n in group.weights}
+            for shared, of_shared in zip(stage.inputs, hessians, strict=True):
+                matrices = {n: layouts[n].matrix(weights.get(n, device)) for n in shared.weights}
                 for n, matrix in matrices.items():
                     errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
-                for expert, (hessian, why) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
-                    rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
+                for expert, (hessian, why) in enumerate(expert_hessians(of_shared, config.expert_min_rows)):
+                    rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
                     for bits, chosen in by_bits.items():
-                        for solved in solve_group(rows, chosen, hessian, config.strict, why):
+                        for solved in solve_together(rows, chosen, hessian, config.strict, why):
                             p = solved.part
                             energies[p.weight, bits] += solved.changed or 0.0
                             if bits == typical:

@@ -23,7 +23,7 @@ from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.records import Layout, Selection
 from gptq_ao.pipeline.precision import check_possible, choose_precision
-from gptq_ao.pipeline.replay import find_products, run_in_step
+from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
 from gptq_ao.pipeline.solve_together import round_matrix
 from gptq_ao.planning.memory import MaxMemory, read_limits, waiting_budget
@@ -129,7 +129,7 @@ def _quantize(
                 "max_memory cannot be kept, since the model cannot be captured as one graph: all batches would wait in "
                 f"the middle of a forward. {e}"
             ) from e
-        return _in_step(weights, batches, config, filter_fn, run_on, str(e), clock)
+        return _replay(weights, batches, config, filter_fn, run_on, str(e), clock)
     with clock("plan"):
         _check(weights, prepared.selection)
     decisions: tuple[Decision, ...] = ()
@@ -148,7 +148,7 @@ def _quantize(
         return dataclasses.replace(_report(done, prepared, clock, store.peak), precision=decisions)
 
 
-def _in_step(
+def _replay(
     weights: ModelWeights,
     batches: list[Batch],
     config: GPTQConfig,
@@ -187,7 +187,7 @@ def _in_step(
     if all(c.method == "rtn" for c in selection.settings.values()):
         report = _report(round_all(weights, selection, clock), prepared, clock)
         return dataclasses.replace(report, capture="replay", capture_reason=reason)
-    done = run_in_step(weights, batches, selection, config, device, clock)
+    done = replay(weights, batches, selection, config, device, clock)
     return dataclasses.replace(
         _report(list(done.weights), prepared, clock),
         stages=done.hessians,
@@ -249,7 +249,7 @@ def _report(
         weights=tuple(weights),
         excluded={e.weight: e.reason for e in prepared.selection.excluded},
         stages=len(stages),
-        hessians=sum(len(s.groups) for s in stages),
+        hessians=sum(len(s.inputs) for s in stages),
         seconds=clock.seconds,
         peak_bytes=peak,
         warnings=prepared.warnings,

@@ -1,4 +1,4 @@
-"""What takes over when torch.export cannot turn a model into one graph: its own forwards, run in step.
+"""Replay: what takes over when torch.export cannot turn a model into one graph. Its own forwards run, in step.
 
 Every calibration batch runs `model(...)` in a thread of its own, of which only one is awake at any time. A forward that
 is about to multiply an activation by a weight that is not solved yet stops there. When all have stopped or ended, the
@@ -9,8 +9,8 @@ So a layer sees inputs made by already quantized layers, as in the graph, each p
 flow may be any Python: branches on values, loops over the experts that were chosen, generators. (Replaying a model
 block by block would have to know its blocks and what is passed between them, run each of them twice, and quantize the
 weights within one block on unquantized inputs.) What it costs: one more forward per batch before, which finds the
-weights (`passes/eager/survey.py`); the model stays where it is; and all batches wait in the middle of a forward, with
-what their frames hold.
+weights (`passes/replay/find_products.py`); the model stays where it is; and all batches wait in the middle of a
+forward, with what their frames hold.
 
 A weight that is applied again later is solved at its first use. What the later use, or a batch that came to it too
 late, would have added is left out, and the report says so.
@@ -33,24 +33,24 @@ from gptq_ao.calibration.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, NonFiniteError
 from gptq_ao.model.weights import ModelWeights
-from gptq_ao.passes.eager.padding import Padding
-from gptq_ao.passes.eager.products import Parameters, Use, Watch
-from gptq_ao.passes.eager.survey import Survey
 from gptq_ao.passes.find_linears import ROUTER, left_out_by_name
 from gptq_ao.passes.linear_modules import linear_modules
 from gptq_ao.passes.records import Excluded, LinearSite, Part, Selection
+from gptq_ao.passes.replay.find_products import ProductFinder
+from gptq_ao.passes.replay.padding import Padding
+from gptq_ao.passes.replay.products import Parameters, Use, Watch
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
 from gptq_ao.pipeline.run_plan import rewrite
-from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, solve_group
+from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, solve_together
 from gptq_ao.report import Clock, WeightReport
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 
-__all__ = ["InStep", "find_products", "run_in_step"]
+__all__ = ["Replayed", "find_products", "replay"]
 
 
 @dataclass(frozen=True)
-class InStep:
+class Replayed:
     """What was done.
 
     Attributes:
@@ -72,14 +72,14 @@ def find_products(
     Raises:
         CaptureError: the model cannot take the first batch.
     """
-    survey = Survey(Parameters(model))
+    finder = ProductFinder(Parameters(model))
     with calibration_mode(model), torch.compiler.set_stance("force_eager"):
         state = ModuleState(model)
         for number, batch in enumerate(batches):
             batch = _on(device, batch)
-            survey.start_batch(batch)
+            finder.start_batch(batch)
             try:
-                with survey:
+                with finder:
                     model(*batch.args, **batch.kwargs)
             except Exception as e:
                 if number == 0:
@@ -88,29 +88,29 @@ def find_products(
                 raise
             finally:
                 state.take()
-            survey.end_batch()
+            finder.end_batch()
 
     def left_out(site: LinearSite) -> str | None:
-        by_name = left_out_by_name(site.weight, survey.embedded, heads)
-        return by_name or (ROUTER if site.weight in survey.routers else site.left_out)
+        by_name = left_out_by_name(site.weight, finder.embedded, heads)
+        return by_name or (ROUTER if site.weight in finder.routers else site.left_out)
 
-    reached = survey.sites()
-    unreached = [s for s in linear_modules(model)[0] if s.weight not in survey.seen]
+    reached = finder.sites()
+    unreached = [s for s in linear_modules(model)[0] if s.weight not in finder.seen]
     sites = [
         *(LinearSite(s.weight, s.node, s.layout, s.part, s.rows, s.experts, left_out(s)) for s in reached),
         *(LinearSite(s.weight, s.node, s.layout, s.part, (), 1, s.left_out) for s in unreached),
     ]
-    return tuple(sites), survey.excluded({s.weight for s in sites})
+    return tuple(sites), finder.excluded({s.weight for s in sites})
 
 
-def run_in_step(
+def replay(
     weights: ModelWeights,
     batches: list[Batch],
     selection: Selection,
     config: GPTQConfig,
     device: torch.device,
     clock: Clock,
-) -> InStep:
+) -> Replayed:
     """Quantize what was selected.
 
     Raises:
@@ -134,7 +134,7 @@ def run_in_step(
         raise
     with torch.no_grad(), clock("solve"):
         run.round_unreached(run.solved_on)  # experts that only the unquantized model chose
-        return InStep(tuple(run.finish(weights)), run.hessians, run.notes(len(batches)))
+        return Replayed(tuple(run.finish(weights)), run.hessians, run.notes(len(batches)))
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,9 @@ class _Run:
         views = layout.views(parameter, part.start, part.stop)
         if hessian is None:  # no row reached it
             hessian = Hessian(torch.zeros(layout.in_features, layout.in_features, device=parameter.device), 0)
-        (solved,) = solve_group({part: torch.cat(views)}, self._selection.settings, hessian, self._config.strict, why)
+        (solved,) = solve_together(
+            {part: torch.cat(views)}, self._selection.settings, hessian, self._config.strict, why
+        )
         values = solved.solution.dequantize().to(parameter.dtype)
         for view, new in zip(views, values.split([len(v) for v in views]), strict=True):
             view.copy_(new)

@@ -15,7 +15,7 @@ from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
-from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, round_matrix, solve_group
+from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, round_matrix, solve_together
 from gptq_ao.report import Clock, WeightReport
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.tensor import GroupTensor, tensor_class
@@ -40,7 +40,7 @@ def run_plan(
     bar = tqdm(stages, unit="stage", disable=None, file=sys.stderr)  # None: only on a terminal
     try:
         for number, (stage, segment) in enumerate(bar, 1):
-            bar.set_description(stage.groups[0].weights[0].removesuffix(".weight"))
+            bar.set_description(stage.inputs[0].weights[0].removesuffix(".weight"))
             with clock("calibrate"):
                 hessians = calibrate(
                     segment, stage, store, lambda name: _static(weights, program, originals, name, device)
@@ -115,17 +115,17 @@ def _solve(
 ) -> Iterator[tuple[Layout, Tensor, list[SolvedPart]]]:
     """Each weight of a stage with all its parts, as soon as the last of them is solved."""
     layouts, settings = plan.selection.layouts, plan.selection.settings
-    missing = Counter(p.weight for g in stage.groups for p in g.parts for _ in range(g.experts))
+    missing = Counter(p.weight for shared in stage.inputs for p in shared.parts for _ in range(shared.experts))
     matrices: dict[str, Tensor] = {}
     solved: dict[str, list[SolvedPart]] = {}
-    for group, of_group in zip(stage.groups, hessians, strict=True):
-        for name in group.weights:
+    for shared, of_shared in zip(stage.inputs, hessians, strict=True):
+        for name in shared.weights:
             if name not in matrices:
                 matrices[name] = layouts[name].matrix(weights.get(name, device))
-        for expert, (hessian, fallback) in enumerate(expert_hessians(of_group, config.expert_min_rows)):
-            rows = {p: matrices[p.weight][p.start : p.stop] for p in group.expert(expert)}
-            streams = tuple(p for p, _ in group.residuals)
-            for part in solve_group(rows, settings, hessian, config.strict, fallback, streams):
+        for expert, (hessian, fallback) in enumerate(expert_hessians(of_shared, config.expert_min_rows)):
+            rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
+            streams = tuple(p for p, _ in shared.residuals)
+            for part in solve_together(rows, settings, hessian, config.strict, fallback, streams):
                 name = part.part.weight
                 solved.setdefault(name, []).append(part)
                 missing[name] -= 1

@@ -17,7 +17,7 @@ from gptq_ao.solver.refine import refine
 from gptq_ao.solver.solution import Solution
 from gptq_ao.solver.solve import output_energy, round_to_nearest, solve
 
-__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_group"]
+__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_together"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig) -> SolvedPart:
     return SolvedPart(Part(weight, 0, matrix.shape[0]), _nearest(matrix, config), "rtn")
 
 
-def solve_group(
+def solve_together(
     matrices: Mapping[Part, Tensor],
     settings: Mapping[str, GPTQConfig],
     hessian: Hessian,

@@ -18,7 +18,7 @@ from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.kernels.ops import kernel_name
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.weights import ModelWeights, Weights
-from gptq_ao.passes.records import HessianGroup, Layout
+from gptq_ao.passes.records import Layout, SharedInput
 from gptq_ao.planning.memory import Limits, MaxMemory, choose_budget, free_bytes, read_limits, readable
 from gptq_ao.planning.output_bytes import result_size
 from gptq_ao.planning.prepare import FilterFn, Prepared, calibration_batches, prepare
@@ -170,7 +170,7 @@ def plan_weights(
         prepared = prepare(weights, config, calibration_batches(config), filter_fn, fakes_on(run_on), clock)
     except CaptureError as e:
         if not config.strict_capture:
-            e.add_note("quantize_ would run the model's own forwards in step. What that takes cannot be planned.")
+            e.add_note("quantize_ would replay the model's own forwards. What that takes cannot be planned.")
         raise
     prepared.warn()
     with clock("plan"):
@@ -187,7 +187,7 @@ def plan_weights(
         weights=planned,
         excluded={e.weight: e.reason for e in prepared.selection.excluded},
         stages=len(stages),
-        hessians=sum(len(s.groups) for s in stages),
+        hessians=sum(len(s.inputs) for s in stages),
         peak_bytes=peak,
         activation_bytes=footprint.activations,
         output_bytes=result_size(weights.model, prepared.selection),
@@ -255,18 +255,18 @@ def _check_room(weights: Weights, peak: Mapping[str, int], device: torch.device)
 def _weights(
     weights: Weights, prepared: Prepared, footprint: Footprint, config: GPTQConfig, device: torch.device
 ) -> tuple[PlannedWeight, ...]:
-    groups: dict[str, list[tuple[int, HessianGroup]]] = {}
+    inputs: dict[str, list[tuple[int, SharedInput]]] = {}
     for number, stage in enumerate(prepared.calibrated.plan.stages if prepared.calibrated else (), 1):
-        for group in stage.groups:
-            for name in group.weights:
-                groups.setdefault(name, []).append((number, group))
-    order = sorted(prepared.selection.settings, key=lambda name: groups[name][0][0] if name in groups else 0)
+        for shared in stage.inputs:
+            for name in shared.weights:
+                inputs.setdefault(name, []).append((number, shared))
+    order = sorted(prepared.selection.settings, key=lambda name: inputs[name][0][0] if name in inputs else 0)
     planned = []
     for name in order:
         c, layout = prepared.selection.settings[name], prepared.selection.layouts[name]
         parameter = weights.model.get_parameter(name)
         group_size = layout.in_features if c.group_size == -1 else c.group_size
-        of = groups.get(name, [])
+        of = inputs.get(name, [])
         planned.append(
             PlannedWeight(
                 name=name,
@@ -275,13 +275,13 @@ def _weights(
                 group_size=group_size,
                 method=c.method,
                 stage=of[0][0] if of else 0,
-                rows=sum(footprint.rows[g.name] for _, g in of),
+                rows=sum(footprint.rows[shared.name] for _, shared in of),
                 kernel=kernel_name(
                     device, parameter.dtype, c.bits, group_size, layout.in_features, stacked=len(layout.shape) > 2
                 ),
                 bytes=footprint.packed[name],
                 original_bytes=parameter.nbytes,
-                fallback=_fallback(name, layout, [g for _, g in of], footprint, config.expert_min_rows)
+                fallback=_fallback(name, layout, [shared for _, shared in of], footprint, config.expert_min_rows)
                 if c.method == "gptq"
                 else None,
             )
@@ -289,12 +289,12 @@ def _weights(
     return tuple(planned)
 
 
-def _fallback(name: str, layout: Layout, groups: list[HessianGroup], footprint: Footprint, min_rows: int) -> str | None:
-    covered = sum(p.stop - p.start for g in groups for p in g.parts if p.weight == name)
+def _fallback(name: str, layout: Layout, inputs: list[SharedInput], footprint: Footprint, min_rows: int) -> str | None:
+    covered = sum(p.stop - p.start for shared in inputs for p in shared.parts if p.weight == name)
     reasons = []
     if covered < layout.rows:
         reasons.append(f"{layout.rows - covered} of {layout.rows} rows: no product of the captured forward uses them")
-    few = min((footprint.rows[g.name] for g in groups if g.experts > 1), default=min_rows)
+    few = min((footprint.rows[shared.name] for shared in inputs if shared.experts > 1), default=min_rows)
     if few < min_rows:
         reasons.append(
             f"an expert will see {few} rows on average, and is solved with the Hessian of all experts' rows where it "

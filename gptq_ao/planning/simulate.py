@@ -22,7 +22,7 @@ from gptq_ao.kernels import cuda, reference
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.follow_original import last_reads
-from gptq_ao.passes.records import HessianGroup, Part, Program, Segment, Stage, twin_of
+from gptq_ao.passes.records import Part, Program, Segment, SharedInput, Stage, twin_of
 from gptq_ao.planning.live_bytes import LiveBytes, storages
 from gptq_ao.planning.prepare import Calibrated, Prepared
 from gptq_ao.planning.solve_cost import SolveCost, result_bytes, solve_cost
@@ -67,7 +67,7 @@ class Footprint:
         peak: at most, if all activations wait on the device.
         activations: that wait, when they are most.
         originals: of weights in files that are quantized and whose original values are still to be read, at most.
-        rows: group → rows of calibration data, of one expert on average.
+        rows: name of a `SharedInput` → rows of calibration data, of one expert on average.
         packed: weight → bytes in memory when it is quantized.
         calibrate, solve: the work of both phases.
     """
@@ -194,9 +194,9 @@ class _Simulation:
             self.values[shape] = after
             del before, after, written
             self.calibration.add(self.tracker, times[shape])
-            for group in stage.groups:
-                observer = cast(_Observer, segment.module.get_submodule(group.name))
-                self.rows[group.name] = self.rows.get(group.name, 0) + times[shape] * observer.seen // group.experts
+            for shared in stage.inputs:
+                observer = cast(_Observer, segment.module.get_submodule(shared.name))
+                self.rows[shared.name] = self.rows.get(shared.name, 0) + times[shape] * observer.seen // shared.experts
                 observer.seen = 0
         for shape in self.turns:
             self.need(running[shape], stored)
@@ -243,26 +243,26 @@ class _Simulation:
         self.from_files = max(self.from_files, sum(self.originals[n].nbytes for n in files))
 
     def solve(self, stage: Stage, segment: Segment, last: Mapping[str, int]) -> None:
-        """See `run._solve` and `solve_group`."""
+        """See `run._solve` and `solve_together`."""
         stored, samples = sum(_bytes(self.values[shape]) for shape in self.turns), self.samples
-        left = Counter(name for group in stage.groups for name in group.weights)
+        left = Counter(name for shared in stage.inputs for name in shared.weights)
         matrices: dict[str, Tensor] = {}
         codes: Counter[str] = Counter()  # weight → bytes of its parts that are solved
-        for group in stage.groups:
-            for name in group.weights:
+        for shared in stage.inputs:
+            for name in shared.weights:
                 if name not in matrices:
                     matrices[name] = self.layouts[name].matrix(self.dense(name))
-            pooled = 4 * group.in_features**2 if group.experts > 1 else 0
+            pooled = 4 * shared.in_features**2 if shared.experts > 1 else 0
             kept = 0
-            for cost in self.costs(group, segment):
+            for cost in self.costs(shared, segment):
                 self.need(self.live - samples + pooled + kept + codes.total() + cost.peak, stored)
                 kept = cost.kept
-                self.solving.add_solve(cost, group.experts)
-            for part in group.parts:
+                self.solving.add_solve(cost, shared.experts)
+            for part in shared.parts:
                 codes[part.weight] += result_bytes(
-                    part.stop - part.start, group.in_features, self.settings[part.weight]
+                    part.stop - part.start, shared.in_features, self.settings[part.weight]
                 )
-            for name in group.weights:
+            for name in shared.weights:
                 left[name] -= 1
                 if not left[name]:
                     if name in last:
@@ -271,16 +271,16 @@ class _Simulation:
                     self.need(packing - samples + pooled + kept + codes.total(), stored)
                     del matrices[name], codes[name]
 
-    def costs(self, group: HessianGroup, segment: Segment) -> Iterator[SolveCost]:
-        compensated = cast(_Observer, segment.module.get_submodule(group.name)).compares
+    def costs(self, shared: SharedInput, segment: Segment) -> Iterator[SolveCost]:
+        compensated = cast(_Observer, segment.module.get_submodule(shared.name)).compares
         alike: dict[tuple[object, ...], list[Part]] = {}
-        for part in group.expert(0):
+        for part in shared.expert(0):
             alike.setdefault(settings_key(self.settings[part.weight]), []).append(part)
         for parts in alike.values():
             name = parts[0].weight
             rows = [p.stop - p.start for p in parts]
             itemsize = self.state[name].dtype.itemsize
-            yield solve_cost(rows, group.in_features, itemsize, self.settings[name], compensated)
+            yield solve_cost(rows, shared.in_features, itemsize, self.settings[name], compensated)
 
     def pack(self, name: str) -> int:
         """Put the quantized weight in place; the bytes that were alive at most."""
@@ -334,10 +334,10 @@ class _Observer(HessianObserver):
 
     panel = 2**62  # one product takes as much memory as one after the other, and less time to predict
 
-    def __init__(self, group: HessianGroup, calls: Sequence[fx.Node], device: torch.device) -> None:
-        super().__init__(group.in_features, group.experts)
-        k = group.in_features
-        self._sum = torch.zeros((group.experts, k, k), device=device)
+    def __init__(self, shared: SharedInput, calls: Sequence[fx.Node], device: torch.device) -> None:
+        super().__init__(shared.in_features, shared.experts)
+        k = shared.in_features
+        self._sum = torch.zeros((shared.experts, k, k), device=device)
         originals, streams = zip(*(call.args[3:] for call in calls), strict=True)  # see `observe`
         if any(node is not None for node in originals):
             self._drift = torch.zeros((k, k), device=device)
@@ -361,10 +361,10 @@ class _Observer(HessianObserver):
 @contextlib.contextmanager
 def _observers(stage: Stage, segment: Segment, device: torch.device) -> Iterator[None]:
     """Within, the segment's observers take fakes."""
-    real = {group.name: segment.module.get_submodule(group.name) for group in stage.groups}
-    for group in stage.groups:
-        calls = segment.module.graph.find_nodes(op="call_module", target=group.name)
-        setattr(segment.module, group.name, _Observer(group, calls, device))
+    real = {shared.name: segment.module.get_submodule(shared.name) for shared in stage.inputs}
+    for shared in stage.inputs:
+        calls = segment.module.graph.find_nodes(op="call_module", target=shared.name)
+        setattr(segment.module, shared.name, _Observer(shared, calls, device))
     try:
         yield
     finally:

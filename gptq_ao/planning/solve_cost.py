@@ -1,4 +1,4 @@
-"""How much memory, and work, solving takes: `solve_group` and what it calls, counted.
+"""How much memory, and work, solving takes: `solve_together` and what it calls, counted.
 
 A simulation would loop over the columns of every matrix. What is alive at once does not depend on the column, so a
 formula says the same. N = rows that are solved together, n = rows of the largest part, K = in_features.

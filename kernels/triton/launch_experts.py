@@ -10,10 +10,10 @@ from gptq_ao.kernels.triton.launch import INTERPRETED, Kernel, constants
 from gptq_ao.kernels.triton.linear import linear_kernel
 from gptq_ao.kernels.tuning.heuristics import LinearConfig
 
-__all__ = ["launch_grouped", "most_blocks"]
+__all__ = ["launch_experts", "most_blocks"]
 
 
-def launch_grouped(
+def launch_experts(
     x: Tensor,
     qdata: Tensor,
     scale_zero: Tensor,

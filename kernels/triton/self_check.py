@@ -9,7 +9,7 @@ from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import reference
 from gptq_ao.kernels.triton import dequantize
 from gptq_ao.kernels.triton.launch import launch
-from gptq_ao.kernels.triton.launch_experts import launch_grouped
+from gptq_ao.kernels.triton.launch_experts import launch_experts
 from gptq_ao.kernels.tuning import heuristics
 
 __all__ = ["agree", "same_as_reference"]
@@ -61,5 +61,5 @@ def same_as_reference(device: torch.device, bits: int, dtype: torch.dtype, capab
     x = torch.linspace(-1, 1, rows * k, device=device).view(rows, k).to(dtype)
     config = heuristics.choose_grouped(rows, n, k, bits, group, 2, sms, capability)
     assert config is not None
-    y = launch_grouped(x, *packed, bits, group, n, torch.tensor([5, rows], dtype=torch.int32, device=device), config)
+    y = launch_experts(x, *packed, bits, group, n, torch.tensor([5, rows], dtype=torch.int32, device=device), config)
     return close(y[:5], x[:5], weight[0]) and close(y[5:], x[5:], weight[1])

@@ -23,7 +23,7 @@ CPU; the table is written by `make families` ({versions}).
 * **exact**: the quantized model, run eagerly, equals the graph it was calibrated on bit for bit, on every batch.
 * **generates**: `generate` with a key-value cache works afterwards.
 * **path**: how the model was captured. `export`: as one graph, by torch.export. `replay`: it cannot be one graph (the
-  reason is given), and its forwards were run in step instead.
+  reason is given), and its forwards were replayed instead.
 
 """
 

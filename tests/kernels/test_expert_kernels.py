@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import ops
-from gptq_ao.kernels.triton.launch_experts import launch_grouped, most_blocks
+from gptq_ao.kernels.triton.launch_experts import launch_experts, most_blocks
 from gptq_ao.kernels.tuning.heuristics import FUSED_ROWS, LinearConfig, choose_grouped
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -114,7 +114,7 @@ def run(p: Grouped, c: LinearConfig, device: str = "cpu", fast: bool | None = No
     offsets = p.offsets().to(device)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     try:
-        return launch_grouped(
+        return launch_experts(
             p.x().to(device), *p.packed(device), p.bits, p.group, p.out_features, offsets, c, fast
         ).cpu()
     finally:

@@ -156,8 +156,8 @@ def test_twins_are_the_original_model_bit_for_bit(name: str) -> None:
         waiting = {n: alone.get(n, waiting.get(n)) for n in once.keeps}
         waiting_twice = {n: found.get(n, waiting_twice.get(n)) for n in twice.keeps}
         assert [n for n in twice.keeps if twin_of(n) is None] == list(once.keeps)
-        for g in stage.groups:
-            for w in g.weights:
+        for shared in stage.inputs:
+            for w in shared.weights:
                 now[w] = (now[w] * 16).round() / 16
     assert differ > 0
     assert not any(twin_of(n) for s in (plan.segments[0], both.segments[0]) for n in (*s.statics, *s.keeps))
@@ -170,7 +170,7 @@ def test_nothing_is_computed_twice_that_is_the_same() -> None:
     for number, segment in enumerate(both.segments, 1):
         names = [n.name for n in segment.module.graph.nodes]
         assert len(set(names)) == len(names)
-        quantized = {w for stage in plan.stages[: number - 1] for g in stage.groups for w in g.weights}
+        quantized = {w for stage in plan.stages[: number - 1] for shared in stage.inputs for w in shared.weights}
         reads = {program.parameters[p] for p in map(twin_of, segment.statics) if p is not None}
         assert reads == {program.parameters[s] for s in segment.statics if program.parameters.get(s) in quantized}
         assert not any("rotary" in n for n in names if twin_of(n))
@@ -203,10 +203,10 @@ def test_a_rule_decides_what_is_compared() -> None:
     observed = observe(follow_original(program, plan))
     compared = set()
     for stage, segment in zip(observed.stages, observed.segments, strict=True):
-        for g in stage.groups:
-            (call,) = segment.module.graph.find_nodes(op="call_module", target=g.name)
+        for shared in stage.inputs:
+            (call,) = segment.module.graph.find_nodes(op="call_module", target=shared.name)
             assert call.args[4] == ()
-            compared |= set(g.weights) if call.args[3] is not None else set()
+            compared |= set(shared.weights) if call.args[3] is not None else set()
     assert compared == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
 
 
@@ -215,7 +215,9 @@ def streams(model: nn.Module, batch: Any) -> tuple[dict[str, fx.Node | None], di
     program, plan = planned(model, batch)
     nodes = {n.name: n for n in program.graph.nodes}
     found = {s.weight.removesuffix(".weight"): added_to(nodes[s.node]) for s in plan.selection.sites}
-    used = {p.weight.removesuffix(".weight"): r for s in plan.stages for g in s.groups for p, r in g.residuals}
+    used = {
+        p.weight.removesuffix(".weight"): r for s in plan.stages for shared in s.inputs for p, r in shared.residuals
+    }
     return found, used, program
 
 
@@ -303,11 +305,11 @@ class Shared(nn.Module):
 def test_only_streams_that_differ_are_observed() -> None:
     model, batch = seeded(Shared()), randn(9, 16)
     program, plan = planned(model, batch)
-    (group,) = plan.stages[1].groups
-    assert [p.weight for p, _ in group.residuals] == ["a.weight", "b.weight"]
+    (shared,) = plan.stages[1].inputs
+    assert [p.weight for p, _ in shared.residuals] == ["a.weight", "b.weight"]
     observed = observe(follow_original(program, plan))
-    (group,) = observed.stages[1].groups
-    assert [p.weight for p, _ in group.residuals] == ["b.weight"]
+    (shared,) = observed.stages[1].inputs
+    assert [p.weight for p, _ in shared.residuals] == ["b.weight"]
     report: Any = quantize_(model, gptq_config(4, -1, calibration=[batch]))
     assert {w.method for w in report.weights} == {"gptq"}
 
@@ -362,15 +364,15 @@ def test_the_observer_starts_anew() -> None:
 
 
 def hessians_of(model: nn.Module, data: list[Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Hessian]:
-    """First weight of a group → its Hessian, while `model` is quantized."""
+    """First of the weights that share a Hessian → it, while `model` is quantized."""
     found: dict[str, Hessian] = {}
-    solve_group = run_plan.solve_group
+    solve_together = run_plan.solve_together
 
     def spy(matrices: Any, settings: Any, hessian: Hessian, *rest: Any) -> Any:
         found[next(iter(matrices)).weight] = hessian
-        return solve_group(matrices, settings, hessian, *rest)
+        return solve_together(matrices, settings, hessian, *rest)
 
-    monkeypatch.setattr(run_plan, "solve_group", spy)
+    monkeypatch.setattr(run_plan, "solve_together", spy)
     quantize_(model, gptq_config(3, -1, calibration=data))
     return found
 
@@ -525,7 +527,7 @@ def test_originals_go_when_nothing_reads_them_anymore(monkeypatch: pytest.Monkey
     model, data = tiny_llama(), token_batches(1)
     program, plan = planned(model, data[0])
     last = last_reads(program, follow_original(program, plan))
-    solved_in = {w: number for number, s in enumerate(plan.stages, 1) for g in s.groups for w in g.weights}
+    solved_in = {w: number for number, s in enumerate(plan.stages, 1) for shared in s.inputs for w in shared.weights}
     alive = {w: weakref.ref(model.get_parameter(w).untyped_storage()) for w in solved_in}
     seen: list[set[str]] = []
     calibrate = run_plan.calibrate

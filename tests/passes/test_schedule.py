@@ -50,7 +50,7 @@ def run(model: nn.Module, program: Program, plan: Plan, batch: Any) -> tuple[Any
 
 
 def stages(plan: Plan) -> list[list[set[str]]]:
-    return [[{w.removesuffix(".weight") for w in g.weights} for g in s.groups] for s in plan.stages]
+    return [[{w.removesuffix(".weight") for w in shared.weights} for shared in s.inputs] for s in plan.stages]
 
 
 def test_stages_of_a_decoder_layer() -> None:
@@ -110,9 +110,9 @@ def test_observers_are_nodes_one_per_hessian() -> None:
     plan = observe(bare)
     for before, segment, stage in zip(bare.segments, plan.segments, plan.stages, strict=True):
         calls = [n for n in segment.module.graph.nodes if n.op == "call_module"]
-        assert [n.target for n in calls] == [g.name for g in stage.groups]
+        assert [n.target for n in calls] == [shared.name for shared in stage.inputs]
         assert not any(n.op == "call_module" for n in before.module.graph.nodes)
-        assert [n.args[0].name for n in calls] == [g.rows[0].value for g in stage.groups]
+        assert [n.args[0].name for n in calls] == [shared.rows[0].value for shared in stage.inputs]
     assert "8 stages, 14 weights, 8 Hessians" in plan.describe()
     assert "lm_head.weight: output head" in plan.describe()
     assert program.inputs == ("input_ids",)
@@ -132,8 +132,8 @@ def test_hessians_are_those_of_hooks_on_the_model() -> None:
             model(**batch)
     for segment, stage in zip(plan.segments, plan.stages, strict=True):
         hessians = calibrate(segment, stage, store, lambda n: statics(model, program, (n,))[0])
-        for group, (hessian,) in zip(stage.groups, hessians, strict=True):
-            for weight in group.weights:
+        for shared, (hessian,) in zip(stage.inputs, hessians, strict=True):
+            for weight in shared.weights:
                 rows = torch.cat([x.flatten(0, 1) for x in inputs[weight.removesuffix(".weight")]]).double()
                 assert hessian.rows == len(rows) == 4 * 2 * 40
                 bound = rows.abs().T @ rows.abs() * 2**-24  # rows roundings of an fp32 sum, over rows
@@ -221,7 +221,7 @@ def test_a_block_applied_three_times_is_one_stage() -> None:
     program, plan = planned(model, torch.ones(4, 16))
     assert stages(plan) == [[{"first"}], [{"up"}, {"down"}], [{"last"}]]
     assert [s.entangled for s in plan.stages] == [False, True, False]
-    assert [len(g.rows) for g in plan.stages[1].groups] == [3, 3]
+    assert [len(shared.rows) for shared in plan.stages[1].inputs] == [3, 3]
     assert "entangled" in plan.describe()
     x = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -247,8 +247,8 @@ def test_values_of_an_entangled_stage_are_computed_again_with_the_new_weights() 
             found = dict(zip(segment.writes, written, strict=True))
             values = {n: found[n] if n in found else values[n] for n in segment.keeps}
             if number < len(plan.stages):  # "quantize" the stage that was just observed
-                for group in plan.stages[number].groups:
-                    for weight in group.weights:
+                for shared in plan.stages[number].inputs:
+                    for weight in shared.weights:
                         model.get_parameter(weight).mul_(0.5)
         assert torch.equal(written[0], model(x))
 
@@ -266,7 +266,7 @@ def test_one_weight_on_two_independent_inputs() -> None:
     _, plan = planned(model, (torch.ones(2, 16), torch.ones(2, 16)))
     assert stages(plan) == [[{"tower"}], [{"head"}]]
     assert not plan.stages[0].entangled
-    assert len(plan.stages[0].groups[0].rows) == 2
+    assert len(plan.stages[0].inputs[0].rows) == 2
 
 
 def test_control_flow_that_stays_a_submodule_of_the_graph() -> None:

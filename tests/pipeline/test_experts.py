@@ -73,9 +73,9 @@ def hessians(model: Any, batches: list[dict[str, Tensor]], everyone: bool = Fals
     found: dict[str, tuple[Hessian, ...]] = {}
     with ActivationStore([program.bind(as_batch(b), "batch") for b in batches], torch.device("cpu")) as store:
         for segment, stage in zip(plan.segments, plan.stages, strict=True):
-            of_groups = calibrate(segment, stage, store, lambda n: state[where[n]].detach())
-            for group, result in zip(stage.groups, of_groups, strict=True):
-                found |= dict.fromkeys(group.weights, result)
+            of_shared = calibrate(segment, stage, store, lambda n: state[where[n]].detach())
+            for shared, result in zip(stage.inputs, of_shared, strict=True):
+                found |= dict.fromkeys(shared.weights, result)
     return found
 
 

@@ -107,14 +107,14 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         solved.append(args)
         if len(solved) == 7:
             raise KeyboardInterrupt("stop")
-        return solve_group(*args)
+        return solve_together(*args)
 
     from gptq_ao.checkpoint.native import write
     from gptq_ao.pipeline import run_plan
 
-    solve_group = run_plan.solve_group
+    solve_together = run_plan.solve_together
     with monkeypatch.context() as patch:
-        patch.setattr(run_plan, "solve_group", interrupt)
+        patch.setattr(run_plan, "solve_together", interrupt)
         fails(KeyboardInterrupt, "stop")
     assert len(solved) == 7
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Models that cannot be one graph: their forwards are run in step."""
+"""Models that cannot be one graph: their forwards are replayed."""
 
 import contextvars
 import copy
@@ -105,7 +105,7 @@ def test_a_branch_on_the_data(no_graph: pytest.MonkeyPatch) -> None:
     assert {w.method for w in report.weights} == {"gptq"}
     assert report.capture_reason is not None
     assert "y.mean().item() > least" in report.capture_reason
-    assert "its forwards were run in step" in str(report)
+    assert "its forwards were replayed" in str(report)
     assert report.to_dict()["capture"] == "replay"
     dense = dense_copy(model, lambda: seeded(Branching()))
     with torch.no_grad():
@@ -514,7 +514,7 @@ def test_a_forward_runs_in_the_state_of_the_thread_that_asked() -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         replayed(model, [randn(20, 32)] * 2)
     _LEVEL.reset(token)
-    assert seen == [(False, True, torch.bfloat16, 3)] * 4  # two to find the weights, two in step
+    assert seen == [(False, True, torch.bfloat16, 3)] * 4  # two to find the weights, two to replay
     assert model.training
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
@@ -538,7 +538,7 @@ def test_a_limit_that_cannot_be_kept_is_refused_and_a_plan_that_cannot_be_made(m
         quantize_(tiny_llama(layers=1), config, max_memory={"cpu": 0})
     with pytest.raises(CaptureError, match="data-dependent branch") as e:
         plan(tiny_llama(layers=1), config)
-    assert "run the model's own forwards in step" in e.value.__notes__[0]
+    assert "replay the model's own forwards" in e.value.__notes__[0]
 
 
 def test_a_fused_set_of_experts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

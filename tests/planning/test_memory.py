@@ -11,7 +11,7 @@ from gptq_ao.config import gptq_config
 from gptq_ao.errors import ConfigError
 from gptq_ao.kernels.columns import SCRATCH, score_grids
 from gptq_ao.passes.records import Part
-from gptq_ao.pipeline.solve_together import solve_group
+from gptq_ao.pipeline.solve_together import solve_together
 from gptq_ao.planning import memory
 from gptq_ao.planning.live_bytes import LiveBytes
 from gptq_ao.planning.memory import Limits, choose_budget, free_bytes, read_limits, readable
@@ -167,7 +167,7 @@ def test_the_solver_takes_what_its_formula_says(case: str, rows: tuple[int, ...]
         tracker.add(hessian.matrix, *weights.values(), *([] if hessian.drift is None else [hessian.drift]))
         before = tracker.live["cpu"]
         kept = 0
-        for solved in solve_group(weights, {p.weight: c for p in weights}, hessian, strict=True):
+        for solved in solve_together(weights, {p.weight: c for p in weights}, hessian, strict=True):
             kept = max(kept, tracker.live["cpu"] - before)
             del solved
     cost = solve_cost(rows, k, dtype.itemsize, c, compensated)

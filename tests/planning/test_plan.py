@@ -279,7 +279,7 @@ def test_no_file_is_left_when_it_fails(tmp_path: Path, monkeypatch: pytest.Monke
         seen.append(len(list(tmp_path.rglob("*.safetensors"))))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_plan, "solve_group", fail)
+    monkeypatch.setattr(run_plan, "solve_together", fail)
     with pytest.raises(KeyboardInterrupt):
         quantize_(tiny_llama(layers=1), gptq_config(4, 32, calibration=token_batches()), max_memory={"cpu": 0})
     assert seen[0] > 0

@@ -231,7 +231,7 @@ def test_activations_that_are_not_finite(value: float) -> None:
 
 @pytest.mark.parametrize("data", DATA)
 def test_a_corrected_target_is_quantized_as_well(data: str) -> None:
-    """As `solve_group` does by default."""
+    """As `solve_together` does by default."""
     x = DATA[data][0]()
     weight, x_now = random(N, K, seed=5), x + 0.1 * x.abs().mean(0) * random(len(x), K, seed=6)
     hessian = dataclasses.replace(hessian_of(x_now), drift=(x - x_now).T @ x_now / len(x))

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_ao.calibration.batches import Batch
-from gptq_ao.passes.eager.products import Parameters, Problem, Use, Watch, multiplies
 from gptq_ao.passes.records import Excluded, LinearSite, Part, Rows
+from gptq_ao.passes.replay.products import Parameters, Problem, Use, Watch, multiplies
 
-__all__ = ["Survey"]
+__all__ = ["ProductFinder"]
 
 F = torch.nn.functional
 _CHOICES = {"topk", "sort", "argmax", "argsort", "multinomial"}
@@ -26,7 +26,7 @@ _EMBEDDINGS = {F.embedding, F.embedding_bag, torch.embedding, torch.embedding_ba
 _NONE: frozenset[str] = frozenset()
 
 
-class Survey(Watch):
+class ProductFinder(Watch):
     """A mode under which the batches run, one after the other, between `start_batch` and `end_batch`.
 
     Attributes:
