@@ -14,6 +14,7 @@ import torch.utils.benchmark
 from torch import Tensor
 
 from gptq_ao.kernels import cpu
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.solve import round_to_nearest
 from gptq_ao.tensor import GroupTensor, tensor_class
 
@@ -52,7 +53,7 @@ def main() -> None:
     for n, k in SHAPES:
         dense = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         for bits in args.bits:
-            s = round_to_nearest(dense, bits=bits, group_size=args.group_size, sym=True)
+            s = round_to_nearest(dense, Recipe(bits, args.group_size))
             weight = tensor_class(bits).from_codes(s.codes, s.scale, s.zero_point, dtype=dtype)
             size = sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])
             for m in ROWS:

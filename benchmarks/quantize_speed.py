@@ -11,13 +11,13 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 from llama_8b import llama  # type: ignore[import-not-found]
 
 from gptq_ao import gptq_config, quantize_
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
 from gptq_ao.solver.factor import factor
 from gptq_ao.solver.hessian import Hessian, HessianObserver
@@ -43,8 +43,8 @@ def solver_alone() -> None:
         f"\nsolver alone, 4 bits, groups of 128, ms:\n{'weight':>12} {'Hessian*':>9} {'factor':>7} {'static':>7} "
         f"{'fast':>7} {'sweep':>7} {'target':>7}   * of 16384 tokens"
     )
-    how: dict[str, Any] = {"bits": 4, "group_size": 128, "sym": True}
-    searched: dict[str, Any] = {**how, "act_order": "group_aware", "signed": True, "scale_candidates": 20}
+    static = Recipe(4, 128, act_order="static")
+    searched = Recipe(4, 128, act_order="group_aware", signed_scale=True, scale_candidates=20, refine_sweeps=4)
     for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
         x = (torch.randn(16384, k, device="cuda") * torch.rand(k, device="cuda")).bfloat16()
         observer = HessianObserver(k).cuda()
@@ -52,13 +52,13 @@ def solver_alone() -> None:
         H = observer.finish()[0]
         H = Hessian(H.matrix, H.rows, drift=0.01 * H.matrix)
         w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-        f, static = factor(H, "group_aware", 128), factor(H, "static", 128)
-        s = solve(w, f, **searched)
+        f, in_static = factor(H, searched), factor(H, static)
+        s = solve(w, f)
         columns = (
-            milliseconds(partial(factor, H, "group_aware", 128)),
-            milliseconds(partial(solve, w, static, act_order="static", **how)),
-            milliseconds(partial(solve, w, f, **searched)),
-            milliseconds(partial(refine, s, w, H, f, bits=4, signed=True, sweeps=4)) / 4,
+            milliseconds(partial(factor, H, searched)),
+            milliseconds(partial(solve, w, in_static)),
+            milliseconds(partial(solve, w, f)),
+            milliseconds(partial(refine, s, w, H, f)) / 4,
             milliseconds(partial(corrected_target, w, H)),
         )
         print(f"{n:>6}x{k:<6} {gram:>9.2f}", " ".join(f"{c:>7.1f}" for c in columns))

@@ -14,6 +14,7 @@ from typing import Any
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.errors import ConfigError
+from gptq_ao.recipe import Recipe
 
 __all__ = [
     "ACT_ORDERS",
@@ -61,18 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "4bit-32-act": {"bits": 4, "group_size": 32, "act_order": "group"},
     "3bit-128-act": {"bits": 3, "group_size": 128, "act_order": "group"},
 }
-OVERRIDABLE = (
-    "bits",
-    "group_size",
-    "sym",
-    "act_order",
-    "damp_percent",
-    "method",
-    "signed_scale",
-    "scale_candidates",
-    "refine_sweeps",
-    "compensate",
-)
+OVERRIDABLE = tuple(f.name for f in dataclasses.fields(Recipe))
 
 Override = dict[str, Any] | None
 Calibration = Iterable[Any] | Callable[[], Iterable[Any]] | None
@@ -164,6 +154,11 @@ class GPTQConfig(AOBaseConfig):
     @property
     def calibration(self) -> Calibration:
         return self._calibration
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings that decide a weight's solution."""
+        return Recipe(**{name: getattr(self, name) for name in OVERRIDABLE})
 
     def with_calibration(self, calibration: Calibration) -> "GPTQConfig":
         return dataclasses.replace(self, _calibration=calibration)
@@ -342,19 +337,3 @@ def _check_rule(config: GPTQConfig, pattern: str, override: Override) -> None:
 
 def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
-
-
-def settings_key(c: GPTQConfig) -> tuple[object, ...]:
-    """Weights that agree in this, and in their Hessian, are solved together."""
-    return (
-        c.method,
-        c.act_order,
-        c.damp_percent,
-        c.bits,
-        c.group_size,
-        c.sym,
-        c.signed_scale,
-        c.scale_candidates,
-        c.refine_sweeps,
-        c.compensate,
-    )

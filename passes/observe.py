@@ -49,8 +49,7 @@ def uncompensated(plan: Plan) -> tuple[str, ...]:
 
 
 def _wants_compensation(plan: Plan, weight: str) -> bool:
-    c = plan.selection.settings[weight]
-    return c.method == "gptq" and c.compensate != "none"
+    return plan.selection.settings[weight].recipe.compensates
 
 
 def _with_differing_residuals(segment: Segment, stage: Stage) -> Stage:

@@ -223,7 +223,7 @@ def _check(weights: Weights, selection: Selection) -> None:
 
 def _notes(prepared: Prepared) -> tuple[str, ...]:
     """Which weights are not compensated although they should be."""
-    wanted = [n for n, c in prepared.selection.settings.items() if c.method == "gptq" and c.compensate != "none"]
+    wanted = [n for n, c in prepared.selection.settings.items() if c.recipe.compensates]
     if prepared.calibrated is not None:
         names = uncompensated(prepared.calibrated.plan)
         why = "the original model may send other rows to them"

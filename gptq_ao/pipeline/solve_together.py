@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_ao.config import GPTQConfig, settings_key
+from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import SolverError
 from gptq_ao.passes.records import Part
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
-from gptq_ao.solver.factor import Factor, factor
+from gptq_ao.solver.factor import factor
 from gptq_ao.solver.hessian import Hessian, pooled
 from gptq_ao.solver.refine import refine
 from gptq_ao.solver.solution import Solution
@@ -50,7 +51,7 @@ class SolvedPart:
 
 def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig) -> SolvedPart:
     """Round `matrix` [N, K] to nearest."""
-    return SolvedPart(Part(weight, 0, matrix.shape[0]), _nearest(matrix, config), "rtn")
+    return SolvedPart(Part(weight, 0, matrix.shape[0]), round_to_nearest(matrix.detach(), config.recipe), "rtn")
 
 
 def solve_together(
@@ -70,16 +71,14 @@ def solve_together(
     Raises:
         SolverError: the Hessian cannot be factored, or `strict` forbids to round what no data reached.
     """
-    alike: dict[tuple[object, ...], list[Part]] = {}
+    alike: dict[Recipe, list[Part]] = {}
     residuals = dict(zip(residual_parts, hessian.residuals, strict=True))
     for part in matrices:
-        c = settings[part.weight]
-        alike.setdefault(settings_key(c), []).append(part)
+        alike.setdefault(settings[part.weight].recipe, []).append(part)
     blind = hessian.matrix.diagonal().count_nonzero().item() == 0
-    for parts in alike.values():
-        c = settings[parts[0].weight]
-        why = fallback if c.method == "gptq" else None
-        if blind and c.method == "gptq":
+    for recipe, parts in alike.items():
+        why = fallback if recipe.method == "gptq" else None
+        if blind and recipe.method == "gptq":
             why = "no calibration row reached it"
         if why and strict:
             raise SolverError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
@@ -87,17 +86,17 @@ def solve_together(
         sizes = [m.shape[0] for m in dense]
         targets = [m.float() for m in dense]
         method, damp, dead = "rtn", None, 0
-        if c.method == "rtn" or blind:
-            solutions = [_nearest(m, c) for m in dense]
+        if recipe.method == "rtn" or blind:
+            solutions = [round_to_nearest(m, recipe) for m in dense]
         else:
             try:
-                f = factor(hessian, c.act_order, c.group_size, c.damp_percent)
+                f = factor(hessian, recipe)
                 target = torch.cat(targets)
-                if c.compensate != "none":
+                if recipe.compensates:
                     target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
             except SolverError as e:
                 raise SolverError(f"{_names(parts)}: {e}") from e
-            solutions = _solve(target, f, hessian, c).split(sizes)
+            solutions = refine(solve(target, f), target, hessian, f).split(sizes)
             targets = list(target.split(sizes))
             method, damp, dead = "gptq", f.damp, f.dead
         for part, matrix, solution in zip(parts, targets, solutions, strict=True):
@@ -111,21 +110,6 @@ def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[
     if not residuals:
         return None
     return torch.cat([residuals.get(p, torch.zeros_like(w)) for p, w in zip(parts, weights, strict=True)])
-
-
-def _solve(target: Tensor, factor: Factor, hessian: Hessian, c: GPTQConfig) -> Solution:
-    signed = c.sym and c.signed_scale
-    first = solve(
-        target,
-        factor,
-        bits=c.bits,
-        group_size=c.group_size,
-        sym=c.sym,
-        act_order=c.act_order,
-        signed=signed,
-        scale_candidates=c.scale_candidates,
-    )
-    return refine(first, target, hessian, factor, bits=c.bits, signed=signed, sweeps=c.refine_sweeps)
 
 
 def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:
@@ -171,11 +155,7 @@ def join_parts(parts: Iterable[SolvedPart], matrix: Tensor, config: GPTQConfig) 
 
 def _unused(weight: str, matrix: Tensor, start: int, stop: int, config: GPTQConfig) -> SolvedPart:
     part, why = Part(weight, start, stop), "no product of the captured forward uses it"
-    return SolvedPart(part, _nearest(matrix[start:stop], config), "rtn", fallback=why)
-
-
-def _nearest(matrix: Tensor, config: GPTQConfig) -> Solution:
-    return round_to_nearest(matrix.detach(), bits=config.bits, group_size=config.group_size, sym=config.sym)
+    return SolvedPart(part, round_to_nearest(matrix[start:stop].detach(), config.recipe), "rtn", fallback=why)
 
 
 def _summary(parts: list[SolvedPart]) -> str | None:

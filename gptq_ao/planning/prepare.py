@@ -149,7 +149,7 @@ def _calibrated(program: Program, selection: Selection, batches: tuple[dict[str,
     if all(c.method == "rtn" for c in selection.settings.values()):
         return None
     planned = schedule(program, selection)
-    if any(c.compensate != "none" for c in selection.settings.values()):
+    if any(c.recipe.compensates for c in selection.settings.values()):
         planned = follow_original(program, planned)
     return Calibrated(program, observe(planned), batches)
 

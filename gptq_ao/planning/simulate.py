@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gptq_ao.calibration.activation_store import compact
 from gptq_ao.codes.grid import group_columns
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
-from gptq_ao.config import settings_key
 from gptq_ao.kernels import cuda, reference
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import run_segment
@@ -26,6 +25,7 @@ from gptq_ao.passes.records import Part, Program, Segment, SharedInput, Stage, t
 from gptq_ao.planning.live_bytes import LiveBytes, storages
 from gptq_ao.planning.prepare import Calibrated, Prepared
 from gptq_ao.planning.solve_cost import SolveCost, result_bytes, solve_cost
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.hessian import HessianObserver
 
 __all__ = ["Footprint", "Work", "fakes_on", "simulate"]
@@ -260,7 +260,7 @@ class _Simulation:
                 self.solving.add_solve(cost, shared.experts)
             for part in shared.parts:
                 codes[part.weight] += result_bytes(
-                    part.stop - part.start, shared.in_features, self.settings[part.weight]
+                    part.stop - part.start, shared.in_features, self.settings[part.weight].recipe
                 )
             for name in shared.weights:
                 left[name] -= 1
@@ -273,14 +273,13 @@ class _Simulation:
 
     def costs(self, shared: SharedInput, segment: Segment) -> Iterator[SolveCost]:
         compensated = cast(_Observer, segment.module.get_submodule(shared.name)).compares
-        alike: dict[tuple[object, ...], list[Part]] = {}
+        alike: dict[Recipe, list[Part]] = {}
         for part in shared.expert(0):
-            alike.setdefault(settings_key(self.settings[part.weight]), []).append(part)
-        for parts in alike.values():
-            name = parts[0].weight
+            alike.setdefault(self.settings[part.weight].recipe, []).append(part)
+        for recipe, parts in alike.items():
             rows = [p.stop - p.start for p in parts]
-            itemsize = self.state[name].dtype.itemsize
-            yield solve_cost(rows, shared.in_features, itemsize, self.settings[name], compensated)
+            itemsize = self.state[parts[0].weight].dtype.itemsize
+            yield solve_cost(rows, shared.in_features, itemsize, recipe, compensated)
 
     def pack(self, name: str) -> int:
         """Put the quantized weight in place; the bytes that were alive at most."""
@@ -322,7 +321,7 @@ class _Simulation:
         for name, c in self.settings.items():
             layout = self.layouts[name]
             matrix = layout.matrix(self.dense(name))
-            cost = solve_cost([layout.rows], layout.in_features, matrix.dtype.itemsize, c)
+            cost = solve_cost([layout.rows], layout.in_features, matrix.dtype.itemsize, c.recipe)
             self.need(self.live + cost.peak, 0)
             self.solving.add_solve(cost, 1)
             self.need(self.pack(name), 0)

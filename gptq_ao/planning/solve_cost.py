@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptq_ao.codes.grid import group_columns
-from gptq_ao.config import GPTQConfig
 from gptq_ao.kernels.columns import MAX_COLUMNS, OUTER, SCRATCH
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import LARGEST_FP64
 
 __all__ = ["SolveCost", "result_bytes", "solve_cost"]
@@ -35,83 +35,83 @@ class SolveCost:
     rounded: int
 
 
-def solve_cost(rows: Sequence[int], k: int, itemsize: int, c: GPTQConfig, compensated: bool = False) -> SolveCost:
+def solve_cost(rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compensated: bool = False) -> SolveCost:
     """Of parts with these numbers of rows, [n, K] each, of a dtype of `itemsize` bytes.
 
     Args:
         compensated: whether the Hessian has a drift, or residuals, for `target.corrected_target`.
     """
     N, n = sum(rows), max(rows)
-    result = result_bytes(N, k, c)
+    result = result_bytes(N, k, recipe)
     weights = 4 * N * k  # in fp32
     widened = weights if itemsize != 4 else 0
     energies = 2 * 2 * N * k * k  # of weight and error
-    if c.method == "rtn":
+    if recipe.method == "rtn":
         # One part after the other: scale and zero point per weight, the weight once more, the quotient, the codes.
         rounding = n * k * (8 + (4 if widened else 0) + 4)
         return SolveCost(widened + result + max(rounding, _energy(n, k)), widened + result, 0, 0, energies, 0)
-    compensated = compensated and c.compensate != "none"
+    compensated = compensated and recipe.compensates
     square = 4 * k * k
     fp64 = k <= LARGEST_FP64
     peak = max(
         widened + 2 * (2 if fp64 else 1) * square,  # H reversed and its factor, or two copies of the factor
         compensated * (widened + 3 * square + 4 * weights),  # the factor, H damped, its Cholesky factor
-        widened + weights + square + _solve(N, k, c),
-        (c.refine_sweeps > 0) * (widened + weights + square + _refine(N, k, c)),
+        widened + weights + square + _solve(N, k, recipe),
+        (recipe.refine_sweeps > 0) * (widened + weights + square + _refine(N, k, recipe)),
         weights + square + result + _energy(n, k),
     )
-    passes = 1 + _grids(c) + c.refine_sweeps
+    passes = 1 + _grids(recipe) + recipe.refine_sweeps
     cholesky = k**3 // 3
-    products = N * k * k * (1 + 2 * c.refine_sweeps) + energies
+    products = N * k * k * (1 + 2 * recipe.refine_sweeps) + energies
     if compensated:
         products += cholesky + 4 * N * k * k
     return SolveCost(
         peak,
         weights + square + result,
-        k * (1 + (_grids(c) > 0) + c.refine_sweeps),
+        k * (1 + (_grids(recipe) > 0) + recipe.refine_sweeps),
         cholesky if fp64 else 0,
         products + (0 if fp64 else cholesky),
         N * k * passes,
     )
 
 
-def result_bytes(rows: int, k: int, c: GPTQConfig) -> int:
+def result_bytes(rows: int, k: int, recipe: Recipe) -> int:
     """Codes uint8, scale fp16, zero point uint8."""
-    return rows * (k + 3 * (k // group_columns(k, c.group_size)))
+    return rows * (k + 3 * (k // group_columns(k, recipe.group_size)))
 
 
-def _grids(c: GPTQConfig) -> int:
+def _grids(recipe: Recipe) -> int:
     """How many are tried for each group, see `grid.candidate_grids`."""
-    if c.act_order == "static" or c.scale_candidates == 1:
+    if recipe.act_order == "static" or recipe.scale_candidates == 1:
         return 0
-    return c.scale_candidates * (1 if c.sym and not c.signed_scale else 2)
+    return recipe.scale_candidates * (1 if recipe.sym and not recipe.signed else 2)
 
 
-def _solve(n: int, k: int, c: GPTQConfig) -> int:
+def _solve(n: int, k: int, recipe: Recipe) -> int:
     """`solver.solve`: first the inverses of blocks, in fp64. Then W in solving order and the codes; inside the loop
     besides them the inverses, a range X of columns (and the one before it), and what a group takes; at the end the
     codes in both orders."""
-    columns = MAX_COLUMNS if c.act_order == "static" else group_columns(k, c.group_size)
+    columns = MAX_COLUMNS if recipe.act_order == "static" else group_columns(k, recipe.group_size)
     columns, block, span = min(columns, k), min(columns, MAX_COLUMNS, k), _span(k, columns)
     inverses = 4 * k * block
     # The group; grids in fp16 and fp32, with zero points, and two sums; some rows of the block, for every grid.
-    grids = _grids(c)
+    grids = _grids(recipe)
     at_once = min(n, SCRATCH // (4 * block * grids)) if grids else 0
     choose = 4 * columns * n + 19 * grids * n + 4 * (block + 4) * grids * at_once
     rounding = 5 * 4 * block * n  # the block three times, its scales and zero points
     loop = inverses + 4 * n * span + max(choose, rounding, 2 * 4 * columns * n)
-    codes = result_bytes(n, k, c)
+    codes = result_bytes(n, k, recipe)
     return max(5 * inverses + 8 * block * block, 4 * n * k + codes + loop, n * k + codes)
 
 
-def _refine(n: int, k: int, c: GPTQConfig) -> int:
+def _refine(n: int, k: int, recipe: Recipe) -> int:
     """`refine.refine`: codes before and after, target and error in fp32, the Hessian, a range of gradients (and the one
     before it), and what a group or a block of it takes."""
-    columns = group_columns(k, c.group_size)
-    permuted = 4 * n * k if c.act_order == "group" else 0
+    columns = group_columns(k, recipe.group_size)
+    permuted = 4 * n * k if recipe.permutes else 0
     matrices = (3 if permuted else 2) * 4 * k * k  # while it is made
     loop = 4 * n * _span(k, columns) + max(3 * 4 * columns * n, 5 * 4 * min(columns, MAX_COLUMNS) * n)
-    codes = result_bytes(n, k, c)
+    codes = result_bytes(n, k, recipe)
     return codes + permuted + max(matrices, 4 * k * k + 2 * 4 * n * k + codes + loop)
 
 

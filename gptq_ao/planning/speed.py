@@ -8,6 +8,7 @@ import torch
 
 from gptq_ao.kernels.columns import MAX_COLUMNS, score_grids
 from gptq_ao.planning.simulate import Work
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import factor
 from gptq_ao.solver.fp32 import ieee_fp32
 from gptq_ao.solver.hessian import Hessian
@@ -48,15 +49,14 @@ def measure_speed(device: torch.device, dtypes: Iterable[torch.dtype]) -> Speed:
     large = torch.ones(16 * side * side, device=device)
     columns = MAX_COLUMNS
     eye = torch.eye(columns, device=device)
-    f = factor(Hessian(eye, columns))
+    f = factor(Hessian(eye, columns), Recipe(4, columns, act_order="static"))
     weight = torch.ones(16, columns, device=device)
-    setting = {"bits": 4, "group_size": columns, "sym": True, "act_order": "static"}
     grids = torch.ones(32, 64 if device.type == "cpu" else 8192, device=device)
     block = torch.ones(columns, grids.shape[1], device=device)
     return Speed(
         flops,
         2 * large.nbytes / _shortest(lambda: large + 1, device),
-        _shortest(lambda: solve(weight, f, **setting), device) / columns,  # type: ignore[arg-type]
+        _shortest(lambda: solve(weight, f), device) / columns,
         _shortest(lambda: score_grids(block, eye, f.pivots, grids, grids, 4), device) / (columns * grids.numel()),
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptq_ao.codes.grid import group_columns
 from gptq_ao.errors import NonFiniteError, SolverError
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.hessian import Hessian
 
 __all__ = ["Factor", "factor", "solving_order"]
@@ -32,6 +33,7 @@ class Factor:
     """What a Hessian contributes to the solution, the same for every weight that reads the activation.
 
     Attributes:
+        recipe: it was made for, and that the weights are therefore solved with.
         unit: [K, K] fp32, A above, rows and columns in solving order.
         pivots: [K] fp32.
         order: [K] int64, `order[i]` is the column solved in place i; None for left to right.
@@ -41,6 +43,7 @@ class Factor:
         mean: of the diagonal without them, and their diagonal before damping.
     """
 
+    recipe: Recipe
     unit: Tensor
     pivots: Tensor
     order: Tensor | None
@@ -50,14 +53,12 @@ class Factor:
     mean: float
 
 
-def factor(
-    hessian: Hessian, act_order: str = "none", group_size: int = -1, damp_percent: float | None = None
-) -> Factor:
+def factor(hessian: Hessian, recipe: Recipe) -> Factor:
     """Damp, order and factor a Hessian.
 
-    Damping: `damp_percent` (None: K / rows, at least 0.01 and at most 1, since few rows determine H poorly) of the mean
-    diagonal; tripled until the Cholesky factor exists. Dead columns (zero diagonal) get the mean as their diagonal:
-    they couple to nothing and keep their weight's nearest codes.
+    Damping: `recipe.damp_percent` of the mean diagonal (None: K / rows, at least 0.01 and at most 1, since few rows
+    determine H poorly), tripled until the Cholesky factor exists. Dead columns (zero diagonal) get the mean as their
+    diagonal: they couple to nothing and keep their weight's nearest codes.
 
     Raises:
         NonFiniteError: H holds NaN or infinity.
@@ -68,7 +69,7 @@ def factor(
     if not torch.isfinite(hessian.matrix).all():
         raise NonFiniteError(f"the Hessian [{k}, {k}] holds NaN or infinity")
     dead = diagonal <= 0
-    order = solving_order(diagonal, act_order, group_size)
+    order = solving_order(diagonal, recipe.act_order, recipe.group_size)
     live = diagonal[~dead]
     mean = live.mean().item() if live.numel() else 1.0
 
@@ -76,7 +77,9 @@ def factor(
     reverse = torch.arange(k, device=diagonal.device).flip(0) if order is None else order.flip(0)
     H = hessian.matrix[reverse][:, reverse].to(dtype)
     H.diagonal()[dead[reverse]] = mean
-    damp = min(max(k / max(hessian.rows, 1), 0.01), 1.0) if damp_percent is None else damp_percent
+    damp = recipe.damp_percent
+    if damp is None:
+        damp = min(max(k / max(hessian.rows, 1), 0.01), 1.0)
     before = 0.0
     for _ in range(DAMPING_TRIES):
         H.diagonal().add_((damp - before) * mean)
@@ -86,7 +89,7 @@ def factor(
             del H
             root = lower.diagonal().clone()
             unit = lower.div_(root).float().flip(0, 1)
-            return Factor(unit, root.square().float().flip(0), order, damp, damp * mean, int(dead.sum()), mean)
+            return Factor(recipe, unit, root.square().float().flip(0), order, damp, damp * mean, int(dead.sum()), mean)
         damp *= 3
     raise SolverError(
         f"the Hessian [{k}, {k}] of {hessian.rows} rows is not positive definite even with {before:.3g} of its mean "

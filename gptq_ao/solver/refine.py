@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gptq_ao.kernels.columns import column_blocks, round_columns
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import Factor
 from gptq_ao.solver.fp32 import ieee_fp32
 from gptq_ao.solver.hessian import Hessian
@@ -24,27 +25,25 @@ from gptq_ao.solver.solution import Solution
 __all__ = ["refine"]
 
 
-def refine(
-    solution: Solution, target: Tensor, hessian: Hessian, factor: Factor, *, bits: int, signed: bool, sweeps: int
-) -> Solution:
-    """Sweep over all columns `sweeps` times. Groups stay as they are, and so do zero points.
+def refine(solution: Solution, target: Tensor, hessian: Hessian, factor: Factor) -> Solution:
+    """Sweep over all columns, as often as the recipe of `factor` says. Groups stay as they are, and so do zero points.
 
     Args:
-        target: [N, K], the weights that the codes stand for.
-        hessian, factor: that led to the solution.
-        signed: whether a scale may change its sign.
+        target: [N, K], floating point, the weights that the codes stand for.
+        hessian, factor: those that led to the solution.
 
     Returns:
         A solution whose tr(E·H·Eᵀ), with H damped as in `factor`, is no larger, in any row.
     """
-    if not sweeps:
+    recipe = factor.recipe
+    if not recipe.refine_sweeps:
         return solution
     H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) * factor.mean + factor.added)
     W = target.float()
     if solution.perm is not None:
         H, W = H[solution.perm][:, solution.perm], W[:, solution.perm]
-    state = _Sweep(W.T.contiguous(), H, solution, bits, signed)
-    for left in reversed(range(sweeps)):
+    state = _Sweep(W.T.contiguous(), H, solution, recipe)
+    for left in reversed(range(recipe.refine_sweeps)):
         # Gradients to three digits lead to codes that are as good (docs/accuracy.md), by much faster products.
         with ieee_fp32(cuda="tf32" if left else "ieee"):
             state.run()
@@ -59,8 +58,8 @@ class _Sweep:
         error: W − Ŵ.
     """
 
-    def __init__(self, target: Tensor, H: Tensor, solution: Solution, bits: int, signed: bool) -> None:
-        self.target, self.H, self.bits, self.signed = target, H, bits, signed
+    def __init__(self, target: Tensor, H: Tensor, solution: Solution, recipe: Recipe) -> None:
+        self.target, self.H, self.bits, self.signed = target, H, recipe.bits, recipe.signed
         # Copies, where a transpose of one row or column would be none.
         self.codes, self.scale = (
             t.T.clone(memory_format=torch.contiguous_format) for t in (solution.codes, solution.scale)

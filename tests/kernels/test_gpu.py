@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from gptq_ao import gptq_config, load_quantized, plan, quantize_, save_quantized
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import factor
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 from gptq_ao.solver.refine import refine
-from gptq_ao.solver.solve import relative_error, round_to_nearest, solve
+from gptq_ao.solver.solve import round_to_nearest, solve
 from gptq_ao.tensor import GroupTensor, tensor_class
 
+from ..measures import relative_error
 from ..models import seeded, tiny_llama, token_batches
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +28,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def quantized(bits: int, n: int, k: int, dtype: torch.dtype, group_size: int = 32) -> GroupTensor:
-    s = round_to_nearest(randn(n, k), bits=bits, group_size=group_size, sym=False)
+    s = round_to_nearest(randn(n, k), Recipe(bits, group_size, False))
     return tensor_class(bits).from_codes(s.codes, s.scale, s.zero_point, dtype=dtype)
 
 
@@ -90,8 +92,7 @@ def test_solver_on_cuda_agrees_with_cpu(act_order: str) -> None:
     codes = []
     for device in ("cpu", "cuda"):
         h = Hessian(hessian.matrix.to(device), hessian.rows)
-        f = factor(h, act_order, 64)
-        s = solve(weight.to(device), f, bits=4, group_size=64, sym=True, act_order=act_order)
+        s = solve(weight.to(device), factor(h, Recipe(4, 64, act_order=act_order)))
         assert relative_error(weight.to(device), s.dequantize(), h) < 0.01
         codes.append(s.codes.cpu())
     assert (codes[0] == codes[1]).double().mean() >= 0.999  # fp32 sums in another order: ties may fall either way
@@ -103,10 +104,8 @@ def test_search_and_refinement_on_cuda_are_as_good_as_on_cpu(bits: int, group: i
     errors, made = [], []
     for device in ("cpu", "cuda", "cuda"):
         h, w = Hessian(hessian.matrix.to(device), hessian.rows), weight.to(device)
-        f = factor(h, "group_aware", group)
-        how: dict[str, Any] = {"bits": bits, "signed": True}
-        first = solve(w, f, group_size=group, sym=True, act_order="group_aware", scale_candidates=20, **how)
-        s = refine(first, w, h, f, sweeps=4, **how)
+        f = factor(h, Recipe(bits, group, True, "group_aware", signed_scale=True, scale_candidates=20, refine_sweeps=4))
+        s = refine(solve(w, f), w, h, f)
         errors.append(relative_error(w, s.dequantize(), h))
         made.append((s.codes.cpu(), s.scale.cpu()))
     # One tie that falls the other way changes what follows in its row, and is as good.
@@ -123,9 +122,9 @@ def test_refinement_on_cuda_makes_no_row_worse(outlier: int, bits: int) -> None:
     observer, weight = HessianObserver(1200), randn(512, 1200, seed=2).cuda()
     observer(x)
     hessian = observer.finish()[0]
-    f = factor(hessian, "none", 100)
-    before = solve(weight, f, bits=bits, group_size=100, sym=True, act_order="none", signed=True)
-    after = refine(before, weight, hessian, f, bits=bits, signed=True, sweeps=4)
+    f = factor(hessian, Recipe(bits, 100, signed_scale=True, refine_sweeps=4))
+    before = solve(weight, f)
+    after = refine(before, weight, hessian, f)
     H = hessian.matrix.double() + f.added * torch.eye(1200, device="cuda")
     old, new = ((e @ H * e).sum(1) for e in (weight.double() - s.dequantize().double() for s in (before, after)))
     assert (new <= old * (1 + 1e-4)).all()
@@ -277,7 +276,7 @@ def test_parts_convolutions_and_stacks_on_cuda() -> None:
     assert torch.equal(weight[16:32].dequantize(), dense[16:32])
     assert torch.equal(weight[5:21], dense[5:21])
     assert all(torch.equal(a.dequantize(), b) for a, b in zip(weight.chunk(3), dense.chunk(3), strict=True))
-    s = round_to_nearest(randn(48, 96), bits=4, group_size=32, sym=False)
+    s = round_to_nearest(randn(48, 96), Recipe(4, 32, False))
     parts = (s.codes, s.scale, s.zero_point)
     filters = tensor_class(4).from_codes(*parts, dtype=torch.float32, view_as=(48, 32, 3)).to("cuda")
     x = randn(2, 32, 20).cuda()

@@ -11,6 +11,7 @@ from gptq_ao.inference.tune import tune
 from gptq_ao.kernels.tuning.candidates import candidates, variations
 from gptq_ao.kernels.tuning.heuristics import LinearConfig, choose, computes
 from gptq_ao.kernels.tuning.measured import VARIABLE, Product, Tuned, default_path, load, save
+from gptq_ao.recipe import Recipe
 
 PRODUCT = Product(16, 4096, 4096, 4, 128)
 ENTRIES = {
@@ -126,7 +127,7 @@ def test_tuning_changes_what_is_chosen(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "tuned.json"
     monkeypatch.setenv(VARIABLE, str(path))
     cuda.forget()
-    s = round_to_nearest(torch.randn(2048, 1024).cuda(), bits=4, group_size=128, sym=True)
+    s = round_to_nearest(torch.randn(2048, 1024).cuda(), Recipe(4, 128))
     layer = torch.nn.Linear(1024, 2048, bias=False, device="cuda", dtype=torch.bfloat16)
     weight = tensor_class(4).from_codes(s.codes, s.scale, s.zero_point, dtype=torch.bfloat16)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq_ao.calibration.activation_store import Budget
-from gptq_ao.config import gptq_config
+from gptq_ao.config import EFFORTS, gptq_config
 from gptq_ao.errors import ConfigError
 from gptq_ao.kernels.columns import SCRATCH, score_grids
 from gptq_ao.passes.records import Part
@@ -17,6 +17,7 @@ from gptq_ao.planning.live_bytes import LiveBytes
 from gptq_ao.planning.memory import Limits, choose_budget, free_bytes, read_limits, readable
 from gptq_ao.planning.simulate import Footprint, Work
 from gptq_ao.planning.solve_cost import SolveCost, solve_cost
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.hessian import HessianObserver
 from gptq_ao.solver.solve import round_to_nearest
 from gptq_ao.tensor import tensor_class
@@ -122,7 +123,7 @@ def test_live_bytes_follows_storages_not_tensors() -> None:
 
 
 def test_live_bytes_sees_inside_quantized_tensors() -> None:
-    s = round_to_nearest(torch.randn(32, 64), bits=4, group_size=32, sym=True)
+    s = round_to_nearest(torch.randn(32, 64), Recipe(4, 32))
     with LiveBytes() as tracker:
         before = tracker.add(s.codes, s.scale, s.zero_point)
         weight = tensor_class(4).from_codes(s.codes, s.scale, s.zero_point, dtype=torch.float32)
@@ -170,7 +171,7 @@ def test_the_solver_takes_what_its_formula_says(case: str, rows: tuple[int, ...]
         for solved in solve_together(weights, {p.weight: c for p in weights}, hessian, strict=True):
             kept = max(kept, tracker.live["cpu"] - before)
             del solved
-    cost = solve_cost(rows, k, dtype.itemsize, c, compensated)
+    cost = solve_cost(rows, k, dtype.itemsize, c.recipe, compensated)
     assert cost.peak == pytest.approx(tracker.peak["cpu"] - before, rel=0.1)
     assert cost.kept == pytest.approx(kept, rel=0.1)
     passes = {"rtn": 0, "min-max": 1, "fast": 2, "static": 1 + 4}.get(case, 2 + 4)
@@ -198,7 +199,8 @@ def test_the_work_of_the_solver() -> None:
     k, rows = 1024, [256]
 
     def cost(compensated: bool = False, **settings: Any) -> SolveCost:
-        return solve_cost(rows, k, 4, gptq_config(**{"effort": "fast", "scale_candidates": 1, **settings}), compensated)
+        recipe = Recipe(**{**EFFORTS["fast"], "scale_candidates": 1, **settings})
+        return solve_cost(rows, k, 4, recipe, compensated)
 
     plain = cost()
     assert (plain.fp64, plain.fp32) == (k**3 // 3, 256 * k * k * (1 + 4))
@@ -217,7 +219,7 @@ def test_the_work_of_the_solver() -> None:
 
 def test_the_factor_of_a_wide_hessian_is_in_fp32() -> None:
     c = gptq_config(4, 128)
-    narrow, wide = (solve_cost([1], k, 2, c) for k in (8192, 8320))
+    narrow, wide = (solve_cost([1], k, 2, c.recipe) for k in (8192, 8320))
     # fp32 weights beside H and its factor in fp64, or beside A and H damped and H's diagonal when it is refined.
     assert narrow.peak == pytest.approx(2 * 8 * 8192**2, rel=0.01)
     assert wide.peak == pytest.approx(3 * 4 * 8320**2, rel=0.01)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptq_ao.codes.grid import choose_grid
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import Factor, factor
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.refine import refine
@@ -89,17 +90,24 @@ def check_format(before: Solution, after: Solution, bits: int) -> None:
 
 
 @functools.cache
-def make_factor(hessian: Hessian, order: str, group: int) -> Factor:
-    return factor(hessian, order, group if order == "group_aware" else -1)
+def make_factor(hessian: Hessian, recipe: Recipe) -> Factor:
+    return factor(hessian, recipe)
+
+
+def refined(
+    solution: Solution, target: Tensor, hessian: Hessian, f: Factor, *, bits: int, signed: bool, sweeps: int
+) -> Solution:
+    """`refine` as if the factor had been made for a recipe with these settings."""
+    sym = f.recipe.sym or signed
+    recipe = dataclasses.replace(f.recipe, bits=bits, sym=sym, signed_scale=signed, refine_sweeps=sweeps)
+    return refine(solution, target, hessian, dataclasses.replace(f, recipe=recipe))
 
 
 def begin(
     weight: Tensor, hessian: Hessian, start: str, bits: int, group: int, sym: bool, signed: bool, order: str
 ) -> tuple[Factor, Solution]:
-    f = make_factor(hessian, order, group)
-    if start == "nearest":
-        return f, round_to_nearest(weight, bits=bits, group_size=group, sym=sym, signed=signed)
-    return f, solve(weight, f, bits=bits, group_size=group, sym=sym, act_order=order, signed=signed)
+    f = make_factor(hessian, Recipe(bits, group, sym, order, signed_scale=signed))
+    return f, round_to_nearest(weight, f.recipe) if start == "nearest" else solve(weight, f)
 
 
 @starts
@@ -110,7 +118,7 @@ def test_no_row_gets_worse(group: int, bits: int, sym: bool, signed: bool, start
     k = 384 if group in (64, 128) else K
     weight, hessian = random(N, k, seed=5), make_hessian(k)
     f, first = begin(weight, hessian, start, bits, group, sym, signed, "none")
-    after = refine(first, weight, hessian, f, bits=bits, signed=signed, sweeps=2)
+    after = refined(first, weight, hessian, f, bits=bits, signed=signed, sweeps=2)
     check_format(first, after, bits)
     share = check_not_worse(weight, hessian, f, first, after)
     assert share < (0.7 if start == "nearest" else 1.0)
@@ -124,7 +132,7 @@ def test_every_order_of_columns(group: int, order: str) -> None:
     weight, hessian = random(N, K, seed=5), make_hessian(K)
     f, first = begin(weight, hessian, "gptq", 3, group, True, True, order)
     assert (first.perm is not None) == (order == "group")
-    after = refine(first, weight, hessian, f, bits=3, signed=True, sweeps=2)
+    after = refined(first, weight, hessian, f, bits=3, signed=True, sweeps=2)
     check_format(first, after, 3)
     assert check_not_worse(weight, hessian, f, first, after) < 0.95
 
@@ -133,9 +141,9 @@ def test_columns_between_two_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a range of columns changed must be in the gradient of the next."""
     weight, hessian = random(N, K, seed=5), make_hessian(K)
     f, first = begin(weight, hessian, "gptq", 3, 32, True, True, "none")
-    whole = refine(first, weight, hessian, f, bits=3, signed=True, sweeps=2)
+    whole = refined(first, weight, hessian, f, bits=3, signed=True, sweeps=2)
     monkeypatch.setattr("gptq_ao.kernels.columns.OUTER", 96)
-    parts = refine(first, weight, hessian, f, bits=3, signed=True, sweeps=2)
+    parts = refined(first, weight, hessian, f, bits=3, signed=True, sweeps=2)
     assert check_not_worse(weight, hessian, f, first, parts) < 0.95
     assert (whole.codes == parts.codes).double().mean() > 0.99  # the same sums in another order: equal up to near-ties
 
@@ -162,7 +170,7 @@ def test_one_sweep_is_exact_coordinate_descent() -> None:
             others[:, j] = 0
             wanted = W[:, j] + (others @ H[:, j]) / H[j, j]
             codes[:, j] = (wanted / scale[:, g] + zero[:, g]).round().clamp(0, 7)
-    after = refine(first, weight, hessian, f, bits=bits, signed=False, sweeps=1)
+    after = refined(first, weight, hessian, f, bits=bits, signed=False, sweeps=1)
     assert torch.equal(after.scale.double(), scale)
     assert torch.equal(after.codes.double(), codes)
 
@@ -170,7 +178,7 @@ def test_one_sweep_is_exact_coordinate_descent() -> None:
 def test_the_best_codes_of_a_tiny_problem_are_kept() -> None:
     k, bits = 4, 2
     hessian = Hessian(make_hessian(16).matrix[:k, :k], 1000)
-    f = factor(hessian)
+    f = factor(hessian, Recipe())
     H = damped(hessian, f)
     weight = random(5, k, seed=7)
     scale, zero = choose_grid(weight, -1, bits, sym=False)
@@ -187,12 +195,12 @@ def test_the_best_codes_of_a_tiny_problem_are_kept() -> None:
         best.append((every[i], scales[i]))
     codes = torch.stack([c for c, _ in best]).to(torch.uint8)
     optimum = Solution(codes, torch.stack([s for _, s in best]).half().unsqueeze(1), zero)
-    after = refine(optimum, weight, hessian, f, bits=bits, signed=False, sweeps=3)
+    after = refined(optimum, weight, hessian, f, bits=bits, signed=False, sweeps=3)
     assert torch.equal(after.codes, optimum.codes)
     assert torch.equal(after.scale, optimum.scale)
     # And it is not kept because nothing ever moves.
     worst = Solution(3 - codes, scale, zero)
-    moved = refine(worst, weight, hessian, f, bits=bits, signed=False, sweeps=9)
+    moved = refined(worst, weight, hessian, f, bits=bits, signed=False, sweeps=9)
     assert (losses(weight, moved, H) < 0.5 * losses(weight, worst, H)).all()
     assert (losses(weight, moved, H) >= losses(weight, optimum, H) * (1 - 1e-6)).all()
 
@@ -209,7 +217,7 @@ def mirrored(bits: int) -> tuple[Tensor, Solution]:
 def test_a_signed_scale_may_flip(bits: int) -> None:
     weight, solution = mirrored(bits)
     hessian = make_hessian(64)
-    after = refine(solution, weight, hessian, factor(hessian), bits=bits, signed=True, sweeps=1)
+    after = refined(solution, weight, hessian, factor(hessian, Recipe()), bits=bits, signed=True, sweeps=1)
     assert torch.equal(after.scale, -solution.scale)
     assert torch.equal(after.codes, solution.codes)
     assert torch.equal(after.dequantize(), weight)
@@ -219,18 +227,18 @@ def test_a_signed_scale_may_flip(bits: int) -> None:
 def test_an_unsigned_scale_stays_positive(bits: int) -> None:
     weight, solution = mirrored(bits)
     hessian = make_hessian(64)
-    f = factor(hessian)
-    after = refine(solution, weight, hessian, f, bits=bits, signed=False, sweeps=4)
+    f = factor(hessian, Recipe())
+    after = refined(solution, weight, hessian, f, bits=bits, signed=False, sweeps=4)
     assert (after.scale > 0).all()
     assert check_not_worse(weight, hessian, f, solution, after) < 0.2  # by its codes
 
 
 def test_a_scale_that_would_be_zero_or_infinite_in_fp16_is_not_taken() -> None:
     hessian = make_hessian(64)
-    f = factor(hessian)
-    s = round_to_nearest(random(4, 64), bits=4, group_size=32, sym=True)
+    f = factor(hessian, Recipe())
+    s = round_to_nearest(random(4, 64), Recipe(4, 32))
     for size in (1e-12, 1e9):
-        after = refine(s, size * random(4, 64), hessian, f, bits=4, signed=True, sweeps=2)
+        after = refined(s, size * random(4, 64), hessian, f, bits=4, signed=True, sweeps=2)
         assert after.scale.isfinite().all()
         assert (after.scale != 0).all()
 
@@ -242,7 +250,7 @@ def test_groups_of_zero_codes(sym: bool, signed: bool) -> None:
     f, first = begin(weight, hessian, "nearest", 4, 32, sym, signed, "none")
     first.codes[:, 32:64] = first.zero_point[:, 1:2]
     codes = first.codes.clone()
-    after = refine(first, weight, hessian, f, bits=4, signed=signed, sweeps=1)
+    after = refined(first, weight, hessian, f, bits=4, signed=signed, sweeps=1)
     assert torch.equal(after.scale[:, 1], first.scale[:, 1])
     assert not torch.equal(after.codes[:, 32:64], codes[:, 32:64])
     check_not_worse(weight, hessian, f, first, after)
@@ -251,7 +259,7 @@ def test_groups_of_zero_codes(sym: bool, signed: bool) -> None:
 def test_weights_of_zero_stay_zero() -> None:
     weight, hessian = torch.zeros(3, 64), make_hessian(64)
     f, first = begin(weight, hessian, "gptq", 4, 32, True, True, "none")
-    after = refine(first, weight, hessian, f, bits=4, signed=True, sweeps=3)
+    after = refined(first, weight, hessian, f, bits=4, signed=True, sweeps=3)
     assert torch.equal(after.dequantize(), weight)
     assert torch.equal(after.scale, first.scale)
 
@@ -263,11 +271,11 @@ def test_dead_columns_weigh_what_the_factor_gives_them(size: float) -> None:
     weight, hessian = random(N, 96, seed=5), make_hessian(96, size, dead)
     weight[:, dead] *= 3  # the others would want another scale
     f, first = begin(weight, hessian, "nearest", 3, 32, True, False, "none")
-    after = refine(first, weight, hessian, f, bits=3, signed=False, sweeps=3)
+    after = refined(first, weight, hessian, f, bits=3, signed=False, sweeps=3)
     assert check_not_worse(weight, hessian, f, first, after) < 0.9
     # Activations of another size are the same problem.
     same = make_hessian(96, 1.0, dead)
-    expected = refine(first, weight, same, factor(same), bits=3, signed=False, sweeps=3)
+    expected = refined(first, weight, same, factor(same, Recipe()), bits=3, signed=False, sweeps=3)
     assert (after.codes == expected.codes).double().mean() >= 0.99  # near-ties
 
 
@@ -276,9 +284,9 @@ def test_it_converges(sym: bool, signed: bool) -> None:
     weight, hessian = random(N, 96, seed=5), make_hessian(96)
     f, first = begin(weight, hessian, "gptq", 3, 32, sym, signed, "none")
     H = damped(hessian, f)
-    few = refine(first, weight, hessian, f, bits=3, signed=signed, sweeps=2)
-    many = refine(first, weight, hessian, f, bits=3, signed=signed, sweeps=60)
-    more = refine(many, weight, hessian, f, bits=3, signed=signed, sweeps=1)
+    few = refined(first, weight, hessian, f, bits=3, signed=signed, sweeps=2)
+    many = refined(first, weight, hessian, f, bits=3, signed=signed, sweeps=60)
+    more = refined(many, weight, hessian, f, bits=3, signed=signed, sweeps=1)
     assert torch.equal(many.codes, more.codes)
     assert torch.equal(many.scale, more.scale)
     assert losses(weight, many, H).sum() < losses(weight, few, H).sum()
@@ -287,9 +295,9 @@ def test_it_converges(sym: bool, signed: bool) -> None:
 def test_sweeps_add_up() -> None:
     weight, hessian = random(N, 96, seed=5), make_hessian(96)
     f, s = begin(weight, hessian, "nearest", 4, 32, True, True, "none")
-    at_once = refine(s, weight, hessian, f, bits=4, signed=True, sweeps=3)
+    at_once = refined(s, weight, hessian, f, bits=4, signed=True, sweeps=3)
     for _ in range(3):
-        s = refine(s, weight, hessian, f, bits=4, signed=True, sweeps=1)
+        s = refined(s, weight, hessian, f, bits=4, signed=True, sweeps=1)
     # Each call computes the error anew where one keeps adding to it: near-ties.
     assert (at_once.codes == s.codes).double().mean() >= 0.99
 
@@ -297,7 +305,7 @@ def test_sweeps_add_up() -> None:
 def test_no_sweeps() -> None:
     weight, hessian = random(N, 96, seed=5), make_hessian(96)
     f, first = begin(weight, hessian, "nearest", 4, 32, True, True, "none")
-    assert refine(first, weight, hessian, f, bits=4, signed=True, sweeps=0) is first
+    assert refined(first, weight, hessian, f, bits=4, signed=True, sweeps=0) is first
 
 
 @pytest.mark.parametrize("order", ["none", "group"])
@@ -311,7 +319,7 @@ def test_arguments_are_unchanged_and_bytes_the_same(n: int, group: int, order: s
     arguments = [weight, hessian.matrix, f.unit, f.pivots, first.codes, first.scale, first.zero_point]
     arguments += [t for t in (first.perm, f.order) if t is not None]
     before = [t.clone() for t in arguments]
-    results = [refine(first, weight, hessian, f, bits=4, signed=False, sweeps=2) for _ in "ab"]
+    results = [refined(first, weight, hessian, f, bits=4, signed=False, sweeps=2) for _ in "ab"]
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
     for name in ("codes", "scale", "zero_point"):
         assert torch.equal(getattr(results[0], name), getattr(results[1], name))
@@ -321,9 +329,9 @@ def test_arguments_are_unchanged_and_bytes_the_same(n: int, group: int, order: s
 def test_weights_of_other_dtype_and_strides() -> None:
     weight, hessian = random(N, 96, seed=5).bfloat16(), make_hessian(96)
     f, first = begin(weight, hessian, "gptq", 4, 32, True, True, "none")
-    expected = refine(first, weight.float(), hessian, f, bits=4, signed=True, sweeps=2)
+    expected = refined(first, weight.float(), hessian, f, bits=4, signed=True, sweeps=2)
     for other in (weight, weight.T.contiguous().T, torch.cat([weight] * 2, 1)[:, 96:]):
-        result = refine(first, other, hessian, f, bits=4, signed=True, sweeps=2)
+        result = refined(first, other, hessian, f, bits=4, signed=True, sweeps=2)
         assert torch.equal(result.codes, expected.codes)
         assert torch.equal(result.scale, expected.scale)
 
@@ -331,7 +339,7 @@ def test_weights_of_other_dtype_and_strides() -> None:
 def test_rows_are_independent() -> None:
     weight, hessian = random(N, 96, seed=5), make_hessian(96)
     f, first = begin(weight, hessian, "gptq", 4, 32, True, True, "none")
-    whole = refine(first, weight, hessian, f, bits=4, signed=True, sweeps=2).split([3, 5])
+    whole = refined(first, weight, hessian, f, bits=4, signed=True, sweeps=2).split([3, 5])
     for part, rows, old in zip(whole, weight.split([3, 5]), first.split([3, 5]), strict=True):
-        alone = refine(old, rows, hessian, f, bits=4, signed=True, sweeps=2)
+        alone = refined(old, rows, hessian, f, bits=4, signed=True, sweeps=2)
         assert (alone.codes == part.codes).double().mean() >= 0.99  # products of another height: near-ties

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from gptq_ao.config import EFFORTS
 from gptq_ao.errors import NonFiniteError
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
 from gptq_ao.solver.factor import Factor, factor
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.refine import refine
 from gptq_ao.solver.solution import Solution
-from gptq_ao.solver.solve import relative_error, round_to_nearest, solve
+from gptq_ao.solver.solve import round_to_nearest, solve
+
+from ..measures import relative_error
 
 N, K, GROUP = 10, 160, 32
 DEFAULT = EFFORTS["default"]
@@ -41,18 +44,9 @@ def activations(rows: int = 300) -> Tensor:
 def quantize(
     weight: Tensor, hessian: Hessian, bits: int, sym: bool = True, signed: bool = True
 ) -> tuple[Factor, Solution]:
-    f = factor(hessian, DEFAULT["act_order"], GROUP)
-    first = solve(
-        weight,
-        f,
-        bits=bits,
-        group_size=GROUP,
-        sym=sym,
-        act_order=DEFAULT["act_order"],
-        signed=signed,
-        scale_candidates=6,
-    )
-    return f, refine(first, weight, hessian, f, bits=bits, signed=signed, sweeps=DEFAULT["refine_sweeps"])
+    recipe = Recipe(**{"bits": bits, "group_size": GROUP, "sym": sym, **DEFAULT, "signed_scale": signed})
+    f = factor(hessian, dataclasses.replace(recipe, scale_candidates=6))
+    return f, refine(solve(weight, f), weight, hessian, f)
 
 
 def check(
@@ -70,7 +64,7 @@ def check(
     assert s.scale.isfinite().all()
     assert (s.scale != 0).all() if signed else (s.scale > 0).all()
     assert s.dequantize().isfinite().all()
-    nearest = round_to_nearest(weight, bits=bits, group_size=GROUP, sym=sym, signed=False)
+    nearest = round_to_nearest(weight, Recipe(bits, GROUP, sym))
     errors = [relative_error(weight, t.dequantize(), hessian) for t in (s, nearest)]
     assert errors[0] <= share * errors[1]
     return s
@@ -190,20 +184,12 @@ def test_weights_that_have_no_grid(
 ) -> None:
     weight = random(N, K, seed=5)
     weight[4, 100] = value
-    f = factor(hessian_of(activations()), act_order, GROUP)
+    recipe = Recipe(4, GROUP, sym, act_order, signed_scale=signed, scale_candidates=candidates)
+    f = factor(hessian_of(activations()), recipe)
     # What is solved later is updated with infinities; the message is about the weights as given.
     message = r"the weights reach \S+: a scale for them is not a finite fp16 number"
     with pytest.raises(NonFiniteError, match=message) as raised:
-        solve(
-            weight,
-            f,
-            bits=4,
-            group_size=GROUP,
-            sym=sym,
-            act_order=act_order,
-            signed=signed,
-            scale_candidates=candidates,
-        )
+        solve(weight, f)
     if candidates > 1 or act_order == "static":
         assert raised.match(f"the weights reach {shown}:")
 
@@ -242,5 +228,5 @@ def test_a_corrected_target_is_quantized_as_well(data: str) -> None:
     def lost(weights: Tensor) -> float:
         return (x.double() @ weight.double().T - x_now.double() @ weights.double().T).square().sum().item()
 
-    nearest = round_to_nearest(weight, bits=4, group_size=GROUP, sym=True)
+    nearest = round_to_nearest(weight, Recipe(4, GROUP))
     assert lost(s.dequantize()) < lost(nearest.dequantize())

@@ -10,11 +10,14 @@ from torch import Tensor
 from gptq_ao.codes.grid import choose_grid, round_to_grid
 from gptq_ao.errors import NonFiniteError, SolverError
 from gptq_ao.kernels.columns import MAX_COLUMNS
+from gptq_ao.recipe import Recipe
 from gptq_ao.solver import factor as factor_module
 from gptq_ao.solver.factor import factor
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.solution import Solution
-from gptq_ao.solver.solve import relative_error, round_to_nearest, solve
+from gptq_ao.solver.solve import round_to_nearest, solve
+
+from ..measures import relative_error
 
 # [N, K] and group size: one block and a part, two blocks, one group longer than a block, groups that do not divide one.
 SHAPES = [(40, 160, 32), (24, 256, 128), (33, 130, -1), (21, 144, 48)]
@@ -46,8 +49,7 @@ def make_hessian(kind: str, k: int) -> Hessian:
 
 
 def quantize(weight: Tensor, hessian: Hessian, damp: float, bits: int, group: int, sym: bool, order: str) -> Solution:
-    f = factor(hessian, order, group, damp)
-    return solve(weight, f, bits=bits, group_size=group, sym=sym, act_order=order)
+    return solve(weight, factor(hessian, Recipe(bits, group, sym, order, damp)))
 
 
 @dataclasses.dataclass
@@ -212,11 +214,15 @@ def llm_compressor(weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: T
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("name", OUT_FEATURES)
 def test_codes_are_those_of_llm_compressor(name: str, layer: int, act_order: str, sym: bool) -> None:
+    """Its grids come from the weights as given, like ours of "static". Without an order it goes from left to right, and
+    so does "static" where that is the order of the diagonal."""
     matrix = load_file(PEER_HESSIANS)[f"layers.{layer}.{name}"]
+    if act_order == "none":
+        descending = torch.argsort(matrix.diagonal(), descending=True, stable=True)
+        matrix = matrix[descending][:, descending]
     weight = 0.08 * random(OUT_FEATURES[name], len(matrix), seed=layer)
     grid = choose_grid(weight, 32, 4, sym)
-    f = factor(Hessian(matrix, 1), act_order, 32, 0.01)
-    ours = solve(weight, f, bits=4, group_size=32, sym=sym, act_order=act_order, grid=grid)
+    ours = solve(weight, factor(Hessian(matrix, 1), Recipe(4, 32, sym, "static", 0.01)))
     theirs = llm_compressor(weight, matrix, *grid, act_order)
     assert (ours.codes == theirs).double().mean() >= 0.999
     assert torch.equal(ours.scale, grid[0])
@@ -227,7 +233,7 @@ def test_codes_are_those_of_llm_compressor(name: str, layer: int, act_order: str
 @pytest.mark.parametrize(("bits", "share"), [(2, 0.4), (3, 0.25), (4, 0.25), (8, 0.25)], ids=["2", "3", "4", "8"])
 def test_error_is_far_below_that_of_rounding_to_nearest(bits: int, share: float, act_order: str) -> None:
     weight, hessian = random(32, 160, seed=5), make_hessian("correlated", 160)
-    nearest = round_to_nearest(weight, bits=bits, group_size=32, sym=True)
+    nearest = round_to_nearest(weight, Recipe(bits, 32, True))
     solved = quantize(weight, hessian, 0.01, bits, 32, True, act_order)
     ours, baseline = (relative_error(weight, s.dequantize(), hessian) for s in (solved, nearest))
     assert ours < share * baseline
@@ -244,9 +250,9 @@ def with_dead_columns(k: int, dead: list[int]) -> Hessian:
 def test_dead_columns_are_rounded_to_nearest(act_order: str) -> None:
     dead = [0, 31, 32, 63, 100, 140, 159]
     weight, hessian = random(24, 160, seed=5), with_dead_columns(160, dead)
-    f = factor(hessian, act_order, 32, 0.01)
+    f = factor(hessian, Recipe(4, 32, False, act_order, 0.01))
     assert f.dead == len(dead)
-    s = solve(weight, f, bits=4, group_size=32, sym=False, act_order=act_order)
+    s = solve(weight, f)
     place = torch.arange(160) if s.perm is None else torch.argsort(s.perm)
     for column in dead:
         i = int(place[column])
@@ -254,7 +260,7 @@ def test_dead_columns_are_rounded_to_nearest(act_order: str) -> None:
         assert torch.equal(s.codes[:, i].float(), round_to_grid(weight[:, column], scale, zero, 4))
     assert (s.dequantize()[:, dead] != 0).double().mean() > 0.8
     if act_order == "static":
-        assert torch.equal(s.codes[:, dead], round_to_nearest(weight, bits=4, group_size=32, sym=False).codes[:, dead])
+        assert torch.equal(s.codes[:, dead], round_to_nearest(weight, Recipe(4, 32, False)).codes[:, dead])
 
 
 @orders
@@ -272,10 +278,10 @@ def test_dead_columns_change_nothing_for_the_others(act_order: str) -> None:
 @orders
 def test_all_columns_dead(act_order: str) -> None:
     weight = random(9, 96)
-    f = factor(Hessian(torch.zeros(96, 96), 0), act_order, 32)
+    f = factor(Hessian(torch.zeros(96, 96), 0), Recipe(3, 32, act_order=act_order))
     assert f.dead == 96
-    s = solve(weight, f, bits=3, group_size=32, sym=True, act_order=act_order)
-    nearest = round_to_nearest(weight, bits=3, group_size=32, sym=True)
+    s = solve(weight, f)
+    nearest = round_to_nearest(weight, Recipe(3, 32, True))
     assert torch.equal(s.dequantize(), nearest.dequantize())
 
 
@@ -284,15 +290,15 @@ def test_all_columns_dead(act_order: str) -> None:
 )
 def test_default_damping_follows_the_amount_of_data(rows: int, damp: float) -> None:
     hessian = dataclasses.replace(make_hessian("random", 40), rows=rows)
-    assert factor(hessian).damp == pytest.approx(damp)
-    assert factor(hessian, damp_percent=0.3).damp == 0.3
+    assert factor(hessian, Recipe()).damp == pytest.approx(damp)
+    assert factor(hessian, Recipe(damp_percent=0.3)).damp == 0.3
 
 
 @pytest.mark.parametrize("dead", [[], [3, 17]], ids=["live", "dead"])
 @orders
 def test_factor_is_that_of_the_damped_hessian(act_order: str, dead: list[int]) -> None:
     hessian = with_dead_columns(40, dead)
-    f = factor(hessian, act_order, 20, 0.05)
+    f = factor(hessian, Recipe(4, 20, True, act_order, 0.05))
     diagonal = hessian.matrix.diagonal()
     mean = diagonal[diagonal > 0].mean().item()
     damped = hessian.matrix.double()
@@ -318,19 +324,19 @@ def indefinite(coupling: float) -> Hessian:
 def test_damping_is_tripled_until_the_factor_exists() -> None:
     hessian = indefinite(1.5)
     before = hessian.matrix.clone()
-    f = factor(hessian, "none")
+    f = factor(hessian, Recipe())
     assert f.damp == pytest.approx(0.01 * 3**4)  # 0.27 is too little for 0.5, 0.81 is enough
     damped = before.double() + f.damp * torch.eye(6)
     A, D = f.unit.double(), f.pivots.double()
     assert torch.allclose((A * D) @ A.T, damped, rtol=1e-6, atol=1e-6)
     assert torch.equal(hessian.matrix, before)
-    assert factor(hessian, "none", damp_percent=0.6).damp == 0.6
+    assert factor(hessian, Recipe(damp_percent=0.6)).damp == 0.6
 
 
 def test_hopeless_hessian() -> None:
     message = r"the Hessian \[6, 6\] of 1000 rows is not positive definite even with 1\.77e\+03 of its mean diagonal"
     with pytest.raises(SolverError, match=message):
-        factor(indefinite(1e6))
+        factor(indefinite(1e6), Recipe())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -339,7 +345,7 @@ def test_non_finite_hessian(where: tuple[int, int], value: float) -> None:
     matrix = torch.eye(4)
     matrix[where] = value
     with pytest.raises(NonFiniteError, match=r"the Hessian \[4, 4\] holds NaN or infinity"):
-        factor(Hessian(matrix, 10))
+        factor(Hessian(matrix, 10), Recipe())
 
 
 def test_fp32_factor_of_a_large_hessian_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,20 +357,19 @@ def test_fp32_factor_of_a_large_hessian_agrees(monkeypatch: pytest.MonkeyPatch) 
     errors = [relative_error(weight, s.dequantize(), hessian) for s in (precise, coarse)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
     before = hessian.matrix.clone()
-    factor(hessian, "none")
+    factor(hessian, Recipe())
     assert torch.equal(hessian.matrix, before)
 
 
 @orders
 def test_arguments_are_unchanged(act_order: str) -> None:
     weight, hessian = random(12, 160, seed=5), with_dead_columns(160, [7])
-    grid = choose_grid(weight, 32, 4, sym=False) if act_order != "group" else None
-    arguments = [weight, hessian.matrix, *(grid or ())]
+    arguments = [weight, hessian.matrix]
     before = [t.clone() for t in arguments]
-    f = factor(hessian, act_order, 32)
+    f = factor(hessian, Recipe(4, 32, False, act_order))
     factored = [f.unit.clone(), f.pivots.clone()]
-    solve(weight, f, bits=4, group_size=32, sym=False, act_order=act_order, grid=grid)
-    round_to_nearest(weight, bits=4, group_size=32, sym=False)
+    solve(weight, f)
+    round_to_nearest(weight, Recipe(4, 32, False))
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
     assert torch.equal(f.unit, factored[0])
     assert torch.equal(f.pivots, factored[1])
@@ -475,7 +480,7 @@ def test_later_grids_come_from_updated_weights() -> None:
 @pytest.mark.parametrize("shape", [(9, 96), (3, 5, 64)], ids=["9x96", "3x5x64"])
 def test_round_to_nearest(shape: tuple[int, ...]) -> None:
     weight = random(*shape)
-    s = round_to_nearest(weight.bfloat16(), bits=3, group_size=32, sym=False)
+    s = round_to_nearest(weight.bfloat16(), Recipe(3, 32, False))
     scale, zero = choose_grid(weight.bfloat16(), 32, 3, sym=False)
     assert torch.equal(s.scale, scale)
     assert torch.equal(s.zero_point, zero)
