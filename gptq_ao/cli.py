@@ -245,7 +245,7 @@ def inspect(
             "name": name,
             "bits": e.bits,
             "shape": list(e.shape),
-            "group_size": e.shape[1] // e.groups,
+            "group_size": e.spec.group_size,
             "dtype": e.dtype,
             "act_order": "group" if e.perm else "natural groups",
         }

@@ -14,9 +14,11 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from gptq_ao.calibration.batches import Batch
+from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CalibrationError
 from gptq_ao.passes.size_conditions import check_sizes, static_size
+from gptq_ao.recipe import Recipe
 
 __all__ = [
     "Excluded",
@@ -166,6 +168,12 @@ class Layout:
     def _matrix(self) -> tuple[int, int]:
         sizes = (self.out_features, self.in_features)
         return sizes[::-1] if self.transposed else sizes
+
+    def packed(self, recipe: Recipe) -> PackedSpec:
+        """What the parameter is made of once it is quantized. One that is neither a matrix nor a stack is stored as its
+        matrix [rows, in_features], and remembers the parameter's shape."""
+        lead = (self.stack, self.out_features) if self.stacked else (self.rows,)
+        return PackedSpec.of((*lead, self.in_features), recipe)
 
     def matrix(self, parameter: torch.Tensor) -> torch.Tensor:
         """[rows, in_features]; a view where the storage allows it."""

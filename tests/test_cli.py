@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptq_ao import cli
+from gptq_ao import Int4GroupTensor, cli, save_quantized
 from gptq_ao.tiny_lm.corpus import documents
 
 TINY = str(Path(__file__).parents[1] / "examples" / "tiny_lm")
@@ -106,6 +106,18 @@ def test_inspect(quantized: tuple[Path, dict[str, Any]], monkeypatch: pytest.Mon
     lines = run(monkeypatch, "inspect", str(quantized[0]))
     assert "21 quantized and 8 other tensors" in lines
     assert "lm_head.weight is model.embed_tokens.weight" in lines
+
+
+def test_inspect_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack [E, N, K] has its groups along K."""
+    codes, grid = torch.zeros(4, 16, 64, dtype=torch.uint8), torch.zeros(4, 16, 1, dtype=torch.uint8)
+    model = torch.nn.Module()
+    weight = Int4GroupTensor.from_codes(codes, grid.half() + 1, grid, dtype=torch.float32)
+    model.experts = torch.nn.Parameter(weight, requires_grad=False)
+    save_quantized(model, tmp_path / "out")
+    (layer,) = run(monkeypatch, "inspect", str(tmp_path / "out"), "--json")["quantized"]
+    assert (layer["shape"], layer["group_size"]) == ([4, 16, 64], 64)
+    assert "experts  [4, 16, 64]  4 bits, group 64" in run(monkeypatch, "inspect", str(tmp_path / "out"))
 
 
 def test_convert_and_inspect(

@@ -22,15 +22,13 @@ import torch
 from torch import Tensor
 
 from gptq_ao.calibration.activation_store import ActivationStore
-from gptq_ao.codes.grid import group_columns
-from gptq_ao.codes.tiles import packed_bytes
 from gptq_ao.config import EFFORTS, UNCHANGED, GPTQConfig
 from gptq_ao.errors import ConfigError
 from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.expected_harm import expected_harm
 from gptq_ao.passes.products.fused_sets import fused_sets
-from gptq_ao.passes.records import Excluded, Layout, Selection
+from gptq_ao.passes.records import Excluded, Selection
 from gptq_ao.pipeline.allocate import allocate
 from gptq_ao.pipeline.run_plan import static_value
 from gptq_ao.pipeline.solve_together import expert_hessians, solve_together
@@ -110,7 +108,8 @@ def _units(
     def size(name: str, bits: int) -> int:
         if bits == UNCHANGED:
             return weights.model.get_parameter(name).nbytes
-        return _packed(prepared.selection.layouts[name], settings[name], bits)
+        recipe = dataclasses.replace(settings[name].recipe, bits=bits)
+        return prepared.selection.layouts[name].packed(recipe).nbytes
 
     return [
         Unit(
@@ -122,15 +121,6 @@ def _units(
         )
         for names in units
     ]
-
-
-def _packed(layout: Layout, c: GPTQConfig, bits: int) -> int:
-    """Bytes of the quantized weight in memory, as `run.rewrite` stores it."""
-    stacked = layout.view_as is None and len(layout.shape) > 2
-    lead = (layout.stack, layout.out_features) if stacked else (layout.rows,)
-    k = layout.in_features
-    order = 4 * k if c.act_order == "group" else 0
-    return packed_bytes((*lead, k), bits, k // group_columns(k, c.group_size)) + order
 
 
 def _budget(config: GPTQConfig, units: Sequence[Unit], count: int) -> int:

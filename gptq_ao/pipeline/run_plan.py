@@ -76,12 +76,11 @@ def rewrite(
 ) -> WeightReport:
     """Put a solution in place of its parameter."""
     name, s = solved.part.weight, solved.solution
-    parameter = weights.model.get_parameter(name)
-    parts = (s.codes, s.scale, s.zero_point)
-    if layout.view_as is None and parameter.dim() > 2:
-        parts = tuple(t.unflatten(0, (*layout.shape[:-2], -1)) for t in parts)
-    packed = tensor_class(settings[name].bits).from_codes(
-        *parts,
+    parameter, spec = weights.model.get_parameter(name), layout.packed(settings[name].recipe)
+    packed = tensor_class(spec.bits).from_codes(
+        s.codes.view(spec.shape),
+        s.scale.view(spec.grid_shape),
+        s.zero_point.view(spec.grid_shape),
         dtype=parameter.dtype,
         perm=s.perm,
         transposed=layout.transposed,
@@ -91,8 +90,8 @@ def rewrite(
     return WeightReport(
         name=name,
         shape=tuple(parameter.shape),
-        bits=packed.bits,
-        group_size=packed.group_size,
+        bits=spec.bits,
+        group_size=spec.group_size,
         method=solved.method,
         stage=stage,
         rows=solved.rows,

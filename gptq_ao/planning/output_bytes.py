@@ -4,7 +4,6 @@ from torch import Tensor, nn
 
 from gptq_ao.checkpoint.native.manifest import QuantizedEntry
 from gptq_ao.checkpoint.native.write import stored_bytes
-from gptq_ao.codes.grid import group_columns
 from gptq_ao.model.inspection import state_names
 from gptq_ao.passes.records import Selection
 
@@ -15,9 +14,9 @@ def result_size(model: nn.Module, selection: Selection) -> int:
     """What the model takes in files when the selected weights are quantized."""
     state = model.state_dict(keep_vars=True)
     contents: dict[str, Tensor | QuantizedEntry] = {first: state[first] for first, *_ in state_names(model)}
+    layouts = selection.layouts
     for name, c in selection.settings.items():
-        k = selection.layouts[name].in_features
-        rows = contents[name].numel() // k  # type: ignore[union-attr]  # those of all matrices of a stack
-        permuted = c.act_order == "group" and c.method == "gptq"
-        contents[name] = QuantizedEntry(c.bits, (rows, k), k // group_columns(k, c.group_size), "", False, permuted)
+        layout = layouts[name]
+        spec = layout.packed(c.recipe)
+        contents[name] = QuantizedEntry.of(spec, state[name].dtype, layout.transposed, layout.view_as)
     return stored_bytes(contents)

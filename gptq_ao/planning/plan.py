@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gptq_ao.calibration.activation_store import Budget
+from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.kernels.ops import kernel_name
@@ -264,21 +265,18 @@ def _weights(
     planned = []
     for name in order:
         c, layout = prepared.selection.settings[name], prepared.selection.layouts[name]
-        parameter = weights.model.get_parameter(name)
-        group_size = layout.in_features if c.group_size == -1 else c.group_size
+        parameter, spec = weights.model.get_parameter(name), layout.packed(c.recipe)
         of = inputs.get(name, [])
         planned.append(
             PlannedWeight(
                 name=name,
                 shape=tuple(parameter.shape),
-                bits=c.bits,
-                group_size=group_size,
+                bits=spec.bits,
+                group_size=spec.group_size,
                 method=c.method,
                 stage=of[0][0] if of else 0,
                 rows=sum(footprint.rows[shared.name] for _, shared in of),
-                kernel=kernel_name(
-                    device, parameter.dtype, c.bits, group_size, layout.in_features, stacked=len(layout.shape) > 2
-                ),
+                kernel=_kernel(device, parameter.dtype, spec, layout),
                 bytes=footprint.packed[name],
                 original_bytes=parameter.nbytes,
                 fallback=_fallback(name, layout, [shared for _, shared in of], footprint, config.expert_min_rows)
@@ -287,6 +285,12 @@ def _weights(
             )
         )
     return tuple(planned)
+
+
+def _kernel(device: torch.device, dtype: torch.dtype, spec: PackedSpec, layout: Layout) -> str:
+    if layout.view_as is not None:  # no kernel knows the parameter's shape, so its own operator gets a dense weight
+        return "dequantize + the dense operator"
+    return kernel_name(device, dtype, spec.bits, spec.group_size, spec.shape[-1], spec.stacked)
 
 
 def _fallback(name: str, layout: Layout, inputs: list[SharedInput], footprint: Footprint, min_rows: int) -> str | None:

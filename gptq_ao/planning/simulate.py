@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptq_ao.calibration.activation_store import compact
-from gptq_ao.codes.grid import group_columns
+from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import cuda, reference
 from gptq_ao.model.weights import Weights
@@ -136,7 +136,7 @@ class _Simulation:
         self.from_files = 0  # bytes of those, at most
         self.packed: dict[str, Packed] = {}  # on meta, if they are not on the device
         self.packed_bytes: dict[str, int] = {}
-        self.packings: dict[tuple[int, ...], tuple[Packed, int]] = {}  # see `pack`
+        self.packings: dict[PackedSpec, tuple[Packed, int]] = {}  # see `pack`
         self.rows: dict[str, int] = {}
         self.calibration, self.solving = Work(), Work()
         self.values: dict[Any, Values] = {}  # shape → what waits of a batch
@@ -220,15 +220,14 @@ class _Simulation:
         )
         assert qdata is not None
         assert scale_zero is not None
-        layout, dtype, bits = self.layouts[name], self.state[name].dtype, self.settings[name].bits
-        sides = (layout.out_features if qdata.dim() > 3 else layout.rows, layout.in_features)
-        size = self.settings[name].group_size
-        size = layout.in_features if size == -1 else size
-        if cuda.in_one_pass(self.real_device, bits, size, layout.in_features, dtype):
-            weight = torch.empty(*qdata.shape[:-3], *sides, dtype=dtype, device=self.device)
+        layout, dtype = self.layouts[name], self.state[name].dtype
+        spec = layout.packed(self.settings[name].recipe)
+        *_, n, k = spec.shape
+        if cuda.in_one_pass(self.real_device, spec.bits, spec.group_size, k, dtype):
+            weight = torch.empty(spec.shape, dtype=dtype, device=self.device)
             weight = weight if perm is None else weight[..., perm]
         else:
-            weight = reference.dequantize(qdata, scale_zero, high_plane, perm, bits, *sides, dtype)
+            weight = reference.dequantize(qdata, scale_zero, high_plane, perm, spec.bits, n, k, dtype)
         return (weight.mT if layout.transposed else weight).reshape(layout.shape)
 
     def dense(self, name: str) -> Tensor:
@@ -283,17 +282,12 @@ class _Simulation:
 
     def pack(self, name: str) -> int:
         """Put the quantized weight in place; the bytes that were alive at most."""
-        layout, c = self.layouts[name], self.settings[name]
-        k = layout.in_features
-        stacked = layout.view_as is None and len(layout.shape) > 2
-        lead = (layout.stack, layout.out_features) if stacked else (layout.rows,)
-        permuted = c.act_order == "group" and c.method == "gptq"
+        spec = self.layouts[name].packed(self.settings[name].recipe)
         before = self.live
         # A model has many weights of few kinds, and packing takes dozens of operators.
-        kind = (*lead, k, c.bits, group_columns(k, c.group_size), permuted)
-        if kind not in self.packings:
-            self.packings[kind] = self._packing(*kind)
-        parts, more = self.packings[kind]
+        if spec not in self.packings:
+            self.packings[spec] = self._packing(spec)
+        parts, more = self.packings[spec]
         packed = tuple(None if t is None else torch.empty_like(t, device=self.device) for t in parts)
         self.packed_bytes[name] = sum(t.nbytes for t in packed if t is not None)
         self.here.pop(name, None)
@@ -302,16 +296,14 @@ class _Simulation:
         self.packed[name] = packed
         return before + more
 
-    def _packing(self, *kind: int) -> tuple[Packed, int]:
-        """What comes out of packing a weight of such a kind, on meta, and the bytes that it takes meanwhile."""
-        *shape, bits, columns, permuted = kind
+    def _packing(self, spec: PackedSpec) -> tuple[Packed, int]:
+        """What comes out of packing such a weight, on meta, and the bytes that it takes meanwhile."""
         self.tracker.restart()
         before = self.live
-        grid = (*shape[:-1], shape[-1] // columns)
-        scale = torch.empty(grid, dtype=torch.float16, device=self.device)
-        zero_point = torch.empty(grid, dtype=torch.uint8, device=self.device)
-        perm = torch.empty(shape[-1], dtype=torch.int32, device=self.device) if permuted else None
-        qdata, high_plane = pack_codes(torch.empty(shape, dtype=torch.uint8, device=self.device), bits)
+        scale = torch.empty(spec.grid_shape, dtype=torch.float16, device=self.device)
+        zero_point = torch.empty(spec.grid_shape, dtype=torch.uint8, device=self.device)
+        perm = torch.empty(spec.shape[-1], dtype=torch.int32, device=self.device) if spec.permuted else None
+        qdata, high_plane = pack_codes(torch.empty(spec.shape, dtype=torch.uint8, device=self.device), spec.bits)
         packed = (qdata, pack_scale_zero(scale, zero_point), high_plane, perm)
         parts = tuple(None if t is None else torch.empty_like(t, device="meta") for t in packed)
         return parts, self.tracker.peak[self.device.type] - before

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from gptq_ao.codes.grid import max_code
+from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero, pack_words, unpack_codes, unpack_scale_zero
 from gptq_ao.errors import ConfigError, NonFiniteError
 from gptq_ao.kernels import ops
@@ -229,6 +230,12 @@ class GroupTensor(TorchAOBaseTensor):
             f"{type(self).__name__} has no storage of its own, so it cannot be written as one tensor: save the model "
             "with gptq_ao.save_quantized(model, directory)"
         )
+
+    @property
+    def spec(self) -> PackedSpec:
+        """What it is made of."""
+        shape = (*self.qdata.shape[:-3], self.out_features, self.in_features)
+        return PackedSpec(shape, self.bits, self.group_size, self.perm is not None)
 
     def packed(self) -> tuple[Any, ...]:
         """The arguments of the operators in `kernels/ops.py`, after x."""

@@ -348,3 +348,16 @@ def test_a_directory_without_a_config(tmp_path: Path) -> None:
     assert config_directory(str(tmp_path)) == tmp_path
     with pytest.raises(CheckpointError, match=r"'no/such model' is no directory, and no model of the hub"):
         config_directory("no/such model")
+
+
+def test_the_kernel_of_every_kind_of_weight() -> None:
+    """A convolution is no stack of experts: its own operator gets the dense weight."""
+    bf16 = plan(convolutions().bfloat16(), gptq_config(4, -1, calibration=[x.bfloat16() for x in images()]))
+    kernels = {w.name: w.kernel for w in bf16.weights}
+    assert kernels["0.weight"] == kernels["2.weight"] == "dequantize + the dense operator"
+    assert kernels["5.weight"].startswith("dequantize + matmul")  # one scale per row is no group of PyTorch's kernel
+    experts = plan(mixture().bfloat16(), gptq_config(4, 32, calibration=token_batches()))
+    kernels = {w.name: w.kernel for w in experts.weights}
+    each, one = "cpu int4 up to 256 rows per expert", "cpu int4 up to 256 rows, else"
+    assert kernels["model.layers.0.mlp.experts.gate_up_proj"].startswith(each)
+    assert kernels["model.layers.0.self_attn.q_proj.weight"].startswith(one)

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gptq_ao.checkpoint.files.paths import MANIFEST, shard_path
+from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.config import BITS
 from gptq_ao.errors import CheckpointError
 
@@ -47,6 +48,7 @@ __all__ = [
 FORMAT_VERSIONS = (1, 2)
 MAX_MANIFEST_BYTES = 256 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class QuantizedEntry:
     transposed: bool
     perm: bool
     view_as: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, spec: PackedSpec, dtype: torch.dtype, transposed: bool, view_as: tuple[int, ...] | None
+    ) -> "QuantizedEntry":
+        return cls(spec.bits, spec.shape, spec.groups, _NAME_OF[dtype], transposed, spec.permuted, view_as)
+
+    @property
+    def spec(self) -> PackedSpec:
+        return PackedSpec(self.shape, self.bits, self.shape[-1] // self.groups, self.perm)
 
     def tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
         """What the shards must hold for it: name → (safetensors dtype, shape)."""

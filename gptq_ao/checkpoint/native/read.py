@@ -37,7 +37,7 @@ class NativeWeight:
 
     @property
     def group_size(self) -> int:
-        return self.entry.shape[-1] // self.entry.groups
+        return self.entry.spec.group_size
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -18,20 +18,10 @@ from gptq_ao.tensor import GroupTensor, tensor_class
 
 __all__ = ["from_stored", "stored_entry", "stored_parts"]
 
-_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
-
 
 def stored_entry(weight: GroupTensor) -> QuantizedEntry:
     """What the manifest says of a weight."""
-    return QuantizedEntry(
-        weight.bits,
-        (*weight.qdata.shape[:-3], weight.out_features, weight.in_features),
-        weight.in_features // weight.group_size,
-        _NAME_OF[weight.dtype],
-        weight.transposed,
-        weight.perm is not None,
-        weight.view_as,
-    )
+    return QuantizedEntry.of(weight.spec, weight.dtype, weight.transposed, weight.view_as)
 
 
 def stored_parts(name: str, weight: GroupTensor) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ class CheckpointWriter(OutputDirectory):
         }
         texts = {MANIFEST: as_json(manifest)}
         if has_config(model):
-            weights = [(e.bits, e.shape[-1] // e.groups) for e in self._entries.values()]
+            weights = [(e.bits, e.spec.group_size) for e in self._entries.values()]
             texts = {CARD: model_card(model, "native", weights, report), **texts}
         self.finish(model, tokenizer, placed, native_config(entries, version), texts)
 
