@@ -17,8 +17,8 @@ from gptq_ao.integrations.on_import import when_imported as _when_imported
 from gptq_ao.integrations.torchao import register as _register_with_torchao
 from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
+from gptq_ao.planning.job import whole_model
 from gptq_ao.planning.plan import QuantizationPlan, plan
-from gptq_ao.planning.prepare import whole_model
 from gptq_ao.report import Report
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
 

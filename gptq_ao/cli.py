@@ -3,10 +3,13 @@
 Progress and messages go to stderr. With --json, stdout carries exactly one JSON object.
 """
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +23,7 @@ from gptq_ao.checkpoint.files.shards import NAME_OF
 from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.checkpoint.native.manifest import read_manifest
 from gptq_ao.checkpoint.save import save_quantized
-from gptq_ao.config import gptq_config
+from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.demo import run_demo
 from gptq_ao.errors import ConfigError, GPTQError
@@ -66,15 +69,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the unquantized model; auto: as stored.")]
 Model = Annotated[str, typer.Argument(help="A local Hugging Face directory or a hub id.")]
-Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
-GroupSize = Annotated[int, typer.Option(help="Input features per scale; -1: one scale per row.")]
-TargetBits = Annotated[
-    float | None, typer.Option(help="Stored bits per weight on average, such as 3.5; each weight's bits are chosen.")
-]
-EffortOption = Annotated[Effort, typer.Option(help="How much time and memory to spend on accuracy.")]
-ActOrderOption = Annotated[ActOrder | None, typer.Option(help="Order in which columns are rounded.")]
-Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.")]
-MethodOption = Annotated[Method, typer.Option(help="GPTQ, or round to nearest as a baseline.")]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that run together.")]
@@ -87,26 +81,18 @@ MaxMemoryOption = Annotated[
 ]
 
 
-@app.command()
-def quantize(
-    model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
-    bits: Bits = 4,
-    target_bits: TargetBits = None,
-    group_size: GroupSize = 128,
-    effort: EffortOption = Effort.default,
-    act_order: ActOrderOption = None,
-    sym: Sym = True,
-    damp_percent: Annotated[float | None, typer.Option(help="Damping; by default from the amount of data.")] = None,
-    method: MethodOption = Method.gptq,
-    calibration: Annotated[
-        str | None, typer.Option(help="A .jsonl, .json, .txt or .parquet file, or a dataset's name.")
+def _settings(
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Stored bits per weight on average, such as 3.5; each weight's bits are chosen."),
     ] = None,
-    column: Annotated[str, typer.Option(help="Field of the calibration data that holds the text.")] = "text",
-    num_samples: NumSamples = 128,
-    seq_len: SeqLen = 2048,
-    batch_size: BatchSize = 8,
-    seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
+    group_size: Annotated[int, typer.Option(help="Input features per scale; -1: one scale per row.")] = 128,
+    effort: Annotated[Effort, typer.Option(help="How much time and memory to spend on accuracy.")] = Effort.default,
+    act_order: Annotated[ActOrder | None, typer.Option(help="Order in which columns are rounded.")] = None,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.")] = True,
+    damp_percent: Annotated[float | None, typer.Option(help="Damping; by default from the amount of data.")] = None,
+    method: Annotated[Method, typer.Option(help="GPTQ, or round to nearest as a baseline.")] = Method.gptq,
     strict: Annotated[bool, typer.Option(help="Fail instead of falling back.")] = False,
     strict_capture: Annotated[
         bool, typer.Option(help="Fail if the model is not one graph, instead of replaying its forwards.")
@@ -115,16 +101,8 @@ def quantize(
     calibrate_all_experts: Annotated[
         bool, typer.Option(help="Every token reaches every expert, for the Hessians only.")
     ] = False,
-    stream: Stream = False,
-    max_memory: MaxMemoryOption = None,
-    device: Device = "cpu",
-    dtype: DtypeOption = Dtype.auto,
-    as_json: Json = False,
-) -> None:
-    """Quantize MODEL and write it to OUT."""
-    if calibration is None and method is Method.gptq:
-        raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
-    config = gptq_config(
+) -> GPTQConfig:
+    return gptq_config(
         bits,
         group_size,
         sym=sym,
@@ -138,6 +116,48 @@ def quantize(
         expert_min_rows=expert_min_rows,
         calibrate_all_experts=calibrate_all_experts,
     )
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of `_settings` in place of its parameter `config`: what decides the outcome is
+    declared once, for all commands that take it."""
+    shared = signature(_settings).parameters
+    own = signature(command).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(config=_settings(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = [q for p in own.values() for q in (shared.values() if p.name == "config" else (p,))]
+    # typer reads the one for the order and the defaults, the other for the types.
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+@app.command()
+@_with_settings
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    config: GPTQConfig,
+    calibration: Annotated[
+        str | None, typer.Option(help="A .jsonl, .json, .txt or .parquet file, or a dataset's name.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Field of the calibration data that holds the text.")] = "text",
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 8,
+    seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
+    stream: Stream = False,
+    max_memory: MaxMemoryOption = None,
+    device: Device = "cpu",
+    dtype: DtypeOption = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and write it to OUT."""
+    if calibration is None and config.method == "gptq":
+        raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
     limits = _limits(max_memory)
     tokenizer = load_tokenizer(model)
     if calibration is not None:
@@ -165,14 +185,10 @@ def quantize(
 
 
 @app.command("plan")
+@_with_settings
 def plan_(
     model: Annotated[str, typer.Argument(help="A directory with a config.json, or a hub id. No weight is read.")],
-    bits: Bits = 4,
-    group_size: GroupSize = 128,
-    effort: EffortOption = Effort.default,
-    act_order: ActOrderOption = None,
-    sym: Sym = True,
-    method: MethodOption = Method.gptq,
+    config: GPTQConfig,
     num_samples: NumSamples = 128,
     seq_len: SeqLen = 2048,
     batch_size: BatchSize = 8,
@@ -185,17 +201,9 @@ def plan_(
     """What `quantize` would do to MODEL, and the memory, disk and time it would take."""
     limits = _limits(max_memory)
     frame = empty_model(config_directory(model), _dtype(dtype), otherwise=torch.bfloat16)
-    ids = torch.empty(num_samples, seq_len, dtype=torch.int64, device="meta")
-    batches = [{"input_ids": rows} for rows in ids.split(batch_size)] if method is Method.gptq else None
-    config = gptq_config(
-        bits,
-        group_size,
-        sym=sym,
-        effort=effort.value,
-        act_order=None if act_order is None else act_order.value,
-        method=method.value,
-        calibration=batches,
-    )
+    if config.method == "gptq":
+        ids = torch.empty(num_samples, seq_len, dtype=torch.int64, device="meta")
+        config = config.with_calibration([{"input_ids": rows} for rows in ids.split(batch_size)])
     weights = StreamedWeights(frame) if stream else ModelWeights(frame)
     made = plan_weights(weights, config, device=device, max_memory=limits, shard_bytes=2**30 if stream else 0)
     _print({"model": model, **made.to_dict()}, str(made), as_json)
@@ -209,7 +217,7 @@ def evaluate_(
     column: Annotated[str, typer.Option(help="Field of the data that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")] = 2048,
-    max_chunks: Annotated[int, typer.Option(min=1, help="Score at most so many, evenly spaced.")] = 10**9,
+    max_chunks: Annotated[int, typer.Option(min=1, help="Score at most this many, evenly spaced.")] = 10**9,
     batch_size: Annotated[int, typer.Option(min=1, help="Chunks that run together.")] = 4,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.auto,

@@ -230,7 +230,7 @@ def gptq_config(
         target_bits: stored bits per weight, codes, scales and zero points, to be reached as nearly as possible from
             below, in place of `bits`: each weight gets one of `candidates`, so that the model's outputs change least
             (automatic precision, see `pipeline/precision.py`). Weights that engines fuse get the same, and a weight
-            that a rule gives bits or leaves as it is has no part in it. It needs a model that can be captured as one
+            that a rule gives bits, or leaves as it is, does not count. It needs a model that can be captured as one
             graph, in the memory of the device that computes, with room for a backward of one batch.
         candidates: two or more of 2, 3, 4, 8 and 16, which leaves the weight as it is.
         calibration: batches of the model's own inputs: a list or other iterable, a DataLoader, or a callable that

@@ -140,7 +140,7 @@ def _read_dataset(name: str, split: str, column: str) -> list[Any]:
     path, _, configuration = name.partition(":")
     try:
         rows = datasets.load_dataset(path, configuration or None, split=split)
-    except Exception as e:  # a missing name, no network, no such split: datasets has an own error for each
+    except Exception as e:  # a missing name, no network, no such split: datasets raises a different error for each
         raise CalibrationError(f"dataset {name!r}, split {split!r}, cannot be loaded: {type(e).__name__}: {e}") from e
     if column not in rows.column_names:
         raise CalibrationError(f"dataset {name!r} has the columns {rows.column_names}, not {column!r}")

@@ -19,7 +19,7 @@ __all__ = ["DemoResult", "run_demo"]
 
 SEQ_LEN = 512
 CALIBRATION_SAMPLES = 64
-CALIBRATION_SHARE = 20  # of the training documents, one in so many: plenty for the samples
+CALIBRATION_SHARE = 20  # every 20th training document is taken: plenty for the samples
 EVALUATION_CHUNKS = 40
 PROMPT = "import os\n\n\ndef read("
 GENERATED_TOKENS = 160

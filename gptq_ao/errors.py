@@ -61,4 +61,4 @@ class FusedSettingsWarning(UserWarning):
 
 
 class RoundedScalesWarning(UserWarning):
-    """Scales of a checkpoint are no fp16 numbers, and were rounded."""
+    """Scales of a checkpoint are not fp16 numbers, and were rounded."""

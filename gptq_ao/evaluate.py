@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gptq_ao.errors import CalibrationError
-from gptq_ao.passes.capture import calibration_mode
+from gptq_ao.passes.tracing.calibration_mode import calibration_mode
+from gptq_ao.progress import Progress, Steps
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -28,8 +28,20 @@ class Evaluation:
     tokens: int
 
 
-def evaluate(model: nn.Module, chunks: Tensor, reference: nn.Module | None = None, batch_size: int = 4) -> Evaluation:
-    """Score `model` on `chunks` [n, L] of token ids. Both models are evaluated in eval mode and left as they were.
+def evaluate(
+    model: nn.Module,
+    chunks: Tensor,
+    reference: nn.Module | None = None,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score `model` on `chunks`. Both models are evaluated in eval mode and left as they were.
+
+    Args:
+        chunks: [n, L] int64, token ids.
+        reference: the model it was made from; without it there is no KL divergence.
+        batch_size: chunks that run together.
+        progress: called after each batch, see `quantize_`.
 
     Raises:
         CalibrationError: there is no chunk of at least two tokens.
@@ -41,13 +53,16 @@ def evaluate(model: nn.Module, chunks: Tensor, reference: nn.Module | None = Non
         for m in (model, reference):
             if m is not None:
                 stack.enter_context(calibration_mode(m))
-        for ids in tqdm(chunks.split(batch_size), desc="evaluate", unit="batch", disable=None):
-            log_p = _log_probabilities(model, ids)
-            target = ids[:, 1:].flatten().to(log_p.device)
-            loss += F.nll_loss(log_p.flatten(0, 1), target, reduction="sum").item()
-            if reference is not None:
-                log_q = _log_probabilities(reference, ids).to(log_p.device)
-                divergence += F.kl_div(log_p, log_q, log_target=True, reduction="sum").item()
+        parts = chunks.split(batch_size)
+        steps = stack.enter_context(Steps(progress, len(parts), "batch"))
+        for ids in parts:
+            with steps.step("evaluate"):
+                log_p = _log_probabilities(model, ids)
+                target = ids[:, 1:].flatten().to(log_p.device)
+                loss += F.nll_loss(log_p.flatten(0, 1), target, reduction="sum").item()
+                if reference is not None:
+                    log_q = _log_probabilities(reference, ids).to(log_p.device)
+                    divergence += F.kl_div(log_p, log_q, log_target=True, reduction="sum").item()
     tokens = chunks.shape[0] * (chunks.shape[1] - 1)
     return Evaluation(math.exp(loss / tokens), None if reference is None else divergence / tokens, tokens)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from gptq_ao import Int4GroupTensor, cli, save_quantized
 from gptq_ao.tiny_lm.corpus import documents
+
+from .planning.test_plan import mixture
 
 TINY = str(Path(__file__).parents[1] / "examples" / "tiny_lm")
 
@@ -204,3 +207,39 @@ def test_target_bits(
     assert len(printed["precision"]) == 12
     error = fail(monkeypatch, capsys, *arguments, "--bits", "3", "--target-bits", "3.8")
     assert "bits=3 and target_bits=3.8 contradict each other" in error
+
+
+def options(command: str) -> dict[str, tuple[Any, Any]]:
+    """Name → type and default."""
+    import typer.main
+
+    found = typer.main.get_command(cli.app).commands[command]  # type: ignore[attr-defined]
+    return {p.name: (p.type.name, p.default) for p in found.params}
+
+
+def test_plan_takes_what_decides_the_outcome() -> None:
+    """With the same types and defaults. What remains says where to write, and which text to read."""
+    ours, theirs = options("plan"), options("quantize")
+    assert set(theirs) - set(ours) == {"out", "calibration", "column", "seed"}
+    assert set(ours) <= set(theirs)
+    assert {n: theirs[n] for n in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        (("--effort", "fast"), lambda facts: facts["seconds"]["solve"]),
+        (("--act-order", "group"), lambda facts: facts["output_bytes"]),
+        (("--bits", "3"), lambda facts: facts["bits_per_weight"]),
+        (("--group-size", "32"), lambda facts: facts["bits_per_weight"]),
+        (("--expert-min-rows", "0"), lambda facts: [w["fallback"] for w in facts["layers"]]),
+        (("--calibrate-all-experts",), lambda facts: [w["rows"] for w in facts["layers"]]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_option_changes_the_plan(
+    option: tuple[str, ...], what: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture().save_pretrained(tmp_path)
+    usual = ("plan", str(tmp_path), "--group-size", "16", "--num-samples", "4", "--seq-len", "64", "--json")
+    assert what(run(monkeypatch, *usual, *option)) != what(run(monkeypatch, *usual))

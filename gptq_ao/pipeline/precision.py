@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import EFFORTS, UNCHANGED, GPTQConfig
 from gptq_ao.errors import ConfigError
-from gptq_ao.model.weights import ModelWeights, Weights
+from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.expected_harm import expected_harm
 from gptq_ao.passes.products.fused_sets import fused_sets
@@ -32,8 +32,10 @@ from gptq_ao.passes.records import Excluded, Selection
 from gptq_ao.pipeline.allocate import allocate
 from gptq_ao.pipeline.run_plan import static_value
 from gptq_ao.pipeline.solve_together import expert_hessians, solve_together
-from gptq_ao.planning.memory import Limits, waiting_budget
+from gptq_ao.planning.job import Job
+from gptq_ao.planning.memory import waiting_budget
 from gptq_ao.planning.prepare import Prepared, with_selection
+from gptq_ao.progress import Steps
 from gptq_ao.report import Choice, Decision, Unit
 
 __all__ = ["check_possible", "choose_precision"]
@@ -41,33 +43,31 @@ __all__ = ["check_possible", "choose_precision"]
 LEFT = "automatic precision: left at 16 bits"
 
 
-def check_possible(weights: Weights, limits: Limits) -> None:
+def check_possible(job: Job) -> None:
     """Find what keeps a backward of the whole model from running, before anything is done.
 
     Raises:
         ConfigError: the weights are not all in memory, or there is a limit to the device's that cannot be kept.
     """
-    if not isinstance(weights, ModelWeights):
+    if not isinstance(job.weights, ModelWeights):
         raise ConfigError(
             "target_bits takes a backward of the whole model, so it cannot be streamed: load the model and use "
             "quantize_, or give bits instead"
         )
-    away = next((name for name, p in weights.model.named_parameters() if p.is_meta), None)
+    away = next((name for name, p in job.model.named_parameters() if p.is_meta), None)
     if away is not None:
         raise ConfigError(
             f"target_bits takes a backward of the whole model, and {away!r} is offloaded or not loaded (it is on "
             "meta): load the model without offloading, or give bits instead"
         )
-    if limits.device is not None:
+    if job.limits.device is not None:
         raise ConfigError(
             "target_bits takes a backward of the whole model, for which max_memory of the device cannot be kept: give "
             "max_memory for 'cpu' only, or bits instead of target_bits"
         )
 
 
-def choose_precision(
-    weights: Weights, prepared: Prepared, config: GPTQConfig, limits: Limits
-) -> tuple[Prepared, tuple[Decision, ...]]:
+def choose_precision(job: Job, prepared: Prepared) -> tuple[Prepared, tuple[Decision, ...]]:
     """Replace `target_bits` in the settings of `prepared` by bits. Reads the weights and changes nothing.
 
     Raises:
@@ -79,22 +79,22 @@ def choose_precision(
     if not settings:
         raise ConfigError("target_bits has nothing to choose: rules give every weight its bits. Leave it out")
     sites = tuple(s for s in prepared.selection.sites if s.weight in settings)
-    costs = _costs(weights, prepared, Selection(sites, settings, ()), config, limits)
-    units = _units(weights, prepared, settings, costs)
-    counts = [sum(weights.model.get_parameter(name).numel() for name in unit.names) for unit in units]
-    chosen = allocate(units, _budget(config, units, sum(counts)))
+    costs = _costs(job, prepared, Selection(sites, settings, ()))
+    units = _units(job.model, prepared, settings, costs)
+    counts = [sum(job.model.get_parameter(name).numel() for name in unit.names) for unit in units]
+    chosen = allocate(units, _budget(job.config, units, sum(counts)))
     bits = {name: choice.bits for unit, choice in zip(units, chosen, strict=True) for name in unit.names}
     selection = _with_bits(prepared.selection, bits)
     if not selection.settings:
         raise ConfigError(
-            f"target_bits={config.target_bits} leaves every weight as it is: nothing would be quantized. Give less"
+            f"target_bits={job.config.target_bits} leaves every weight as it is: nothing would be quantized. Give less"
         )
     decisions = (Decision(*each) for each in zip(units, chosen, counts, strict=True))
     return with_selection(prepared, selection), tuple(decisions)
 
 
 def _units(
-    weights: Weights,
+    model: nn.Module,
     prepared: Prepared,
     settings: Mapping[str, GPTQConfig],
     costs: Mapping[tuple[str, int], float],
@@ -107,7 +107,7 @@ def _units(
 
     def size(name: str, bits: int) -> int:
         if bits == UNCHANGED:
-            return weights.model.get_parameter(name).nbytes
+            return model.get_parameter(name).nbytes
         recipe = dataclasses.replace(settings[name].recipe, bits=bits)
         return prepared.selection.layouts[name].packed(recipe).nbytes
 
@@ -149,25 +149,23 @@ def _with_bits(selection: Selection, bits: Mapping[str, int]) -> Selection:
     return Selection(sites, settings, (*selection.excluded, *left))
 
 
-def _costs(
-    weights: Weights, prepared: Prepared, selection: Selection, config: GPTQConfig, limits: Limits
-) -> dict[tuple[str, int], float]:
+def _costs(job: Job, prepared: Prepared, selection: Selection) -> dict[tuple[str, int], float]:
     """(weight, bits) → cost."""
-    assert config.target_bits is not None
-    target = config.target_bits
-    typical = min((b for b in config.candidates if b != UNCHANGED), key=lambda b: abs(b - target))
+    target = job.config.target_bits
+    assert target is not None
+    typical = min((b for b in job.config.candidates if b != UNCHANGED), key=lambda b: abs(b - target))
     measured = with_selection(prepared, dataclasses.replace(selection, settings=_cheap(selection.settings)))
-    energies, errors = _round(weights, measured, config, limits, typical)
+    energies, errors = _round(job, measured, typical)
     assert measured.found is not None
     assert measured.calibrated is not None
-    program, device = measured.found.program, measured.device
+    program = measured.found.program
     harm = expected_harm(
         program,
         selection.layouts,
         errors,
         measured.calibrated.batches,
-        lambda name: static_value(weights, program, name, device),
-        device,
+        lambda name: static_value(job, program, name),
+        job.device,
     )
     # Of a weight that no data reached, all are zero.
     return {(name, b): harm[name] * e / (energies[name, typical] or 1.0) for (name, b), e in energies.items()}
@@ -181,9 +179,7 @@ def _cheap(settings: Mapping[str, GPTQConfig]) -> dict[str, GPTQConfig]:
     }
 
 
-def _round(
-    weights: Weights, measured: Prepared, config: GPTQConfig, limits: Limits, typical: int
-) -> tuple[dict[tuple[str, int], float], dict[str, Tensor]]:
+def _round(job: Job, measured: Prepared, typical: int) -> tuple[dict[tuple[str, int], float], dict[str, Tensor]]:
     """Solve every weight at every candidate, with the original model's activations.
 
     Returns:
@@ -192,28 +188,33 @@ def _round(
     """
     calibrated, settings, layouts = measured.calibrated, measured.selection.settings, measured.selection.layouts
     assert calibrated is not None
-    device, program, plan = measured.device, calibrated.program, calibrated.plan
+    weights, program, plan = job.weights, calibrated.program, calibrated.plan
     by_bits = {
         bits: {name: dataclasses.replace(c, bits=bits, target_bits=None) for name, c in settings.items()}
-        for bits in config.candidates
+        for bits in job.config.candidates
         if bits != UNCHANGED
     }
-    energies = dict.fromkeys(((name, bits) for name in settings for bits in config.candidates), 0.0)
+    energies = dict.fromkeys(((name, bits) for name in settings for bits in job.config.candidates), 0.0)
     errors: dict[str, Tensor] = {}
-    budget = waiting_budget(weights, measured, limits, device)
-    with ActivationStore(calibrated.batches, device, budget) as store, torch.no_grad():
+    budget = waiting_budget(job, measured)
+    with (
+        ActivationStore(calibrated.batches, job.device, budget) as store,
+        Steps(job.progress, len(plan.stages), "stage") as steps,
+        torch.no_grad(),
+    ):
         for stage, segment in zip(plan.stages, plan.segments, strict=True):
-            hessians = calibrate(segment, stage, store, lambda name: static_value(weights, program, name, device))
-            for shared, of_shared in zip(stage.inputs, hessians, strict=True):
-                matrices = {n: layouts[n].matrix(weights.get(n, device)) for n in shared.weights}
-                for n, matrix in matrices.items():
-                    errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
-                for expert, (hessian, why) in enumerate(expert_hessians(of_shared, config.expert_min_rows)):
-                    rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
-                    for bits, chosen in by_bits.items():
-                        for solved in solve_together(rows, chosen, hessian, config.strict, why):
-                            p = solved.part
-                            energies[p.weight, bits] += solved.changed or 0.0
-                            if bits == typical:
-                                errors[p.weight][p.start : p.stop] = rows[p] - solved.solution.dequantize()
+            with steps.step(f"measure {stage.inputs[0].weights[0].removesuffix('.weight')}"):
+                hessians = calibrate(segment, stage, store, lambda name: static_value(job, program, name))
+                for shared, of_shared in zip(stage.inputs, hessians, strict=True):
+                    matrices = {n: layouts[n].matrix(weights.get(n, job.device)) for n in shared.weights}
+                    for n, matrix in matrices.items():
+                        errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
+                    for expert, (hessian, why) in enumerate(expert_hessians(of_shared, job.config.expert_min_rows)):
+                        rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
+                        for bits, chosen in by_bits.items():
+                            for solved in solve_together(rows, chosen, hessian, job.config.strict, why):
+                                p = solved.part
+                                energies[p.weight, bits] += solved.changed or 0.0
+                                if bits == typical:
+                                    errors[p.weight][p.start : p.stop] = rows[p] - solved.solution.dequantize()
     return energies, errors

@@ -16,8 +16,8 @@ from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
-from gptq_ao.model.inspection import check_unquantized, output_heads
-from gptq_ao.model.weights import ModelWeights, Weights
+from gptq_ao.model.inspection import check_unquantized
+from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.products.fused_sets import mixed_sets
@@ -26,10 +26,13 @@ from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
 from gptq_ao.pipeline.solve_together import round_matrix
-from gptq_ao.planning.memory import MaxMemory, read_limits, waiting_budget
+from gptq_ao.planning.job import FilterFn, Job
+from gptq_ao.planning.limits import Limits, MaxMemory
+from gptq_ao.planning.memory import waiting_budget
 from gptq_ao.planning.output_bytes import result_size
-from gptq_ao.planning.prepare import FilterFn, Prepared, calibration_batches, check_support, prepare, wanted_by
-from gptq_ao.report import Clock, Decision, Report, WeightReport
+from gptq_ao.planning.prepare import Prepared, check_support, prepare
+from gptq_ao.progress import Progress
+from gptq_ao.report import Decision, Report, WeightReport
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["quantize_", "quantize_parameter_", "quantize_weights"]
@@ -42,6 +45,7 @@ def quantize_(
     device: torch.device | str | None = None,
     *,
     max_memory: MaxMemory | None = None,
+    progress: Progress | None = None,
 ) -> Report | None:
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced.
 
@@ -54,6 +58,9 @@ def quantize_(
             is on it. For "cpu": the activations of calibration data that wait in host memory. What exceeds the first
             goes to host memory, what exceeds the second to temporary files; the result is the same. None: what is
             free on the device, then on the host.
+        progress: `(stage, of, name, seconds)`, called whenever a stage is done, in place of the bar on a terminal: its
+            number, counted from 1, of how many, the first of its weights, and the seconds since the first stage began.
+            Automatic precision (`target_bits`) counts twice, once while it measures.
 
     Returns:
         What was done, per weight; None for another library's config.
@@ -69,26 +76,15 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     check_unquantized(model)
-    return quantize_weights(ModelWeights(model), config, filter_fn, device, max_memory)
+    return quantize_weights(Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress))
 
 
-def quantize_weights(
-    weights: Weights,
-    config: GPTQConfig,
-    filter_fn: FilterFn | None = None,
-    device: torch.device | str | None = None,
-    max_memory: MaxMemory | None = None,
-) -> Report:
+def quantize_weights(job: Job) -> Report:
     """`quantize_` for a model whose weights are anywhere."""
-    clock = Clock()
-    run_on = torch.device(device) if device is not None else weights.device
-    limits = read_limits(max_memory, run_on)
-    if config.target_bits is not None:
-        check_possible(weights, limits)
-    batches = calibration_batches(config)
-    recipe = _recipe(config, batches)
-    report = _quantize(weights, config, filter_fn, run_on, max_memory, batches, clock)
-    return dataclasses.replace(report, recipe=recipe)
+    if job.config.target_bits is not None:
+        check_possible(job)
+    recipe = _recipe(job.config, job.batches)  # before anything can change the data
+    return dataclasses.replace(_quantize(job), recipe=recipe)
 
 
 def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
@@ -103,93 +99,75 @@ def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
     return {"recipe": settings, **rules, "calibration": f"{len(batches)} batches, sha256 {digest(batches)}"}
 
 
-def _quantize(
-    weights: Weights,
-    config: GPTQConfig,
-    filter_fn: FilterFn | None,
-    run_on: torch.device,
-    max_memory: MaxMemory | None,
-    batches: list[Batch] | None,
-    clock: Clock,
-) -> Report:
-    limits = read_limits(max_memory, run_on)
+def _quantize(job: Job) -> Report:
     try:
-        prepared = prepare(weights, config, batches, filter_fn, run_on, clock)
+        prepared = prepare(job)
     except CaptureError as e:
-        if config.strict_capture or not isinstance(weights, ModelWeights):
+        if job.config.strict_capture or not isinstance(job.weights, ModelWeights):
             raise
-        if config.target_bits is not None:
+        if job.config.target_bits is not None:
             raise ConfigError(
                 "target_bits needs gradients of the model as one graph, and it cannot be captured as one: give bits "
                 f"instead, with rules for single weights, or change the model. {e}"
             ) from e
-        assert batches is not None
-        if max_memory is not None:
+        if job.limits != Limits():
             raise ConfigError(
                 "max_memory cannot be kept, since the model cannot be captured as one graph: all batches would wait in "
                 f"the middle of a forward. {e}"
             ) from e
-        return _replay(weights, batches, config, filter_fn, run_on, str(e), clock)
-    with clock("plan"):
-        _check(weights, prepared.selection)
+        return _replay(job, job.weights, str(e))
+    with job.clock("plan"):
+        _check(job, prepared.selection)
     decisions: tuple[Decision, ...] = ()
-    if config.target_bits is not None:
-        with clock("precision"):
-            prepared, decisions = choose_precision(weights, prepared, config, limits)
+    if job.config.target_bits is not None:
+        with job.clock("precision"):
+            prepared, decisions = choose_precision(job, prepared)
     prepared.warn(deeper=1)
     if prepared.calibrated is None:
-        report = _report(round_all(weights, prepared.selection, clock), prepared, clock)
-        return dataclasses.replace(report, precision=decisions)
-    program, plan = prepared.calibrated.program, prepared.calibrated.plan
-    with clock("plan"):
-        budget = waiting_budget(weights, prepared, limits, run_on)
-    with ActivationStore(prepared.calibrated.batches, run_on, budget) as store:
-        done = run_plan(weights, program, plan, store, run_on, config, clock)
-        return dataclasses.replace(_report(done, prepared, clock, store.peak), precision=decisions)
+        done, waiting = round_all(job, prepared.selection), None
+    else:
+        with job.clock("plan"):
+            budget = waiting_budget(job, prepared)
+        with ActivationStore(prepared.calibrated.batches, job.device, budget) as store:
+            done = run_plan(job, prepared.calibrated, store)
+            waiting = store.peak
+    return dataclasses.replace(_report(job, done, prepared, waiting), precision=decisions)
 
 
-def _replay(
-    weights: ModelWeights,
-    batches: list[Batch],
-    config: GPTQConfig,
-    filter_fn: FilterFn | None,
-    device: torch.device,
-    reason: str,
-    clock: Clock,
-) -> Report:
-    """Without a graph."""
-    if device != weights.device:
+def _replay(job: Job, weights: ModelWeights, reason: str) -> Report:
+    """Without a graph, for `reason`."""
+    if job.device != weights.device:
         raise ConfigError(
-            f"the model cannot be captured as one graph, so it has to run as a whole, on {device}: move it there "
-            f"first, model.to({str(device)!r}). {reason}"
+            f"the model cannot be captured as one graph, so it has to run as a whole, on {job.device}: move it there "
+            f"first, model.to({str(job.device)!r}). {reason}"
         )
-    if config.calibrate_all_experts:
+    if job.config.calibrate_all_experts:
         raise ConfigError(
             "calibrate_all_experts needs the model as one graph, and it cannot be captured as one: leave the setting "
             f"out, or change the model. {reason}"
         )
-    offloaded = next((n for n, p in weights.model.named_parameters() if p.device.type == "meta"), None)
+    offloaded = next((n for n, p in job.model.named_parameters() if p.device.type == "meta"), None)
     if offloaded is not None:
         raise ConfigError(
             f"the model cannot be captured as one graph, so it has to run as a whole, and {offloaded!r} is offloaded "
             f"or not loaded (it is on meta): load the model without offloading. {reason}"
         )
-    with clock("plan"):
+    with job.clock("plan"):
         try:
-            sites, excluded = find_products(weights.model, batches, output_heads(weights.model), device)
+            sites, excluded = find_products(job)
         except CaptureError as e:
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
-        selection = choose_weights(sites, excluded, config, wanted_by(weights.model, filter_fn))
-        check_support(config, selection)
-        _check(weights, selection)
-    prepared = Prepared(selection, device, mixed_sets(sites, selection), None)
+        selection = choose_weights(sites, excluded, job.config, job.wanted)
+        check_support(job.config, selection)
+        _check(job, selection)
+    prepared = Prepared(selection, job.device, mixed_sets(sites, selection), None)
     prepared.warn(deeper=2)
     if all(c.method == "rtn" for c in selection.settings.values()):
-        report = _report(round_all(weights, selection, clock), prepared, clock)
+        report = _report(job, round_all(job, selection), prepared)
         return dataclasses.replace(report, capture="replay", capture_reason=reason)
-    done = replay(weights, batches, selection, config, device, clock)
+    done = replay(job, weights, selection)
     return dataclasses.replace(
-        _report(list(done.weights), prepared, clock),
+        _report(job, list(done.weights), prepared),
         stages=done.hessians,
         hessians=done.hessians,
         capture="replay",
@@ -214,11 +192,11 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
     check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
     layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
-    rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), {name: config}, stage=0)
+    rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), config, stage=0)
 
 
-def _check(weights: Weights, selection: Selection) -> None:
-    weights.check(selection.settings, lambda: result_size(weights.model, selection))
+def _check(job: Job, selection: Selection) -> None:
+    job.weights.check(selection.settings, lambda: result_size(job.model, selection))
 
 
 def _notes(prepared: Prepared) -> tuple[str, ...]:
@@ -235,9 +213,7 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
     return (f"not compensated for what was quantized before them, since {why}: {which}",)
 
 
-def _report(
-    weights: list[WeightReport], prepared: Prepared, clock: Clock, waiting: Mapping[str, int] | None = None
-) -> Report:
+def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Mapping[str, int] | None = None) -> Report:
     stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -246,13 +222,13 @@ def _report(
     if waiting is not None:
         peak |= {"activations": waiting["device"], "offloaded": waiting["host"], "files": waiting["disk"]}
     return Report(
-        weights=tuple(weights),
+        weights=tuple(done),
         excluded={e.weight: e.reason for e in prepared.selection.excluded},
         stages=len(stages),
         hessians=sum(len(s.inputs) for s in stages),
-        seconds=clock.seconds,
+        seconds=job.clock.seconds,
         peak_bytes=peak,
         warnings=prepared.warnings,
-        capture="export" if "capture" in clock.seconds else "none",
+        capture="export" if "capture" in job.clock.seconds else "none",
         notes=_notes(prepared),
     )

@@ -17,8 +17,9 @@ from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.inspection import check_values
 from gptq_ao.pipeline.quantize import quantize_weights
-from gptq_ao.planning.memory import MaxMemory
-from gptq_ao.planning.prepare import FilterFn
+from gptq_ao.planning.job import FilterFn, Job
+from gptq_ao.planning.limits import MaxMemory
+from gptq_ao.progress import Progress
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
 
@@ -36,13 +37,14 @@ def quantize_checkpoint(
     dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     max_shard_bytes: int = 2**30,
+    progress: Progress | None = None,
 ) -> Report:
     """Quantize the Hugging Face model in the directory `source` and write it to the directory `out`, as `quantize_` and
     `save_quantized` would, tensor by tensor the same. At no time is the model in memory: only the weights that run or
     are solved at the moment, the activations of the calibration data, and a shard of the result.
 
     Args:
-        config, filter_fn: see `quantize_`.
+        config, filter_fn, progress: see `quantize_`.
         device: where to compute; None: on the CPU.
         max_memory: see `quantize_`.
         dtype: of the model before quantization; None: as stored.
@@ -58,7 +60,7 @@ def quantize_checkpoint(
         raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
     with CheckpointWriter(Path(out), max_shard_bytes) as writer:
         weights = CheckpointWeights(open_source(Path(source), dtype), writer)
-        report = quantize_weights(weights, config, filter_fn, device, max_memory)
+        report = quantize_weights(Job.of(weights, config, filter_fn, device, max_memory, progress))
         writer.add_rest(weights.model, weights.get)
         writer.finish_checkpoint(weights.model, tokenizer, report)
     return report

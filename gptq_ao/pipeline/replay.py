@@ -16,7 +16,6 @@ A weight that is applied again later is solved at its first use. What the later 
 late, would have added is left out, and the report says so.
 """
 
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -27,11 +26,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gptq_ao.calibration.batches import Batch
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, NonFiniteError
+from gptq_ao.model.inspection import output_heads
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.find_linears import ROUTER, left_out_by_name
 from gptq_ao.passes.linear_modules import linear_modules
@@ -43,6 +42,8 @@ from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
 from gptq_ao.pipeline.run_plan import rewrite
 from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, solve_together
+from gptq_ao.planning.job import Job
+from gptq_ao.progress import Steps
 from gptq_ao.report import Clock, WeightReport
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 
@@ -63,20 +64,19 @@ class Replayed:
     notes: tuple[str, ...]
 
 
-def find_products(
-    model: nn.Module, batches: list[Batch], heads: frozenset[str], device: torch.device
-) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...]]:
+def find_products(job: Job) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...]]:
     """Sites in the order to solve them in, and all other matrices with the reason: what `find_linears` gives of a
     graph. The weight of an nn.Linear that no batch reaches is a site too, without rows.
 
     Raises:
         CaptureError: the model cannot take the first batch.
     """
-    finder = ProductFinder(Parameters(model))
+    model = job.model
+    finder, heads = ProductFinder(Parameters(model)), output_heads(model)
     with calibration_mode(model), torch.compiler.set_stance("force_eager"):
         state = ModuleState(model)
-        for number, batch in enumerate(batches):
-            batch = _on(device, batch)
+        for number, batch in enumerate(job.batches or ()):
+            batch = _on(job.device, batch)
             finder.start_batch(batch)
             try:
                 with finder:
@@ -103,30 +103,24 @@ def find_products(
     return tuple(sites), finder.excluded({s.weight for s in sites})
 
 
-def replay(
-    weights: ModelWeights,
-    batches: list[Batch],
-    selection: Selection,
-    config: GPTQConfig,
-    device: torch.device,
-    clock: Clock,
-) -> Replayed:
+def replay(job: Job, weights: ModelWeights, selection: Selection) -> Replayed:
     """Quantize what was selected.
 
     Raises:
         NonFiniteError, SolverError: as a run of a plan does. Whatever the model itself raises.
     """
-    run = _Run(weights.model, selection, config)
+    batches, clock = job.batches or [], job.clock
+    run = _Run(job.model, selection, job.config)
     with torch.no_grad(), clock("solve"):
         run.round_unreached(run.expected)  # first: nothing is done yet if `strict` forbids it
-    calls = [partial(_call, run, _on(device, batch)) for batch in batches]
+    calls = [partial(_call, run, _on(job.device, batch)) for batch in batches]
     try:
         with (
-            calibration_mode(weights.model),
+            calibration_mode(job.model),
             torch.compiler.set_stance("force_eager"),
-            forwards(weights.model, calls) as under_way,
+            forwards(job.model, calls) as under_way,
         ):
-            run.solve_all(under_way, clock)
+            run.solve_all(under_way, job)
     except BaseException as e:
         if run.changed:
             total = len(selection.settings)
@@ -198,23 +192,20 @@ class _Run:
             self._late.setdefault(part.weight, set()).add(batch)
         return False
 
-    def solve_all(self, under_way: list[Forward], clock: Clock) -> None:
+    def solve_all(self, under_way: list[Forward], job: Job) -> None:
         waiting = under_way
-        bar = tqdm(total=len(self.expected), unit="weight", disable=None, file=sys.stderr)  # None: only on a terminal
-        with bar:
+        with Steps(job.progress, len(self.expected), "weight") as steps:
             while True:
                 for forward in waiting:
-                    with clock("calibrate"):
+                    with job.clock("calibrate"):
                         forward.step()
                 parts = [f.waits_for.use.part for f in under_way if f.waits_for is not None]
                 if not parts:
                     return
                 part = min(parts, key=self.expected.__getitem__)
                 waiting = [f for f in under_way if f.waits_for is not None and f.waits_for.use.part == part]
-                bar.set_description(part.weight.removesuffix(".weight"))
-                with torch.no_grad():
-                    self._solve(part, waiting, clock)
-                bar.update()
+                with steps.step(part.weight.removesuffix(".weight")), torch.no_grad():
+                    self._solve(part, waiting, job.clock)
 
     def round_unreached(self, reached_parts: Iterable[Part]) -> None:
         """Round to nearest what is in none of these parts, nor rounded already."""
@@ -234,7 +225,7 @@ class _Run:
         for name in sorted(settings, key=lambda n: self._stages.get(n, 0)):
             matrix = layouts[name].matrix(weights.get(name))
             whole = join_parts(self._solved[name], matrix, settings[name])
-            reports.append(rewrite(weights, layouts[name], whole, settings, self._stages.get(name, 0)))
+            reports.append(rewrite(weights, layouts[name], whole, settings[name], self._stages.get(name, 0)))
         return reports
 
     def notes(self, batches: int) -> tuple[str, ...]:

@@ -1,13 +1,11 @@
 """The stages of a plan, one after the other: observe what reaches the weights, solve them, put the results in place."""
 
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import GPTQConfig
@@ -16,43 +14,43 @@ from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
 from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, round_matrix, solve_together
-from gptq_ao.report import Clock, WeightReport
+from gptq_ao.planning.job import Job
+from gptq_ao.planning.prepare import Calibrated
+from gptq_ao.progress import Steps
+from gptq_ao.report import WeightReport
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 __all__ = ["rewrite", "round_all", "run_plan", "static_value"]
 
 
-def run_plan(
-    weights: Weights,
-    program: Program,
-    plan: Plan,
-    store: ActivationStore,
-    device: torch.device,
-    config: GPTQConfig,
-    clock: Clock,
-) -> list[WeightReport]:
-    """Quantize with the plan's stages in order; one segment's weights at a time are on `device`."""
+def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[WeightReport]:
+    """Quantize with the plan's stages in order; one segment's weights at a time are on the device that computes."""
+    weights, program, plan = job.weights, calibrated.program, calibrated.plan
     settings = plan.selection.settings
     done: list[WeightReport] = []
     originals = _Originals(program, plan)
-    stages = list(zip(plan.stages, plan.segments, strict=True))
-    bar = tqdm(stages, unit="stage", disable=None, file=sys.stderr)  # None: only on a terminal
+
+    def static(name: str) -> Any:
+        placeholder = twin_of(name)
+        if placeholder is not None:
+            return originals[program.parameters[placeholder]].to(job.device)
+        return static_value(job, program, name)
+
     try:
-        for number, (stage, segment) in enumerate(bar, 1):
-            bar.set_description(stage.inputs[0].weights[0].removesuffix(".weight"))
-            with clock("calibrate"):
-                hessians = calibrate(
-                    segment, stage, store, lambda name: _static(weights, program, originals, name, device)
-                )
-                originals.forget(number)
-            with clock("solve"), torch.no_grad():
-                for layout, matrix, parts in _solve(weights, plan, stage, hessians, device, config):
-                    name = parts[0].part.weight
-                    originals.keep(name, weights)
-                    whole = join_parts(parts, matrix, settings[name])
-                    done.append(rewrite(weights, layout, whole, settings, number))
-            del hessians, layout, matrix, parts, whole  # the next segment needs the room
+        with Steps(job.progress, len(plan.stages), "stage") as steps:
+            for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
+                with steps.step(stage.inputs[0].weights[0].removesuffix(".weight")):
+                    with job.clock("calibrate"):
+                        hessians = calibrate(segment, stage, store, static)
+                        originals.forget(number)
+                    with job.clock("solve"), torch.no_grad():
+                        for layout, matrix, parts in _solve(job, plan, stage, hessians):
+                            name = parts[0].part.weight
+                            originals.keep(name, weights)
+                            whole = join_parts(parts, matrix, settings[name])
+                            done.append(rewrite(weights, layout, whole, settings[name], number))
+                    del hessians, layout, matrix, parts, whole  # the next segment needs the room
     except BaseException as e:
         if done and isinstance(weights, ModelWeights):
             e.add_note(f"{len(done)} of {len(settings)} weights are quantized already: reload the model")
@@ -60,23 +58,21 @@ def run_plan(
     return done
 
 
-def round_all(weights: Weights, selection: Selection, clock: Clock) -> list[WeightReport]:
+def round_all(job: Job, selection: Selection) -> list[WeightReport]:
     """Round every chosen weight to nearest."""
-    done = []
-    with clock("solve"), torch.no_grad():
+    done, layouts = [], selection.layouts
+    with job.clock("solve"), torch.no_grad(), Steps(job.progress, len(selection.settings), "weight") as steps:
         for name, c in selection.settings.items():
-            layout = selection.layouts[name]
-            solved = round_matrix(name, layout.matrix(weights.get(name)), c)
-            done.append(rewrite(weights, layout, solved, selection.settings, stage=0))
+            with steps.step(name.removesuffix(".weight")):
+                solved = round_matrix(name, layouts[name].matrix(job.weights.get(name)), c)
+                done.append(rewrite(job.weights, layouts[name], solved, c, stage=0))
     return done
 
 
-def rewrite(
-    weights: Weights, layout: Layout, solved: SolvedPart, settings: Mapping[str, GPTQConfig], stage: int
-) -> WeightReport:
+def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQConfig, stage: int) -> WeightReport:
     """Put a solution in place of its parameter."""
     name, s = solved.part.weight, solved.solution
-    parameter, spec = weights.model.get_parameter(name), layout.packed(settings[name].recipe)
+    parameter, spec = weights.model.get_parameter(name), layout.packed(config.recipe)
     packed = tensor_class(spec.bits).from_codes(
         s.codes.view(spec.shape),
         s.scale.view(spec.grid_shape),
@@ -105,12 +101,7 @@ def rewrite(
 
 
 def _solve(
-    weights: Weights,
-    plan: Plan,
-    stage: Stage,
-    hessians: tuple[tuple[Hessian, ...], ...],
-    device: torch.device,
-    config: GPTQConfig,
+    job: Job, plan: Plan, stage: Stage, hessians: tuple[tuple[Hessian, ...], ...]
 ) -> Iterator[tuple[Layout, Tensor, list[SolvedPart]]]:
     """Each weight of a stage with all its parts, as soon as the last of them is solved."""
     layouts, settings = plan.selection.layouts, plan.selection.settings
@@ -120,11 +111,11 @@ def _solve(
     for shared, of_shared in zip(stage.inputs, hessians, strict=True):
         for name in shared.weights:
             if name not in matrices:
-                matrices[name] = layouts[name].matrix(weights.get(name, device))
-        for expert, (hessian, fallback) in enumerate(expert_hessians(of_shared, config.expert_min_rows)):
+                matrices[name] = layouts[name].matrix(job.weights.get(name, job.device))
+        for expert, (hessian, fallback) in enumerate(expert_hessians(of_shared, job.config.expert_min_rows)):
             rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
             streams = tuple(p for p, _ in shared.residuals)
-            for part in solve_together(rows, settings, hessian, config.strict, fallback, streams):
+            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams):
                 name = part.part.weight
                 solved.setdefault(name, []).append(part)
                 missing[name] -= 1
@@ -150,18 +141,11 @@ class _Originals:
         return self._kept[name]
 
 
-def _static(weights: Weights, program: Program, originals: _Originals, name: str, device: torch.device) -> Any:
-    placeholder = twin_of(name)
-    if placeholder is not None:
-        return originals[program.parameters[placeholder]].to(device)
-    return static_value(weights, program, name, device)
-
-
-def static_value(weights: Weights, program: Program, name: str, device: torch.device) -> Any:
-    """A parameter, buffer or constant of the graph, on the device that runs it."""
+def static_value(job: Job, program: Program, name: str) -> Any:
+    """A parameter, buffer or constant of the graph, on the device that computes."""
     if name in program.constants:
         value = program.constants[name]
-        return value.to(device) if isinstance(value, Tensor) else value
-    value = weights.get(program.buffers.get(name) or program.parameters[name], device)
+        return value.to(job.device) if isinstance(value, Tensor) else value
+    value = job.weights.get(program.buffers.get(name) or program.parameters[name], job.device)
     # Dequantized once per segment, not once per batch: it is what the weight's own product does for many rows.
     return value.dequantize() if isinstance(value, GroupTensor) else value

@@ -1,61 +1,21 @@
 """How much memory there is, how much may be used, and what of the waiting activations goes where."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptq_ao.calibration.activation_store import Budget
 from gptq_ao.errors import ConfigError
-from gptq_ao.model.weights import Weights
+from gptq_ao.planning.job import Job
+from gptq_ao.planning.limits import Limits
 from gptq_ao.planning.prepare import Prepared
 from gptq_ao.planning.simulate import Footprint, simulate
 
-__all__ = ["Limits", "MaxMemory", "choose_budget", "free_bytes", "read_limits", "readable", "waiting_budget"]
+__all__ = ["choose_budget", "free_bytes", "readable", "waiting_budget"]
 
-MaxMemory = Mapping[str | int, int | str]
 
 DEVICE_SHARE = 0.9  # of what is free: the rest is for workspaces of libraries and for fragmentation
 HOST_SHARE = 0.8
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes; None: no limit was given.
-
-    Attributes:
-        device: of everything on the device that computes, if that is not the CPU.
-        host: of the activations that wait in host memory.
-    """
-
-    device: int | None = None
-    host: int | None = None
-
-
-def read_limits(max_memory: MaxMemory | None, device: torch.device) -> Limits:
-    """`max_memory` of `quantize_`.
-
-    Args:
-        device: the one that computes.
-
-    Raises:
-        ConfigError: a key is neither "cpu" nor that device, or a value no amount of memory.
-    """
-    if max_memory is None:
-        return Limits()
-    if not isinstance(max_memory, Mapping):
-        raise ConfigError(f"max_memory is a {type(max_memory).__name__}: give a dict such as {{'cuda': '8GiB'}}")
-    found: dict[str, int] = {}
-    for key, value in max_memory.items():
-        place = _place(key, device)
-        if place in found:
-            raise ConfigError(f"max_memory names {key!r} twice, by different names: {list(max_memory)}")
-        found[place] = _amount(key, value)
-    return Limits(**found)
 
 
 def choose_budget(limits: Limits, footprint: Footprint, device: torch.device) -> Budget:
@@ -81,15 +41,15 @@ def choose_budget(limits: Limits, footprint: Footprint, device: torch.device) ->
     return Budget(None if allowed is None else max(0, allowed - footprint.working), host)
 
 
-def waiting_budget(weights: Weights, prepared: Prepared, limits: Limits, device: torch.device) -> Budget:
+def waiting_budget(job: Job, prepared: Prepared) -> Budget:
     """What the activations of a plan that is about to run may take.
 
     Raises:
         ConfigError: as `choose_budget`.
     """
-    if device.type == "cpu":
-        return Budget(device=limits.host)
-    return choose_budget(limits, simulate(weights, prepared, device), device)
+    if job.device.type == "cpu":
+        return Budget(device=job.limits.host)
+    return choose_budget(job.limits, simulate(job.weights, prepared, job.device), job.device)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -110,28 +70,6 @@ def readable(size: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-
-
-def _place(key: object, device: torch.device) -> str:
-    if key == "cpu":
-        return "host"
-    index = device.index or 0
-    if device == torch.device("cuda") and torch.cuda.is_available():
-        index = torch.cuda.current_device()
-    names = (device.type, f"{device.type}:{index}", index)
-    if device.type != "cpu" and key in names and not isinstance(key, bool):
-        return "device"
-    more = f", and {names[0]!r}, {names[1]!r} or {index} for the device that computes" if device.type != "cpu" else ""
-    raise ConfigError(f"max_memory names {key!r}: it may have the key 'cpu', for waiting activations{more}")
-
-
-def _amount(key: object, value: object) -> int:
-    if type(value) is int and value >= 0:
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
-    if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"max_memory of {key!r} is {value!r}: give bytes, or a string such as '8GiB' or '500MB'")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _available() -> int | None:

@@ -1,5 +1,6 @@
 """plan: what `quantize_` would do, and what it would take, without doing it."""
 
+import dataclasses
 import math
 import tempfile
 from collections import Counter
@@ -20,12 +21,13 @@ from gptq_ao.kernels.ops import kernel_name
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.records import Layout, SharedInput
-from gptq_ao.planning.memory import Limits, MaxMemory, choose_budget, free_bytes, read_limits, readable
+from gptq_ao.planning.job import FilterFn, Job
+from gptq_ao.planning.limits import MaxMemory
+from gptq_ao.planning.memory import choose_budget, free_bytes, readable
 from gptq_ao.planning.output_bytes import result_size
-from gptq_ao.planning.prepare import FilterFn, Prepared, calibration_batches, prepare
+from gptq_ao.planning.prepare import Prepared, prepare
 from gptq_ao.planning.simulate import Footprint, fakes_on, simulate
 from gptq_ao.planning.speed import measure_speed
-from gptq_ao.report import Clock
 
 __all__ = ["PlannedWeight", "QuantizationPlan", "StreamedWeights", "plan", "plan_weights"]
 
@@ -164,27 +166,25 @@ def plan_weights(
             "target_bits chooses the bits by measuring the model, and a plan reads no weight: plan with bits instead, "
             "in which quantizing takes about as much"
         )
-    clock = Clock()
-    run_on = torch.device(device) if device is not None else weights.device
-    limits = read_limits(max_memory, run_on)
+    job = Job.of(weights, config, filter_fn, device, max_memory)
     try:
-        prepared = prepare(weights, config, calibration_batches(config), filter_fn, fakes_on(run_on), clock)
+        prepared = prepare(dataclasses.replace(job, device=fakes_on(job.device)))
     except CaptureError as e:
         if not config.strict_capture:
             e.add_note("quantize_ would replay the model's own forwards. What that takes cannot be planned.")
         raise
     prepared.warn()
-    with clock("plan"):
-        if prepared.calibrated is None:
-            run_on = prepared.device
-        footprint = simulate(weights, prepared, run_on)
-        peak = _peak(weights, prepared, footprint, limits, run_on)
+    with job.clock("plan"):
+        if prepared.calibrated is None:  # rounding to nearest computes where the weights are
+            job = dataclasses.replace(job, device=prepared.device)
+        footprint = simulate(weights, prepared, job.device)
+        peak = _peak(job, prepared, footprint)
         peak["host"] += shard_bytes
-        _check_room(weights, peak, run_on)
-        planned = _weights(weights, prepared, footprint, config, run_on)
+        _check_room(weights, peak, job.device)
+        planned = _weights(job, prepared, footprint)
     stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
     return QuantizationPlan(
-        device=str(run_on),
+        device=str(job.device),
         weights=planned,
         excluded={e.weight: e.reason for e in prepared.selection.excluded},
         stages=len(stages),
@@ -192,15 +192,14 @@ def plan_weights(
         peak_bytes=peak,
         activation_bytes=footprint.activations,
         output_bytes=result_size(weights.model, prepared.selection),
-        seconds={**clock.seconds, **_seconds(footprint, run_on)},
+        seconds={**job.clock.seconds, **_seconds(footprint, job.device)},
         warnings=prepared.warnings,
     )
 
 
-def _peak(
-    weights: Weights, prepared: Prepared, footprint: Footprint, limits: Limits, device: torch.device
-) -> dict[str, int]:
+def _peak(job: Job, prepared: Prepared, footprint: Footprint) -> dict[str, int]:
     """Where the predicted bytes will be."""
+    limits, device = job.limits, job.device
     waiting, originals = footprint.activations, footprint.originals
     if device.type == "cpu":
         on_disk = 0 if limits.host is None else max(0, waiting - limits.host)
@@ -211,7 +210,7 @@ def _peak(
     offloaded = waiting - on_device
     on_disk = 0 if budget.host is None else max(0, offloaded - budget.host)
     batches = prepared.calibrated.batches if prepared.calibrated else ()
-    host = sum(t.nbytes for batch in batches for t in batch.values()) + _model_bytes(weights, torch.device("cpu"))
+    host = sum(t.nbytes for batch in batches for t in batch.values()) + _model_bytes(job.weights, torch.device("cpu"))
     return {
         "device": min(footprint.peak, footprint.working + on_device),
         "host": host + originals + offloaded - on_disk,
@@ -253,9 +252,7 @@ def _check_room(weights: Weights, peak: Mapping[str, int], device: torch.device)
         )
 
 
-def _weights(
-    weights: Weights, prepared: Prepared, footprint: Footprint, config: GPTQConfig, device: torch.device
-) -> tuple[PlannedWeight, ...]:
+def _weights(job: Job, prepared: Prepared, footprint: Footprint) -> tuple[PlannedWeight, ...]:
     inputs: dict[str, list[tuple[int, SharedInput]]] = {}
     for number, stage in enumerate(prepared.calibrated.plan.stages if prepared.calibrated else (), 1):
         for shared in stage.inputs:
@@ -265,7 +262,7 @@ def _weights(
     planned = []
     for name in order:
         c, layout = prepared.selection.settings[name], prepared.selection.layouts[name]
-        parameter, spec = weights.model.get_parameter(name), layout.packed(c.recipe)
+        parameter, spec = job.model.get_parameter(name), layout.packed(c.recipe)
         of = inputs.get(name, [])
         planned.append(
             PlannedWeight(
@@ -276,10 +273,10 @@ def _weights(
                 method=c.method,
                 stage=of[0][0] if of else 0,
                 rows=sum(footprint.rows[shared.name] for _, shared in of),
-                kernel=_kernel(device, parameter.dtype, spec, layout),
+                kernel=_kernel(job.device, parameter.dtype, spec, layout),
                 bytes=footprint.packed[name],
                 original_bytes=parameter.nbytes,
-                fallback=_fallback(name, layout, [shared for _, shared in of], footprint, config.expert_min_rows)
+                fallback=_fallback(name, layout, [shared for _, shared in of], footprint, job.config.expert_min_rows)
                 if c.method == "gptq"
                 else None,
             )

@@ -7,17 +7,14 @@ batches → capture → canonicalize → find_linears → choose_weights → sch
 
 import dataclasses
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gptq_ao.calibration.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, FusedSettingsWarning
-from gptq_ao.model.inspection import name_filter, output_heads
-from gptq_ao.model.weights import Weights
+from gptq_ao.model.inspection import output_heads
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.choose_weights import choose_weights
@@ -29,22 +26,16 @@ from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.reach_all_experts import reach_all_experts
 from gptq_ao.passes.records import LinearSite, Plan, Program, Selection
 from gptq_ao.passes.schedule import schedule
-from gptq_ao.report import Clock
+from gptq_ao.planning.job import Job
 
 __all__ = [
     "Calibrated",
-    "FilterFn",
     "Found",
     "Prepared",
-    "calibration_batches",
     "check_support",
     "prepare",
-    "wanted_by",
-    "whole_model",
     "with_selection",
 ]
-
-FilterFn = Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
@@ -96,43 +87,27 @@ class Prepared:
             )
 
 
-def calibration_batches(config: GPTQConfig) -> list[Batch] | None:
-    """The data, read once; None for rounding to nearest without data."""
-    return None if config.method == "rtn" and config.calibration is None else read_batches(config.calibration)
-
-
-def prepare(
-    weights: Weights,
-    config: GPTQConfig,
-    batches: list[Batch] | None,
-    filter_fn: FilterFn | None,
-    device: torch.device,
-    clock: Clock,
-) -> Prepared:
-    """Everything that can be wrong with the settings, the data or the model's form is raised here; see `quantize_`.
-
-    Args:
-        batches: of `calibration_batches`.
-    """
-    model, wanted = weights.model, wanted_by(weights.model, filter_fn)
+def prepare(job: Job) -> Prepared:
+    """Everything that can be wrong with the settings, the data or the model's form is raised here; see `quantize_`."""
+    model, config, batches, clock = job.model, job.config, job.batches, job.clock
     if batches is None:
         with clock("plan"):
             sites, excluded = linear_modules(model)
-            selection = choose_weights(sites, excluded, config, wanted)
-        return Prepared(selection, weights.device, mixed_sets(sites, selection), None)
+            selection = choose_weights(sites, excluded, config, job.wanted)
+        return Prepared(selection, job.weights.device, mixed_sets(sites, selection), None)
 
     with clock("capture"):
-        program = canonicalize(capture(model, batches[0], weights.device, batches[1:]), device)
+        program = canonicalize(capture(model, batches[0], job.weights.device, batches[1:]), job.device)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
         found = Found(program, sites)
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
-        selection = choose_weights(sites, excluded, config, wanted)
+        selection = choose_weights(sites, excluded, config, job.wanted)
         check_support(config, selection)
         bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
         calibrated = _calibrated(program, selection, bound)
-    where = device if calibrated else weights.device
+    where = job.device if calibrated else job.weights.device
     return Prepared(selection, where, mixed_sets(sites, selection), calibrated, found)
 
 
@@ -152,19 +127,6 @@ def _calibrated(program: Program, selection: Selection, batches: tuple[dict[str,
     if any(c.recipe.compensates for c in selection.settings.values()):
         planned = follow_original(program, planned)
     return Calibrated(program, observe(planned), batches)
-
-
-def wanted_by(model: nn.Module, filter_fn: FilterFn | None) -> Callable[[str], bool]:
-    """A condition on the names of parameters."""
-    if filter_fn is None or filter_fn is whole_model:
-        return lambda name: True
-    return name_filter(model, filter_fn)
-
-
-def whole_model(module: nn.Module, name: str) -> bool:
-    """For `torchao.quantization.quantize_(model, gptq_config(...), filter_fn=gptq_ao.whole_model)`: hand over the model
-    as a whole, since GPTQ has to see how its layers are connected."""
-    return name == ""
 
 
 def check_support(config: GPTQConfig, selection: Selection) -> None:

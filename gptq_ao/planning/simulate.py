@@ -167,7 +167,7 @@ class _Simulation:
         for shape, batch in zip(self.turns, calibrated.batches, strict=True):
             if shape not in self.values:
                 self.values[shape] = {n: self.fake(t) for n, t in batch.items()}
-        last = last_reads(calibrated.program, calibrated.plan)
+        last = last_reads(calibrated.program, calibrated.plan)  # weight → the last segment that reads its original
         stages = zip(calibrated.plan.stages, calibrated.plan.segments, strict=True)
         for number, (stage, segment) in enumerate(stages, 1):
             with _observers(stage, segment, self.device):
@@ -182,9 +182,10 @@ class _Simulation:
         statics = [self.static(program, name) for name in segment.statics]
         self.need(self.tracker.peak[self.device.type] - self.samples, stored)
         running, growth = {}, {}
+        # Batches of one shape take the same memory and work: one fake of each runs, and counts as often as it comes.
         for shape, before in self.values.items():
             self.tracker.restart()
-            samples = self.samples
+            samples = self.samples  # the fakes of all shapes wait here at once; really, all batches do: `stored`
             written = dict(zip(segment.writes, run_segment(segment, before, statics), strict=True))
             after = {n: compact(written[n]) if n in written else before[n] for n in segment.keeps}
             running[shape] = self.tracker.peak[self.device.type] - samples
@@ -198,13 +199,14 @@ class _Simulation:
                 observer = cast(_Observer, segment.module.get_submodule(shared.name))
                 self.rows[shared.name] = self.rows.get(shared.name, 0) + times[shape] * observer.seen // shared.experts
                 observer.seen = 0
+        # In the order of the real batches: what waits grows, or shrinks, with each one that has run.
         for shape in self.turns:
             self.need(running[shape], stored)
             stored += growth[shape]
             self.waiting = max(self.waiting, stored)
 
     def static(self, program: Program, placeholder: str) -> Any:
-        """See `run._static`."""
+        """See `run_plan`."""
         of_original = twin_of(placeholder)
         if of_original is not None:
             original = self.originals[program.parameters[of_original]]
@@ -234,7 +236,7 @@ class _Simulation:
         return self.here[name] if name in self.here else self.fake(self.state[name])
 
     def keep_original(self, name: str) -> None:
-        """See `run._Originals`. What is in files is read into host memory."""
+        """See `run_plan._Originals`. What is in files is read into host memory."""
         home, dense = self.weights.home(name), self.dense(name)
         here = (home or torch.device("cpu")).type == self.real_device.type
         self.originals[name] = dense if here else dense.to("meta")
@@ -242,7 +244,7 @@ class _Simulation:
         self.from_files = max(self.from_files, sum(self.originals[n].nbytes for n in files))
 
     def solve(self, stage: Stage, segment: Segment, last: Mapping[str, int]) -> None:
-        """See `run._solve` and `solve_together`."""
+        """See `run_plan._solve` and `solve_together`."""
         stored, samples = sum(_bytes(self.values[shape]) for shape in self.turns), self.samples
         left = Counter(name for shared in stage.inputs for name in shared.weights)
         matrices: dict[str, Tensor] = {}
@@ -309,7 +311,7 @@ class _Simulation:
         return parts, self.tracker.peak[self.device.type] - before
 
     def round_all(self) -> None:
-        """See `run.round_all`."""
+        """See `run_plan.round_all`."""
         for name, c in self.settings.items():
             layout = self.layouts[name]
             matrix = layout.matrix(self.dense(name))
@@ -346,6 +348,7 @@ class _Observer(HessianObserver):
         super().forward(x, *others)
 
     def _bounds(self, x: Tensor, offsets: Tensor) -> list[int]:
+        # A fake has no values: rows are divided equally, which takes as much memory and work in all.
         return [x.shape[0] * i // self.experts for i in range(self.experts + 1)]
 
 

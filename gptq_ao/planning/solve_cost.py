@@ -39,36 +39,45 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compe
     """Of parts with these numbers of rows, [n, K] each, of a dtype of `itemsize` bytes.
 
     Args:
-        compensated: whether the Hessian has a drift, or residuals, for `target.corrected_target`.
+        compensated: whether the Hessian has a drift, or residuals, for `corrected_target`.
     """
     N, n = sum(rows), max(rows)
     result = result_bytes(N, k, recipe)
     weights = 4 * N * k  # in fp32
+    # `solve_together` holds the weights in fp32 beside the model's own, unless those are fp32 already.
     widened = weights if itemsize != 4 else 0
-    energies = 2 * 2 * N * k * k  # of weight and error
+    energies = 2 * 2 * N * k * k  # M·H for the weight and for the error, a multiplication and an addition each
     if recipe.method == "rtn":
-        # One part after the other: scale and zero point per weight, the weight once more, the quotient, the codes.
-        rounding = n * k * (8 + (4 if widened else 0) + 4)
+        # One part after the other. Per weight: scale and zero point, 4 bytes each; the weight in fp32, if it was not;
+        # the quotient, which becomes the code.
+        rounding = n * k * (4 + 4 + (4 if widened else 0) + 4)
         return SolveCost(widened + result + max(rounding, _energy(n, k)), widened + result, 0, 0, energies, 0)
     compensated = compensated and recipe.compensates
-    square = 4 * k * k
+    square = 4 * k * k  # a matrix of the Hessian's size, in fp32
     fp64 = k <= LARGEST_FP64
+    # What is alive at once in each of the steps that follow one another; the largest is the peak.
     peak = max(
-        widened + 2 * (2 if fp64 else 1) * square,  # H reversed and its factor, or two copies of the factor
-        compensated * (widened + 3 * square + 4 * weights),  # the factor, H damped, its Cholesky factor
+        # factor: H in reverse order and its Cholesky factor, then two copies of the factor
+        widened + 2 * (2 if fp64 else 1) * square,
+        # corrected_target: the factor, H damped and its Cholesky factor; W, what is wrong with it, its transpose and T
+        compensated * (widened + 3 * square + 4 * weights),
+        # solve and refine: the weights in fp32, the target and the factor stay
         widened + weights + square + _solve(N, k, recipe),
         (recipe.refine_sweeps > 0) * (widened + weights + square + _refine(N, k, recipe)),
+        # the errors that are reported
         weights + square + result + _energy(n, k),
     )
+    # Each weight is rounded once for every grid tried, once for good, and once in every sweep.
     passes = 1 + _grids(recipe) + recipe.refine_sweeps
-    cholesky = k**3 // 3
+    cholesky = k**3 // 3  # operations: as many additions as multiplications, K³/6 each
+    # Errors times the triangle A while solving: half of a product's 2·N·K². Errors times all of H in every sweep.
     products = N * k * k * (1 + 2 * recipe.refine_sweeps) + energies
     if compensated:
-        products += cholesky + 4 * N * k * k
+        products += cholesky + 4 * N * k * k  # W·drift, 2·N·K², and two triangular systems, N·K² each
     return SolveCost(
         peak,
         weights + square + result,
-        k * (1 + (_grids(recipe) > 0) + recipe.refine_sweeps),
+        k * (1 + (_grids(recipe) > 0) + recipe.refine_sweeps),  # candidates are tried in one loop over the columns
         cholesky if fp64 else 0,
         products + (0 if fp64 else cholesky),
         N * k * passes,
@@ -76,19 +85,19 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compe
 
 
 def result_bytes(rows: int, k: int, recipe: Recipe) -> int:
-    """Codes uint8, scale fp16, zero point uint8."""
-    return rows * (k + 3 * (k // group_columns(k, recipe.group_size)))
+    """Of a `Solution`: codes uint8, and for each group a scale fp16 and a zero point uint8."""
+    return rows * (k + (2 + 1) * (k // group_columns(k, recipe.group_size)))
 
 
 def _grids(recipe: Recipe) -> int:
-    """How many are tried for each group, see `grid.candidate_grids`."""
+    """How many are tried for each group, see `candidate_grids`."""
     if recipe.act_order == "static" or recipe.scale_candidates == 1:
         return 0
     return recipe.scale_candidates * (1 if recipe.sym and not recipe.signed else 2)
 
 
 def _solve(n: int, k: int, recipe: Recipe) -> int:
-    """`solver.solve`: first the inverses of blocks, in fp64. Then W in solving order and the codes; inside the loop
+    """`solve`: first the inverses of blocks, in fp64. Then W in solving order and the codes; inside the loop
     besides them the inverses, a range X of columns (and the one before it), and what a group takes; at the end the
     codes in both orders."""
     columns = MAX_COLUMNS if recipe.act_order == "static" else group_columns(k, recipe.group_size)
@@ -105,7 +114,7 @@ def _solve(n: int, k: int, recipe: Recipe) -> int:
 
 
 def _refine(n: int, k: int, recipe: Recipe) -> int:
-    """`refine.refine`: codes before and after, target and error in fp32, the Hessian, a range of gradients (and the one
+    """`refine`: codes before and after, target and error in fp32, the Hessian, a range of gradients (and the one
     before it), and what a group or a block of it takes."""
     columns = group_columns(k, recipe.group_size)
     permuted = 4 * n * k if recipe.permutes else 0

@@ -31,8 +31,9 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
     """T above, for `weight` [N, K].
 
     Args:
-        hessian: with its `drift`.
-        residual: [N, K], (R − R̃)·X̃ᵀ / rows; None: the residual stream is not corrected.
+        weight: floating point.
+        hessian: that of the inputs, with its `drift`.
+        residual: [N, K] fp32, (R − R̃)·X̃ᵀ / rows; None: the residual stream is not corrected.
 
     Returns:
         [N, K] fp32.
@@ -49,7 +50,9 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
     mean = diagonal.sum() / live.sum().clamp(min=1)
     damp = min(max(k / max(hessian.rows, 1), SMALLEST_DAMPING), 1.0)
     H = hessian.matrix.clone()
-    H.diagonal().add_(damp * mean + (~live))
+    H.diagonal().add_(
+        damp * mean + (~live)
+    )  # 1 where nothing was seen: the drift is zero there, whatever it is divided by
     with ieee_fp32():
         wrong = torch.zeros_like(weight)
         if hessian.drift is not None:

@@ -60,7 +60,7 @@ class _Sweep:
 
     def __init__(self, target: Tensor, H: Tensor, solution: Solution, recipe: Recipe) -> None:
         self.target, self.H, self.bits, self.signed = target, H, recipe.bits, recipe.signed
-        # Copies, where a transpose of one row or column would be none.
+        # Always copies: the transpose of a single row or column is contiguous, and would be the argument itself.
         self.codes, self.scale = (
             t.T.clone(memory_format=torch.contiguous_format) for t in (solution.codes, solution.scale)
         )
@@ -72,8 +72,10 @@ class _Sweep:
             self.error[group] = target[group] - self._steps(group) * self.scale[g].float()
 
     def run(self) -> None:
+        # E·H of a range of columns is one large product. What changes while the range is swept is added to it by small
+        # ones, for the columns still to come: those before have had their turn.
         for first, last, blocks in column_blocks(len(self.target), self.columns):
-            gradient = self.H[first:last] @ self.error  # kept up to date, of the columns still to come
+            gradient = self.H[first:last] @ self.error
             for block in blocks:
                 if block.start % self.columns == 0:
                     group = slice(block.start, block.start + self.columns)

@@ -16,6 +16,7 @@ from gptq_ao.errors import CaptureError, ConfigError, FusedSettingsWarning, NonF
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.pipeline.paused_forwards import Forward
 from gptq_ao.pipeline.quantize import quantize_weights
+from gptq_ao.planning.job import Job
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
 
@@ -441,7 +442,7 @@ def test_strict_capture_and_another_device(no_graph: pytest.MonkeyPatch) -> None
     with pytest.raises(CaptureError, match=r"(?s)could not capture.*y.mean"):
         quantize_(model, gptq_config(4, -1, calibration=batches, strict_capture=True))
     with pytest.raises(ConfigError, match=r"has to run as a whole, on meta: move it there first, model.to\('meta'\)"):
-        quantize_weights(ModelWeights(model), gptq_config(4, -1, calibration=batches), device="meta")
+        quantize_weights(Job.of(ModelWeights(model), gptq_config(4, -1, calibration=batches), device="meta"))
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
@@ -450,7 +451,7 @@ def test_settings_that_need_a_graph_or_the_weights() -> None:
     with pytest.raises(ConfigError, match=r"calibrate_all_experts needs the model as one graph.*not today"):
         replayed(seeded(Branching()), batches, calibrate_all_experts=True)
     with pytest.raises(ConfigError, match=r"'first.weight' is offloaded or not loaded .*: load the model without"):
-        quantize_weights(ModelWeights(Branching().to("meta")), gptq_config(4, -1, calibration=batches))
+        quantize_weights(Job.of(ModelWeights(Branching().to("meta")), gptq_config(4, -1, calibration=batches)))
     with pytest.raises(CaptureError, match=r"(?s)not today.*Nor can it run without a graph: .*RuntimeError: mat1 and"):
         replayed(seeded(Branching()), [randn(20, 31)])
     with pytest.raises(RuntimeError, match="mat1 and mat2") as e:

@@ -13,8 +13,9 @@ from gptq_ao.kernels.columns import SCRATCH, score_grids
 from gptq_ao.passes.records import Part
 from gptq_ao.pipeline.solve_together import solve_together
 from gptq_ao.planning import memory
+from gptq_ao.planning.limits import Limits, read_limits
 from gptq_ao.planning.live_bytes import LiveBytes
-from gptq_ao.planning.memory import Limits, choose_budget, free_bytes, read_limits, readable
+from gptq_ao.planning.memory import choose_budget, free_bytes, readable
 from gptq_ao.planning.simulate import Footprint, Work
 from gptq_ao.planning.solve_cost import SolveCost, solve_cost
 from gptq_ao.recipe import Recipe

@@ -19,6 +19,7 @@ from gptq_ao.model.empty import empty_model
 from gptq_ao.pipeline import quantize, run_plan
 from gptq_ao.planning import memory
 from gptq_ao.planning import plan as plan_module
+from gptq_ao.planning.limits import read_limits
 from gptq_ao.planning.live_bytes import LiveBytes
 from gptq_ao.tensor import GroupTensor
 
@@ -261,7 +262,7 @@ def test_the_result_does_not_depend_on_where_activations_wait(
     assert reports[0].weights == reports[1].weights
     assert reports[0].peak_bytes["files"] == 0
     peak = reports[1].peak_bytes
-    assert peak["activations"] <= memory.read_limits(limit, torch.device("cpu")).host
+    assert peak["activations"] <= read_limits(limit, torch.device("cpu")).host
     assert peak["files"] >= reports[0].peak_bytes["activations"] - peak["activations"] > 0
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         parts = [

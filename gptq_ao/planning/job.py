@@ -1,0 +1,81 @@
+"""What was asked for: a model, how to quantize it, and with what. Planning and the pipeline carry it along."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from gptq_ao.calibration.batches import Batch, read_batches
+from gptq_ao.config import GPTQConfig
+from gptq_ao.model.inspection import name_filter
+from gptq_ao.model.weights import Weights
+from gptq_ao.planning.limits import Limits, MaxMemory, read_limits
+from gptq_ao.progress import Progress
+from gptq_ao.report import Clock
+
+__all__ = ["FilterFn", "Job", "whole_model"]
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `quantize_`, `quantize_checkpoint` or `plan`, with its arguments read.
+
+    Attributes:
+        batches: calibration data; None for rounding to nearest without data.
+        wanted: whether the parameter of a name may be quantized, by the caller's `filter_fn`.
+        device: where to compute.
+        limits: to memory, as the caller gave them.
+        progress: the caller's function, see `progress.py`.
+        clock: collects the seconds of each phase.
+    """
+
+    weights: Weights
+    config: GPTQConfig
+    batches: list[Batch] | None
+    wanted: Callable[[str], bool]
+    device: torch.device
+    limits: Limits
+    progress: Progress | None = None
+    clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def of(
+        cls,
+        weights: Weights,
+        config: GPTQConfig,
+        filter_fn: FilterFn | None = None,
+        device: torch.device | str | None = None,
+        max_memory: MaxMemory | None = None,
+        progress: Progress | None = None,
+    ) -> "Job":
+        """Reads the arguments, the calibration data last: it may take long, and everything else is right by then.
+
+        Raises:
+            CalibrationError, ConfigError: one of the arguments is not what it should be.
+        """
+        run_on = torch.device(device) if device is not None else weights.device
+        limits = read_limits(max_memory, run_on)
+        wanted = _wanted_by(weights.model, filter_fn)
+        without_data = config.method == "rtn" and config.calibration is None
+        batches = None if without_data else read_batches(config.calibration)
+        return cls(weights, config, batches, wanted, run_on, limits, progress)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.weights.model
+
+
+def whole_model(module: nn.Module, name: str) -> bool:
+    """For `torchao.quantization.quantize_(model, gptq_config(...), filter_fn=gptq_ao.whole_model)`: hand over the model
+    as a whole, since GPTQ has to see how its layers are connected."""
+    return name == ""
+
+
+def _wanted_by(model: nn.Module, filter_fn: FilterFn | None) -> Callable[[str], bool]:
+    """A condition on the names of parameters."""
+    if filter_fn is None or filter_fn is whole_model:
+        return lambda name: True
+    return name_filter(model, filter_fn)
