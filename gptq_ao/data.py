@@ -68,7 +68,7 @@ def token_chunks(tokenizer: Callable[..., Any], documents: Iterable[str], seq_le
 
 
 def spaced(chunks: Tensor, at_most: int) -> Tensor:
-    """`at_most` of the chunks, evenly spaced over all of them, the first included."""
+    """`at_most` of the chunks [n, L], evenly spaced over all of them, the first included."""
     return chunks if len(chunks) <= at_most else chunks[torch.arange(at_most) * len(chunks) // at_most]
 
 

@@ -116,14 +116,14 @@ class ActivationStore:
                 compute.wait_stream(self._side)
                 for t in values.values():
                     if isinstance(t, Tensor):
-                        t.record_stream(compute)
+                        t.record_stream(compute)  # made in the side stream: its memory must not be reused too early
             coming = self._fetch(index + 1, names) if index + 1 < len(self) else {}
             yield values
 
     def replace(self, index: int, written: Values, keeps: Iterable[str]) -> None:
         """Keep of a batch only `keeps`: those in `written`, on the device, and of the rest what is stored."""
         old = self._batches[index]
-        self._batches[index] = {}  # what is not kept gives way first
+        self._batches[index] = {}  # what is not kept gives way first: its room is needed for what was written
         kept = {n: old[n] for n in keeps if n not in written}
         del old
         self._batches[index] = {n: kept[n] if n in kept else self._put(compact(written[n])) for n in keeps}
@@ -135,6 +135,7 @@ class ActivationStore:
         if budget.device is None or self.used["device"] + size <= budget.device:
             return _Waiting(self, "device", value.to(self._device), size)
         size = pinned_bytes(value)
+        # Pinned, so that it is copied beside the computing stream. On the CPU there is no other place but files.
         if self._side is not None and (budget.host is None or self.used["host"] + size <= budget.host):
             host = torch.empty_like(value, device="cpu", pin_memory=True)
             return _Waiting(self, "host", host.copy_(value, non_blocking=True), size)
@@ -192,5 +193,5 @@ def compact(value: Any) -> Any:
 
 
 def pinned_bytes(t: Tensor) -> int:
-    """What PyTorch takes for a tensor in pinned memory: a power of two."""
+    """What PyTorch takes for a tensor of any shape in pinned memory: a power of two."""
     return 1 << max(t.nbytes - 1, 0).bit_length()

@@ -22,6 +22,7 @@ class Batch:
     kwargs: dict[str, Any]
 
     def tensors(self) -> list[torch.Tensor]:
+        """All tensors of it, of any shape, in the order of the arguments."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
 

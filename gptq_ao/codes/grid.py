@@ -70,7 +70,7 @@ def candidate_grids(group: Tensor, bits: int, sym: bool, signed: bool, count: in
 
     Args:
         group: [columns, N] fp32, transposed.
-        count: how many widths, from the full range down. Each comes with either sign if `signed`, and with both
+        count: number of widths, from the full range down. Each comes with either sign if `signed`, and with both
             integers next to its zero point if not `sym`.
 
     Returns:
@@ -97,7 +97,7 @@ def _stored(scale: Tensor) -> Tensor:
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """The nearest code, ties to even, as float. `scale` and `zero_point` are fp32 and broadcast against `weight`."""
+    """The code nearest to each weight [..., K], ties to even, as fp32. `scale` and `zero_point` are fp32 and broadcast."""
     return (weight / scale).round_().add_(zero_point).clamp_(0, max_code(bits))
 
 

@@ -43,7 +43,7 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
                 with steps.step(stage.inputs[0].weights[0].removesuffix(".weight")):
                     with job.clock("calibrate"):
                         hessians = calibrate(segment, stage, store, static)
-                        originals.forget(number)
+                        originals.forget(number)  # before solving, which needs the room
                     with job.clock("solve"), torch.no_grad():
                         for layout, matrix, parts in _solve(job, plan, stage, hessians):
                             name = parts[0].part.weight
@@ -70,7 +70,7 @@ def round_all(job: Job, selection: Selection) -> list[WeightReport]:
 
 
 def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQConfig, stage: int) -> WeightReport:
-    """Put a solution in place of its parameter."""
+    """Pack a whole weight's solution and put it in place of the parameter, which has its layout."""
     name, s = solved.part.weight, solved.solution
     parameter, spec = weights.model.get_parameter(name), layout.packed(config.recipe)
     packed = tensor_class(spec.bits).from_codes(
@@ -105,6 +105,7 @@ def _solve(
 ) -> Iterator[tuple[Layout, Tensor, list[SolvedPart]]]:
     """Each weight of a stage with all its parts, as soon as the last of them is solved."""
     layouts, settings = plan.selection.layouts, plan.selection.settings
+    # A weight may be in several of the stage's inputs, by its parts, and in each of them once per expert.
     missing = Counter(p.weight for shared in stage.inputs for p in shared.parts for _ in range(shared.experts))
     matrices: dict[str, Tensor] = {}
     solved: dict[str, list[SolvedPart]] = {}
@@ -119,7 +120,9 @@ def _solve(
                 name = part.part.weight
                 solved.setdefault(name, []).append(part)
                 missing[name] -= 1
-                if not missing[name]:
+                if not missing[
+                    name
+                ]:  # at once, not at the end of the stage: what is packed takes a fraction of the room
                     yield layouts[name], matrices.pop(name), solved.pop(name)
 
 

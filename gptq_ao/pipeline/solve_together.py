@@ -1,5 +1,5 @@
-"""Solve the parts of weights that share a Hessian: stacked where their settings agree, rounded to nearest where they
-must be."""
+"""Solve the parts of weights that share a Hessian: those of equal recipes at once, as one tall matrix, since no row
+depends on another; rounded to nearest where there is no data."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -62,11 +62,13 @@ def solve_together(
     fallback: str | None = None,
     residual_parts: tuple[Part, ...] = (),
 ) -> Iterator[SolvedPart]:
-    """Solve the rows [n, K] of `matrices` on the Hessian's device, in order of their settings.
+    """Solve the rows of `matrices` on the Hessian's device, recipe by recipe.
 
     Args:
-        fallback: why `hessian` is not that of the parts' own rows, if it is not.
-        residual_parts: of which parts the Hessian's `residuals` are, in order.
+        matrices: part → its rows [n, K], floating point, on the Hessian's device.
+        settings: weight → its settings; those of every part's weight.
+        fallback: the reason why `hessian` is not that of the parts' own rows; None if it is.
+        residual_parts: the parts that the Hessian's `residuals` belong to, in order.
 
     Raises:
         SolverError: the Hessian cannot be factored, or `strict` forbids to round what no data reached.
@@ -75,6 +77,7 @@ def solve_together(
     residuals = dict(zip(residual_parts, hessian.residuals, strict=True))
     for part in matrices:
         alike.setdefault(settings[part.weight].recipe, []).append(part)
+    # No data: H is zero, any rounding is as good as any other by its measure, and the nearest codes are the best guess.
     blind = hessian.matrix.diagonal().count_nonzero().item() == 0
     for recipe, parts in alike.items():
         why = fallback if recipe.method == "gptq" else None
@@ -92,6 +95,8 @@ def solve_together(
             try:
                 f = factor(hessian, recipe)
                 target = torch.cat(targets)
+                # What is rounded is not W but the weights that W should have had behind quantized layers; the errors
+                # below are measured against them, too.
                 if recipe.compensates:
                     target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
             except SolverError as e:
@@ -113,8 +118,8 @@ def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[
 
 
 def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:
-    """Each expert's Hessian, or that of all experts' rows for one that saw fewer than `min_rows` of its own, with the
-    reason. A single Hessian is returned as it is."""
+    """Each expert's Hessian and None; for an expert that saw fewer than `min_rows` rows, the Hessian of all experts' rows
+    and the reason. A single Hessian is returned as it is."""
     if len(hessians) == 1 or all(h.rows >= min_rows for h in hessians):
         return [(h, None) for h in hessians]
     together = pooled(hessians)
@@ -123,8 +128,12 @@ def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[
 
 
 def join_parts(parts: Iterable[SolvedPart], matrix: Tensor, config: GPTQConfig) -> SolvedPart:
-    """The whole weight from its parts. Rows of `matrix` [N, K] that are in none of them were multiplied by no
-    activation and are rounded to nearest."""
+    """The whole weight from its parts.
+
+    Args:
+        matrix: [N, K], floating point, the weight. Its rows that are in none of the parts were multiplied by no
+            activation, and are rounded to nearest.
+    """
     parts = sorted(parts, key=lambda p: p.part.start)
     pieces, end = [], 0
     for p in parts:

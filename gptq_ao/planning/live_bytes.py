@@ -47,6 +47,7 @@ class LiveBytes(TorchDispatchMode):
                 self._known.add(key)
                 self.live[kind] += size
                 self.peak[kind] = max(self.peak[kind], self.live[kind])
+                # A view shares its storage: bytes are live until the last tensor on it is gone.
                 weakref.finalize(storage, self._freed, key, kind, size).atexit = False
                 new += size
         return new
@@ -79,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(t: Tensor) -> dict[int, torch.UntypedStorage]:
-    """What a tensor, or a tensor subclass made of several, keeps alive."""
+    """The storages that a tensor of any shape, or a tensor subclass made of several, keeps alive, by address."""
     subclass: Any = t
     if is_traceable_wrapper_subclass(subclass):
         inner = [storages(getattr(t, name)) for name in subclass.__tensor_flatten__()[0]]

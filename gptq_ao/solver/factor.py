@@ -39,8 +39,8 @@ class Factor:
         order: [K] int64, `order[i]` is the column solved in place i; None for left to right.
         damp: the fraction of the mean diagonal that was finally added.
         added: what that is, to every element of the diagonal.
-        dead: how many columns were zero in all calibration data. They are rounded to nearest.
-        mean: of the diagonal without them, and their diagonal before damping.
+        dead: number of columns that were zero in all calibration data. They are rounded to nearest.
+        mean: average of the diagonal without them, which is also what they get as their diagonal.
     """
 
     recipe: Recipe
@@ -68,12 +68,13 @@ def factor(hessian: Hessian, recipe: Recipe) -> Factor:
     diagonal = hessian.matrix.diagonal()
     if not torch.isfinite(hessian.matrix).all():
         raise NonFiniteError(f"the Hessian [{k}, {k}] holds NaN or infinity")
-    dead = diagonal <= 0
+    dead = diagonal <= 0  # zero, or what rounding left of zero
     order = solving_order(diagonal, recipe.act_order, recipe.group_size)
     live = diagonal[~dead]
     mean = live.mean().item() if live.numel() else 1.0
 
     dtype = torch.float64 if k <= LARGEST_FP64 else torch.float32
+    # A Cholesky factor is lower triangular. Of H with rows and columns reversed it is, reversed again, an upper one.
     reverse = torch.arange(k, device=diagonal.device).flip(0) if order is None else order.flip(0)
     H = hessian.matrix[reverse][:, reverse].to(dtype)
     H.diagonal()[dead[reverse]] = mean
@@ -82,6 +83,7 @@ def factor(hessian: Hessian, recipe: Recipe) -> Factor:
         damp = min(max(k / max(hessian.rows, 1), 0.01), 1.0)
     before = 0.0
     for _ in range(DAMPING_TRIES):
+        # Only the difference is added: a second copy of H would double the memory.
         H.diagonal().add_((damp - before) * mean)
         before = damp
         lower, info = torch.linalg.cholesky_ex(H)
@@ -102,7 +104,13 @@ def solving_order(diagonal: Tensor, act_order: str, group_size: int) -> Tensor |
     to make up for them. Equal ones stay in their order.
 
     "static" and "group": by decreasing diagonal. "group_aware": by decreasing diagonal within each group, and the
-    groups by their largest, so that a group's columns stay together. "none": None, from left to right.
+    groups by their largest, so that a group's columns stay together. "none": from left to right.
+
+    Args:
+        diagonal: [K], floating point, of the Hessian.
+
+    Returns:
+        [K] int64; None for "none".
     """
     if act_order == "none":
         return None

@@ -195,7 +195,7 @@ def pooled(hessians: tuple[Hessian, ...]) -> Hessian:
 
 
 def kept_rows(x: Tensor, mask: Tensor) -> Tensor | None:
-    """[..., 1]: which rows of x are not padding, if the mask says so; see `HessianObserver.forward`."""
+    """bool [..., 1]: which rows of x [..., K] are not padding, if the mask says so; see `HessianObserver.forward`."""
     if x.dim() == 2 and mask.numel() == x.shape[0]:
         return mask.reshape(-1, 1) != 0
     if mask.dim() < x.dim() and x.shape[: mask.dim()] == mask.shape:
