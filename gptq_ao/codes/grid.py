@@ -97,7 +97,7 @@ def _stored(scale: Tensor) -> Tensor:
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """The code nearest to each weight [..., K], ties to even, as fp32. `scale` and `zero_point` are fp32 and broadcast."""
+    """The code nearest to each weight [..., K], ties to even, as fp32. `scale` and `zero_point`, fp32, broadcast."""
     return (weight / scale).round_().add_(zero_point).clamp_(0, max_code(bits))
 
 

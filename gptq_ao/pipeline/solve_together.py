@@ -118,8 +118,8 @@ def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[
 
 
 def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:
-    """Each expert's Hessian and None; for an expert that saw fewer than `min_rows` rows, the Hessian of all experts' rows
-    and the reason. A single Hessian is returned as it is."""
+    """Each expert's Hessian and None; for an expert that saw fewer than `min_rows` rows, that of all experts' rows and
+    the reason. A single Hessian is returned as it is."""
     if len(hessians) == 1 or all(h.rows >= min_rows for h in hessians):
         return [(h, None) for h in hessians]
     together = pooled(hessians)
