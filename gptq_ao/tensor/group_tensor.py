@@ -231,7 +231,7 @@ class GroupTensor(TorchAOBaseTensor):
         )
 
     def packed(self) -> tuple[Any, ...]:
-        """The arguments of the operators in `kernels/ops.py`, after x."""
+        """The fields of `kernels/packed.py`, which the operators in `kernels/ops.py` take one by one, after x."""
         numbers = (self.bits, self.group_size, self.out_features, self.in_features)
         return (self.qdata, self.scale_zero, self.high_plane, self.perm, *numbers)
 

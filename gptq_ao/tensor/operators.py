@@ -25,8 +25,9 @@ implements_torch_function = GroupTensor.implements_torch_function
 
 def _times_transposed(x: Tensor, weight: GroupTensor, bias: Tensor | None = None) -> Tensor:
     """x·Wᵀ + bias for a weight [N, K] (or a stack of them); x may be of another floating dtype than the weight."""
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     if not x.is_floating_point() or x.shape[-1] != weight.in_features:
         raise ValueError(f"a product with {weight!r} cannot take {x.dtype} {tuple(x.shape)}")
     return ops.linear(x, *weight.packed(), None if bias is None else bias.to(x.dtype))
