@@ -1,4 +1,4 @@
-"""GroupTensor: what a quantized weight is made of, and how it is built. Its operators are in `operators.py`."""
+"""GroupTensor: what a quantized weight is made of, and how it is built. Its operators are in `views.py`."""
 
 from typing import Any, ClassVar, NoReturn
 
