@@ -15,7 +15,7 @@ import triton
 from packed import Shape, ring  # type: ignore[import-not-found]
 from torch import Tensor
 
-from gptq_ao.kernels import ops
+from gptq_ao.kernels import ops, reference
 from gptq_ao.kernels.tuning.timing import BEYOND_CACHE, microseconds
 
 EXPERTS, TAKEN = 128, 8
@@ -35,16 +35,13 @@ def routed(tokens: int, experts: int, taken: int) -> Tensor:
 def measure(s: Shape, experts: int, taken: int, tokens: int) -> str:
     one = ring(s, 1)[0]
     count = -(-BEYOND_CACHE // (s.bytes * experts))
-    stacks = [
-        (one.qdata.expand(experts, -1, -1, -1).contiguous(), one.scale_zero.expand(experts, -1, -1, -1).contiguous())
-        for _ in range(count)
-    ]
-    dense = one.dense(BF16)
+    stacks = [one.each(lambda t: t.expand(experts, -1, -1, -1).contiguous()) for _ in range(count)]
+    dense = reference.dequantize(one, BF16)
     dense_stacks = [dense.mT.expand(experts, -1, -1).contiguous() for _ in range(count)]
     offsets, x = routed(tokens, experts, taken), torch.randn(tokens * taken, s.k, device="cuda", dtype=BF16)
 
     def ours(i: int) -> Tensor:
-        return ops.grouped_linear(x, *stacks[i], None, None, s.bits, s.group, s.n, s.k, offsets)
+        return ops.grouped_linear(x, *stacks[i], offsets)
 
     # All experts have the same weight here: it must be right, before it is timed.
     exact, magnitude = x.float() @ dense.float().T, x.float().abs() @ dense.float().abs().T

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packed import Shape, Weight, ring  # type: ignore[import-not-found]
+from packed import Shape, ring  # type: ignore[import-not-found]
 
+from gptq_ao.kernels import reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton.launch import launch, warm_up
 from gptq_ao.kernels.tuning.candidates import candidates, variations
 from gptq_ao.kernels.tuning.heuristics import LinearConfig
@@ -103,7 +105,7 @@ def _compile_one(job: Job) -> str | None:
 def _time(s: Shape, m: int, tried: list[tuple[LinearConfig, bool]], file: Any, deadline: float) -> list[dict[str, Any]]:
     weights = ring(s)
     x = torch.randn(1, m, s.k, device="cuda", dtype=torch.bfloat16)
-    dense = weights[0].dense(torch.float32)
+    dense = reference.dequantize(weights[0], torch.float32)
     expected, magnitude = x[0].float() @ dense.T, x[0].float().abs() @ dense.abs().T
     results = []
     for c, fast in tried:
@@ -120,15 +122,13 @@ def _time(s: Shape, m: int, tried: list[tuple[LinearConfig, bool]], file: Any, d
 
 
 def _time_one(
-    weights: list[Weight], x: torch.Tensor, c: LinearConfig, fast: bool, expected: torch.Tensor, magnitude: torch.Tensor
+    weights: list[Packed], x: torch.Tensor, c: LinearConfig, fast: bool, expected: torch.Tensor, magnitude: torch.Tensor
 ) -> dict[str, Any]:
-    s = weights[0].shape
-    blocks = -(-x.shape[1] // c.block_m) * -(-s.n // c.block_n)
+    blocks = -(-x.shape[1] // c.block_m) * -(-weights[0].out_features // c.block_n)
     counters = torch.zeros(blocks, dtype=torch.int32, device="cuda")
 
     def run(i: int) -> torch.Tensor:
-        w = weights[i]
-        return launch(x, w.qdata, w.scale_zero, w.high_plane, s.bits, s.group, s.n, c, None, fast, counters)
+        return launch(x, weights[i], None, c, fast, counters)
 
     error = float(((run(0)[0].float() - expected).abs() / magnitude).max())
     if not error < 2**-6:  # bf16 weights and results, with room to spare; not a number is wrong too

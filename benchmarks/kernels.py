@@ -19,22 +19,18 @@ import torch
 import torch.nn.functional as F
 import triton
 from kernel_sweep import sweep  # type: ignore[import-not-found]
-from packed import Shape, Weight, read_bandwidth, ring  # type: ignore[import-not-found]
+from packed import Shape, read_bandwidth, ring  # type: ignore[import-not-found]
 from peers import PEERS, dense_us, peer_us  # type: ignore[import-not-found]
 from torch import Tensor
 
-from gptq_ao.kernels import ops
+from gptq_ao.kernels import ops, reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning.timing import microseconds
 
 SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (6144, 4096)]  # N, K
 ROWS = [1, 16, 64, 256, 2048]
 FORMATS = [(4, 32), (2, 128), (3, 128), (8, 128)]  # bits and group, beside 4 and 128, for few rows
 BF16 = torch.bfloat16
-
-
-def ours(w: Weight, x: Tensor) -> Tensor:
-    s = w.shape
-    return ops.linear(x, w.qdata, w.scale_zero, w.high_plane, None, s.bits, s.group, s.n, s.k)
 
 
 def _calls(m: int) -> int:
@@ -47,7 +43,7 @@ def table(shapes: list[Shape], rows: list[int], roof: float) -> None:
             weights = ring(s)
             x = torch.randn(m, s.k, device="cuda", dtype=BF16)
             check(weights[0], x)
-            us = microseconds(lambda i, w=weights, x=x: ours(w[i], x), len(weights), calls=_calls(m))  # type: ignore[misc]
+            us = microseconds(lambda i, w=weights, x=x: ops.linear(x, *w[i]), len(weights), calls=_calls(m))  # type: ignore[misc]
             dense = dense_us(s.n, s.k, m)
             least = s.bytes / roof / 1e3
             others = [peer_us(p, s.n, s.k, m, s.group) if s.bits == 4 and s.group == 128 else "-" for p in PEERS]
@@ -59,11 +55,11 @@ def table(shapes: list[Shape], rows: list[int], roof: float) -> None:
             )
 
 
-def check(w: Weight, x: Tensor) -> None:
+def check(w: Packed, x: Tensor) -> None:
     """Before it is timed, it must be right."""
-    dense = w.dense(torch.float32)
+    dense = reference.dequantize(w, torch.float32)
     exact, magnitude = x.float() @ dense.T, x.float().abs() @ dense.abs().T
-    assert ((ours(w, x).float() - exact).abs() <= 2**-6 * magnitude).all(), f"{w.shape} M {len(x)} is wrong"
+    assert ((ops.linear(x, *w).float() - exact).abs() <= 2**-6 * magnitude).all(), f"{w[4:]} M {len(x)} is wrong"
 
 
 def dequantize_speed() -> None:
@@ -73,10 +69,8 @@ def dequantize_speed() -> None:
             s = Shape(bits, group, n, k)
             weights = ring(s)
 
-            def run(i: int, weights: list[Weight] = weights) -> Tensor:
-                w = weights[i]
-                each = (w.shape.bits, w.shape.group, w.shape.n, w.shape.k)
-                return ops.dequantize(w.qdata, w.scale_zero, w.high_plane, None, *each, BF16)
+            def run(i: int, weights: list[Packed] = weights) -> Tensor:
+                return ops.dequantize(*weights[i], BF16)
 
             us = microseconds(run, len(weights), calls=12)
             print(f"{f'{n} x {k}':>14} {bits} bits g{group}: {us:7.1f} us {(s.bytes + 2 * n * k) / us / 1e3:6.0f}")
@@ -85,8 +79,11 @@ def dequantize_speed() -> None:
 def overhead() -> None:
     """What a call costs in Python, where the GPU has next to nothing to do."""
     w = ring(Shape(4, 128, 256, 256), 1)[0]
-    x, weight = torch.randn(1, 256, device="cuda", dtype=BF16), w.dense(BF16)
-    calls: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(w, x), "F.linear": lambda: F.linear(x, weight)}
+    x, weight = torch.randn(1, 256, device="cuda", dtype=BF16), reference.dequantize(w, BF16)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: ops.linear(x, *w),
+        "F.linear": lambda: F.linear(x, weight),
+    }
     print("\na call from Python, us:")
     for name, call in calls.items():
         times = []
@@ -108,7 +105,7 @@ def first_call() -> None:
         x = torch.randn(m, s.k, device="cuda", dtype=torch.float16)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        ours(w, x)
+        ops.linear(x, *w)
         torch.cuda.synchronize()
         print(f"first call, {s.bits} bits, M {m}: {time.perf_counter() - start:.2f} s")
 

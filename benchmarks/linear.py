@@ -14,6 +14,7 @@ import torch.utils.benchmark
 from torch import Tensor
 
 from gptq_ao.kernels import cpu
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.solve import round_to_nearest
 from gptq_ao.tensor import GroupTensor, tensor_class
@@ -29,9 +30,10 @@ def microseconds(statement: str, **names: object) -> float:
 
 def operator_alone(x: Tensor, w: GroupTensor) -> str:
     """Microseconds of what `kernels/cpu.py` calls, for as many rows as one call takes; else empty."""
-    if x.is_cuda or not cpu.supports(x, w.qdata, w.bits, w.group_size) or len(x) > cpu.ROWS_PER_CALL:
+    packed = Packed(*w.packed())
+    if x.is_cuda or not cpu.supports(x, packed) or len(x) > cpu.ROWS_PER_CALL:
         return ""
-    weight, scales = cpu._convert(w.qdata, w.scale_zero, w.out_features, w.in_features)
+    weight, scales = cpu._convert(packed)
     operator = torch.ops.aten._weight_int4pack_mm_for_cpu
     return f"{microseconds('f(x, w, g, s)', f=operator, x=x, w=weight, g=w.group_size, s=scales):.1f}"
 

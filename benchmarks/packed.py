@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gptq_ao.codes.tiles import TILE_ROWS, packed_bytes, tile_columns
-from gptq_ao.kernels import reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning.timing import BEYOND_CACHE, microseconds
 
-__all__ = ["Shape", "Weight", "read_bandwidth", "ring"]
+__all__ = ["Shape", "read_bandwidth", "ring"]
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,12 @@ class Shape:
         return packed_bytes((self.n, self.k), self.bits, self.k // self.group)
 
 
-@dataclass(frozen=True)
-class Weight:
-    shape: Shape
-    qdata: Tensor
-    scale_zero: Tensor
-    high_plane: Tensor | None
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        s = self.shape
-        return reference.dequantize(self.qdata, self.scale_zero, self.high_plane, None, s.bits, s.n, s.k, dtype)
-
-
-def ring(shape: Shape, least: int = BEYOND_CACHE) -> list[Weight]:
+def ring(shape: Shape, least: int = BEYOND_CACHE) -> list[Packed]:
     """As many weights as have `least` bytes together."""
     return [_random(shape, seed) for seed in range(-(-least // shape.bytes))]
 
 
-def _random(s: Shape, seed: int) -> Weight:
+def _random(s: Shape, seed: int) -> Packed:
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def words(*size: int) -> Tensor:
@@ -55,7 +43,8 @@ def _random(s: Shape, seed: int) -> Weight:
     scale = torch.rand(tiles[0], s.k // s.group, TILE_ROWS, device="cuda", generator=generator)
     scale = (scale + 0.5) * 2.0**-s.bits * s.k**-0.5
     scale_zero = scale.half().view(torch.int16).int() | (2 ** (s.bits - 1) << 16)
-    return Weight(s, words(*tiles, 128), scale_zero, words(*tiles, 64) if s.bits == 3 else None)
+    high_plane = words(*tiles, 64) if s.bits == 3 else None
+    return Packed(words(*tiles, 128), scale_zero, high_plane, None, s.bits, s.group, s.n, s.k)
 
 
 @triton.jit

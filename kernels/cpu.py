@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_ao.codes.tiles import unpack_codes, unpack_scale_zero
 from gptq_ao.kernels import reference
+from gptq_ao.kernels.packed import Packed
 
 __all__ = ["grouped_linear", "linear", "max_rows", "supports"]
 
@@ -33,30 +34,22 @@ def max_rows(dtype: torch.dtype, bits: int, group_size: int) -> int:
     return MAX_ROWS if bits == 4 and dtype == torch.bfloat16 and group_size in GROUP_SIZES else 0
 
 
-def supports(x: Tensor, qdata: Tensor, bits: int, group_size: int, stacked: bool = False) -> bool:
+def supports(x: Tensor, packed: Packed, stacked: bool = False) -> bool:
     """Whether `linear` computes this, and is the faster way. `stacked`: by one expert of a stack."""
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    rows = x.numel() // max(x.shape[-1], 1)
     return (
-        0 < rows <= max_rows(x.dtype, bits, group_size)
-        and qdata.dim() == (4 if stacked else 3)
-        and not qdata.is_inference()  # no version counter: a change in place would go unnoticed
+        0 < rows <= max_rows(x.dtype, packed.bits, packed.group_size)
+        and packed.qdata.dim() == (4 if stacked else 3)
+        and not packed.qdata.is_inference()  # no version counter: a change in place would go unnoticed
     )
 
 
-def linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    perm: Tensor | None,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    expert: int | None = None,
-) -> Tensor:
-    """x·Wᵀ, x [..., K] bf16; the result is within bf16 rounding of the scales of `reference.linear`. W is a matrix, or
-    one of a stack."""
-    weight, scale_and_offset = _convert(qdata, scale_zero, out_features, in_features, expert)
-    rows = x.reshape(-1, in_features)
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
+    """x·Wᵀ + bias, x [..., K] bf16; the result is within bf16 rounding of the scales of `reference.linear`. W is a
+    matrix, or one of a stack."""
+    weight, scale_and_offset = _convert(packed, expert)
+    perm, group_size, out_features = packed.perm, packed.group_size, packed.out_features
+    rows = x.reshape(-1, packed.in_features)
     rows = (rows if perm is None else rows[:, perm]).contiguous()
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
     if len(rows) <= ROWS_PER_CALL:
@@ -65,51 +58,38 @@ def linear(
         y = torch.cat([product(part, weight, group_size, scale_and_offset) for part in rows.split(ROWS_PER_CALL)])
     if y.shape[-1] != out_features:
         y = y[:, :out_features].contiguous()
-    return y.view(*x.shape[:-1], out_features)
+    y = y.view(*x.shape[:-1], out_features)
+    return y if bias is None else y + bias
 
 
-def grouped_linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    offsets: Tensor,
-) -> Tensor:
+def grouped_linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     """See `reference.grouped_linear`; each expert's rows by `linear`, where that is supported."""
-    reference.check_grouped(x, qdata, in_features, offsets)
+    reference.check_grouped(x, packed, offsets)
 
     def product(rows: Tensor, expert: int) -> Tensor:
-        if supports(rows, qdata, bits, group_size, stacked=True):
-            return linear(rows, qdata, scale_zero, perm, group_size, out_features, in_features, expert)
-        high = None if high_plane is None else high_plane[expert]
-        return reference.linear(rows, qdata[expert], scale_zero[expert], high, perm, bits, out_features, in_features)
+        if supports(rows, packed, stacked=True):
+            return linear(rows, packed, expert=expert)
+        return reference.linear(rows, packed.expert(expert))
 
-    return reference.by_expert(x, offsets, out_features, product)
+    return reference.by_expert(x, offsets, packed.out_features, product)
 
 
-def _convert(
-    qdata: Tensor, scale_zero: Tensor, out_features: int, in_features: int, expert: int | None = None
-) -> tuple[Tensor, Tensor]:
+def _convert(packed: Packed, expert: int | None = None) -> tuple[Tensor, Tensor]:
+    qdata, scale_zero = packed.qdata, packed.scale_zero
     version = (qdata._version, scale_zero._version)
     known = _converted.get(qdata)
     if known is None or known[0] != version or known[1]() is not scale_zero:
         known = _converted[qdata] = (version, weakref.ref(scale_zero), {})
     experts: dict[int | None, tuple[Tensor, Tensor]] = known[2]
     if expert not in experts:
-        one = (qdata, scale_zero) if expert is None else (qdata[expert], scale_zero[expert])
-        experts[expert] = _converted_matrix(*one, out_features, in_features)
+        experts[expert] = _converted_matrix(packed if expert is None else packed.expert(expert))
     return experts[expert]
 
 
-def _converted_matrix(qdata: Tensor, scale_zero: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    padded = -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
-    codes = unpack_codes(qdata, None, 4, padded, in_features)
-    scale, zero_point = (t.float() for t in unpack_scale_zero(scale_zero, padded))
+def _converted_matrix(packed: Packed) -> tuple[Tensor, Tensor]:
+    padded = -(-packed.out_features // ROW_MULTIPLE) * ROW_MULTIPLE
+    codes = unpack_codes(packed.qdata, None, 4, padded, packed.in_features)
+    scale, zero_point = (t.float() for t in unpack_scale_zero(packed.scale_zero, padded))
     offset = (8 - zero_point) * scale
     weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     scale_and_offset = torch.stack([scale, offset], -1).transpose(0, 1).to(torch.bfloat16).contiguous()

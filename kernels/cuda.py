@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.kernels import reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning import heuristics, measured
 
 __all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows"]
@@ -26,19 +27,9 @@ SCRATCH = 256 * 2**20  # bytes of dense weight at a time
 TESTED = {(9, 0)}  # compute capabilities; for others kernels were at most compiled
 
 
-def linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    bias: Tensor | None = None,
-) -> Tensor:
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """See `reference.linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
+    qdata, scale_zero, high_plane, perm, bits, group_size, out_features, in_features = packed
     stacked = qdata.dim() > 3
     device = x.get_device()
     together = device == qdata.get_device() == scale_zero.get_device()
@@ -52,23 +43,19 @@ def linear(
     if perm is not None:
         x = x[..., perm]
     launch = _launch(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
-    contiguous = qdata.is_contiguous() and scale_zero.is_contiguous()
-    if launch is not None and contiguous and (bias is None or bias.dtype == x.dtype):
-        return launch(x.contiguous(), qdata, scale_zero, high_plane, None if bias is None else bias.contiguous())
-    numbers = (bits, group_size, out_features, in_features)
+    if launch is not None and packed.is_contiguous() and (bias is None or bias.dtype == x.dtype):
+        return launch(x.contiguous(), packed, None if bias is None else bias.contiguous())
+    packed = packed._replace(perm=None)  # x is in the order of the codes
     if stacked:
-        return torch.bmm(x, dequantize(qdata, scale_zero, high_plane, None, *numbers, x.dtype).mT)
+        return torch.bmm(x, dequantize(packed, x.dtype).mT)
     most = max(1, SCRATCH // (TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
     if most >= out_features:
-        return F.linear(x, dequantize(qdata, scale_zero, high_plane, None, *numbers, x.dtype), bias)
+        return F.linear(x, dequantize(packed, x.dtype), bias)
     flat = x.reshape(-1, in_features)
     y = x.new_empty(len(flat), out_features)
     for first in range(0, out_features, most):
         part = slice(first, min(first + most, out_features))
-        tiles = slice(first // TILE_ROWS, (first + most) // TILE_ROWS)
-        high = None if high_plane is None else high_plane[tiles]
-        numbers = (bits, group_size, part.stop - part.start, in_features)
-        weight = dequantize(qdata[tiles], scale_zero[tiles], high, None, *numbers, x.dtype)
+        weight = dequantize(packed.rows(part.start, part.stop), x.dtype)
         if bias is None:
             torch.mm(flat, weight.T, out=y[:, part])
         else:
@@ -76,26 +63,15 @@ def linear(
     return y.view(*x.shape[:-1], out_features)
 
 
-def dequantize(
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`: the same, bit for bit."""
-    contiguous = qdata.is_contiguous() and scale_zero.is_contiguous()
-    if contiguous and in_one_pass(qdata.device, bits, group_size, in_features, dtype):
+    device, perm = packed.qdata.device, packed.perm
+    if packed.is_contiguous() and in_one_pass(device, packed.bits, packed.group_size, packed.in_features, dtype):
         from gptq_ao.kernels.triton import dequantize
 
-        packed = (qdata, scale_zero, high_plane)
-        weight = dequantize.dequantize(*packed, bits, group_size, out_features, in_features, dtype)
+        weight = dequantize.dequantize(packed, dtype)
         return weight if perm is None else weight[..., torch.argsort(perm)]
-    return reference.dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, dtype)
+    return reference.dequantize(packed, dtype)
 
 
 def in_one_pass(device: torch.device, bits: int, group_size: int, in_features: int, dtype: torch.dtype) -> bool:
@@ -118,7 +94,7 @@ def max_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: in
 
 def bucket(rows: int) -> int:
     """The number of rows that stands for these and some fewer: all have one configuration."""
-    return max(8, 1 << max(rows - 1, 0).bit_length())
+    return 8 if rows <= 8 else 1 << (rows - 1).bit_length()
 
 
 def forget() -> None:

@@ -16,47 +16,35 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.kernels import cuda
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.reference import check_grouped
 from gptq_ao.kernels.tuning import heuristics
 
 __all__ = ["linear"]
 
 
-def linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    offsets: Tensor,
-) -> Tensor:
+def linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     """See `reference.grouped_linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
-    check_grouped(x, qdata, in_features, offsets)
+    check_grouped(x, packed, offsets)
+    qdata, _, _, perm, bits, group_size, out_features, in_features = packed
     if len(x) == 0:
         return x.new_empty(0, out_features)
     x = (x if perm is None else x[:, perm]).contiguous()
     offsets = offsets.to(torch.int32).contiguous()
-    packed = (qdata, scale_zero, high_plane)
-    if qdata.is_contiguous() and scale_zero.is_contiguous():
+    if packed.is_contiguous():
         numbers = (bits, group_size, out_features, in_features)
         config = _config(cuda.bucket(len(x)), *numbers, len(qdata), x.dtype, x.device)
         if config is not None:
             from gptq_ao.kernels.triton.launch_experts import launch_experts
 
-            return launch_experts(x, *packed, bits, group_size, out_features, offsets, config)
+            return launch_experts(x, packed, offsets, config)
+    packed = packed._replace(perm=None)  # x is in the order of the codes
     # Parts by output features, not by experts: where the rows of an expert begin is not known here.
     most = max(1, cuda.SCRATCH // (len(qdata) * TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
     y = x.new_empty(len(x), out_features)
     for first in range(0, out_features, most):
         last = min(first + most, out_features)
-        tiles = slice(first // TILE_ROWS, (first + most) // TILE_ROWS)
-        high = None if high_plane is None else high_plane[:, tiles].contiguous()
-        part = (qdata[:, tiles].contiguous(), scale_zero[:, tiles].contiguous(), high, None)
-        weight = cuda.dequantize(*part, bits, group_size, last - first, in_features, x.dtype)
+        weight = cuda.dequantize(packed.rows(first, last), x.dtype)
         y[:, first:last] = F.grouped_mm(x, weight.mT, offs=offsets)
     beyond = torch.arange(len(x), device=x.device) >= offsets[-1]
     return y.masked_fill_(beyond.unsqueeze(1), 0)

@@ -9,12 +9,14 @@ They take plain tensors and numbers, so torch.compile and torch.export keep each
 cheaper than that of the `custom_op` decorator. Triton is imported when its kernels run: this file needs torch alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptq_ao.kernels import cpu, cuda, cuda_experts, reference
+from gptq_ao.kernels.packed import Packed
 
 __all__ = ["dequantize", "grouped_linear", "grouped_linear_backward", "kernel_name", "linear"]
 
@@ -29,75 +31,73 @@ _library.define(f"grouped_linear_backward(Tensor grad, {_PACKED}, Tensor offsets
 _library.define(f"dequantize({_PACKED}, ScalarType dtype) -> Tensor")
 
 
-def _linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    bias: Tensor | None = None,
-) -> Tensor:
-    if x.device.type == "cpu" and cpu.supports(x, qdata, bits, group_size):
-        y = cpu.linear(x, qdata, scale_zero, perm, group_size, out_features, in_features)
-        return y if bias is None else y + bias
-    return reference.linear(x, qdata, scale_zero, high_plane, perm, bits, out_features, in_features, bias)
+def _of_packed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorates a function of x, a `Packed`, and a bias or offsets. The operator is given the fields one by one."""
+
+    def flat(
+        x: Tensor,
+        qdata: Tensor,
+        scale_zero: Tensor,
+        high_plane: Tensor | None,
+        perm: Tensor | None,
+        bits: int,
+        group_size: int,
+        out_features: int,
+        in_features: int,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        packed = Packed(qdata, scale_zero, high_plane, perm, bits, group_size, out_features, in_features)
+        return function(x, packed, last)
+
+    return flat
 
 
-def _linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
+@_of_packed
+def _linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    if x.is_cpu and cpu.supports(x, packed):
+        return cpu.linear(x, packed, bias)
+    return reference.linear(x, packed, bias)
+
+
+@_of_packed
+def _linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     # A kernel is launched on the current device, and it takes longer to set it than to look.
     if x.get_device() == torch.cuda.current_device():
-        return cuda.linear(x, *arguments)
+        return cuda.linear(x, packed, bias)
     with torch.cuda.device(x.device):
-        return cuda.linear(x, *arguments)
+        return cuda.linear(x, packed, bias)
 
 
-def _grouped_linear(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    offsets: Tensor,
-) -> Tensor:
-    packed = (qdata, scale_zero, high_plane, perm, bits)
-    if x.device.type == "cpu":
-        return cpu.grouped_linear(x, *packed, group_size, out_features, in_features, offsets)
-    return reference.grouped_linear(x, *packed, out_features, in_features, offsets)
+@_of_packed
+def _grouped_linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+    return (cpu if x.is_cpu else reference).grouped_linear(x, packed, offsets)
 
 
-def _grouped_linear_cuda(x: Tensor, *arguments: Any) -> Tensor:
+@_of_packed
+def _grouped_linear_cuda(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     with torch.cuda.device(x.device):
-        return cuda_experts.linear(x, *arguments)
+        return cuda_experts.linear(x, packed, offsets)
 
 
-def _grouped_linear_backward(
-    grad: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    offsets: Tensor,
-) -> Tensor:
+@_of_packed
+def _grouped_linear_backward(grad: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     """dX = dY·W, one dequantized expert at a time. An operator, as the loop depends on the values of `offsets`."""
 
     def product(rows: Tensor, expert: int) -> Tensor:
-        high = None if high_plane is None else high_plane[expert]
-        numbers = (bits, group_size, out_features, in_features)
-        return rows @ dequantize(qdata[expert], scale_zero[expert], high, perm, *numbers, rows.dtype)
+        return rows @ dequantize(*packed.expert(expert), rows.dtype)
 
-    return reference.by_expert(grad, offsets, in_features, product)
+    return reference.by_expert(grad, offsets, packed.in_features, product)
+
+
+def _dequantize(*arguments: Any) -> Tensor:
+    *fields, dtype = arguments
+    return reference.dequantize(Packed(*fields), dtype)
+
+
+def _dequantize_cuda(qdata: Tensor, *more: Any) -> Tensor:
+    *fields, dtype = more
+    with torch.cuda.device(qdata.device):
+        return cuda.dequantize(Packed(qdata, *fields), dtype)
 
 
 def kernel_name(
@@ -113,25 +113,6 @@ def kernel_name(
     return f"{name} up to {rows} rows{each}, else dequantize + matmul" if rows else "dequantize + matmul"
 
 
-def _dequantize(
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return reference.dequantize(qdata, scale_zero, high_plane, perm, bits, out_features, in_features, dtype)
-
-
-def _dequantize_cuda(qdata: Tensor, *arguments: Any) -> Tensor:
-    with torch.cuda.device(qdata.device):
-        return cuda.dequantize(qdata, *arguments)
-
-
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear", _linear_cuda, "CUDA")
 _library.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
@@ -142,57 +123,29 @@ _library.impl("dequantize", _dequantize_cuda, "CUDA")
 
 
 @torch.library.register_fake("gptq_ao::linear", lib=_library)
-def _(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    bias: Tensor | None = None,
-) -> Tensor:
-    torch._check(x.shape[-1] == in_features, lambda: f"x {tuple(x.shape)} does not end in {in_features} features")
-    return x.new_empty(*x.shape[:-1], out_features)
+@_of_packed
+def _(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    k = packed.in_features
+    torch._check(x.shape[-1] == k, lambda: f"x {tuple(x.shape)} does not end in {k} features")
+    return x.new_empty(*x.shape[:-1], packed.out_features)
 
 
 @torch.library.register_fake("gptq_ao::grouped_linear", lib=_library)
-def _(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    offsets: Tensor,
-) -> Tensor:
-    reference.check_grouped(x, qdata, in_features, offsets)
-    return x.new_empty(x.shape[0], out_features)
+@_of_packed
+def _(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+    reference.check_grouped(x, packed, offsets)
+    return x.new_empty(x.shape[0], packed.out_features)
 
 
 @torch.library.register_fake("gptq_ao::grouped_linear_backward", lib=_library)
-def _(grad: Tensor, *arguments: Any) -> Tensor:
-    in_features = arguments[7]
-    return grad.new_empty(grad.shape[0], in_features)
+@_of_packed
+def _(grad: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], packed.in_features)
 
 
 @torch.library.register_fake("gptq_ao::dequantize", lib=_library)
-def _(
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    perm: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(qdata: Tensor, *more: Any) -> Tensor:
+    *_, out_features, in_features, dtype = more
     return qdata.new_empty(*qdata.shape[:-3], out_features, in_features, dtype=dtype)
 
 

@@ -25,7 +25,7 @@ ROWS: list[set[str]] = [
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 # Where a room has folders, those are used by the files beside them, and use only these of them.
-SHARED = {"passes": {"records", "size_conditions"}, "kernels": {"reference"}}
+SHARED = {"passes": {"records", "size_conditions"}, "kernels": {"packed", "reference"}}
 # Packages that take long to import or may be missing, and where a file may import them at its top. (The script that
 # trains the embedded model is never imported.)
 HOME_OF = {"triton": ("kernels.triton.",), "transformers": ("integrations.", "tiny_lm.train")}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gptq_ao.errors import TuningError
 from gptq_ao.kernels import cuda
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning import measured
 from gptq_ao.kernels.tuning.candidates import candidates
 from gptq_ao.kernels.tuning.heuristics import FUSED_ROWS, LinearConfig
@@ -15,8 +16,6 @@ from gptq_ao.kernels.tuning.measured import Product, Tuned
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["tune"]
-
-Packed = tuple[Tensor, Tensor, Tensor | None]  # qdata, scale_zero, high_plane
 
 
 def tune(model: nn.Module, rows: Sequence[int] = (1, 16, 64, 256), path: Path | str | None = None) -> Path:
@@ -65,20 +64,17 @@ def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
     size = weights[0].qdata.nbytes + weights[0].scale_zero.nbytes
     count = -(-BEYOND_CACHE // size)
     # Few of a shape: more in memory, of the same values, so that none is still in the cache.
-    ring: list[Packed] = [w.packed()[:3] for w in weights[:count]]
-    for _ in range(count - len(ring)):
-        qdata, scale_zero, high_plane = ring[0]
-        ring.append((qdata.clone(), scale_zero.clone(), None if high_plane is None else high_plane.clone()))
+    ring = [Packed(*w.packed())._replace(perm=None) for w in weights[:count]]
+    ring += [ring[0].each(torch.clone) for _ in range(count - len(ring))]
     x = torch.randn(1, p.rows, p.in_features, device="cuda", dtype=torch.bfloat16)
     best = Tuned(None, float("inf"))
     if p.rows > min(FUSED_ROWS.values()):
 
         def dense(i: int) -> Tensor:
-            weight = cuda.dequantize(*ring[i], None, p.bits, p.group_size, p.out_features, p.in_features, x.dtype)
-            return torch.mm(x[0], weight.T)
+            return torch.mm(x[0], cuda.dequantize(ring[i], x.dtype).T)
 
         best = Tuned(None, microseconds(dense, count, calls=24))
-    weight = cuda.dequantize(*ring[0], None, p.bits, p.group_size, p.out_features, p.in_features, torch.float32)
+    weight = cuda.dequantize(ring[0], torch.float32)
     expected = x[0].float() @ weight.T
     # Rounding to bf16 of weights (when multiplied by their scales) and of the result, with room to spare.
     tolerance = 2.0**-6 * (x[0].float().abs() @ weight.abs().T)
@@ -103,7 +99,7 @@ def _time(p: Product, c: LinearConfig, ring: list[Packed], x: Tensor, expected: 
     counters = torch.zeros(blocks, dtype=torch.int32, device=x.device)
 
     def run(i: int) -> Tensor:
-        return launch(x, *ring[i], p.bits, p.group_size, p.out_features, c, counters=counters)
+        return launch(x, ring[i], None, c, counters=counters)
 
     try:
         if not bool(((run(0)[0].float() - expected).abs() <= tolerance).all()):

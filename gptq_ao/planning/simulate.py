@@ -18,6 +18,7 @@ from gptq_ao.calibration.activation_store import compact
 from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import cuda, reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.follow_original import last_reads
@@ -31,7 +32,7 @@ from gptq_ao.solver.hessian import HessianObserver
 __all__ = ["Footprint", "Work", "fakes_on", "simulate"]
 
 Values = dict[str, Any]
-Packed = tuple[Tensor | None, ...]  # qdata, scale_zero, high_plane, perm
+PackedTensors = tuple[Tensor | None, ...]  # qdata, scale_zero, high_plane, perm
 
 
 @dataclass
@@ -134,9 +135,9 @@ class _Simulation:
         self.waiting = 0
         self.originals: dict[str, Tensor] = {}  # still to be read; on meta, if they are not on the device
         self.from_files = 0  # bytes of those, at most
-        self.packed: dict[str, Packed] = {}  # on meta, if they are not on the device
+        self.packed: dict[str, PackedTensors] = {}  # on meta, if they are not on the device
         self.packed_bytes: dict[str, int] = {}
-        self.packings: dict[PackedSpec, tuple[Packed, int]] = {}  # see `pack`
+        self.packings: dict[PackedSpec, tuple[PackedTensors, int]] = {}  # see `pack`
         self.rows: dict[str, int] = {}
         self.calibration, self.solving = Work(), Work()
         self.values: dict[Any, Values] = {}  # shape → what waits of a batch
@@ -229,7 +230,8 @@ class _Simulation:
             weight = torch.empty(spec.shape, dtype=dtype, device=self.device)
             weight = weight if perm is None else weight[..., perm]
         else:
-            weight = reference.dequantize(qdata, scale_zero, high_plane, perm, spec.bits, n, k, dtype)
+            packed = Packed(qdata, scale_zero, high_plane, perm, spec.bits, spec.group_size, n, k)
+            weight = reference.dequantize(packed, dtype)
         return (weight.mT if layout.transposed else weight).reshape(layout.shape)
 
     def dense(self, name: str) -> Tensor:
@@ -298,7 +300,7 @@ class _Simulation:
         self.packed[name] = packed
         return before + more
 
-    def _packing(self, spec: PackedSpec) -> tuple[Packed, int]:
+    def _packing(self, spec: PackedSpec) -> tuple[PackedTensors, int]:
         """What comes out of packing such a weight, on meta, and the bytes that it takes meanwhile."""
         self.tracker.restart()
         before = self.live

@@ -1,5 +1,9 @@
-"""GroupTensor: what a quantized weight is made of, and how it is built. Its operators are in `operators.py`."""
+"""GroupTensor: what a quantized weight is made of, and how it is built.
 
+What operators do with it is in `products.py`, `views.py` and `copies.py`.
+"""
+
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -238,7 +242,7 @@ class GroupTensor(TorchAOBaseTensor):
         return PackedSpec(shape, self.bits, self.group_size, self.perm is not None)
 
     def packed(self) -> tuple[Any, ...]:
-        """The arguments of the operators in `kernels/ops.py`, after x."""
+        """The fields of `kernels/packed.py`, which the operators in `kernels/ops.py` take one by one, after x."""
         numbers = (self.bits, self.group_size, self.out_features, self.in_features)
         return (self.qdata, self.scale_zero, self.high_plane, self.perm, *numbers)
 
@@ -247,17 +251,23 @@ class GroupTensor(TorchAOBaseTensor):
         names = [*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names]
         return type(self)(*(attributes.get(n, getattr(self, n)) for n in names))
 
+    def tiled(self) -> dict[str, Tensor]:
+        """The inner tensors that have one part for each tile of rows, by name: all but `perm`."""
+        inner = {n: getattr(self, n) for n in ("qdata", "scale_zero", "high_plane")}
+        return {n: t for n, t in inner.items() if t is not None}
+
+    def each(self, change: Callable[[Tensor], Tensor], **attributes: Any) -> "GroupTensor":
+        """The same weight with `change` applied to these, and other attributes."""
+        return self.replace(**{n: change(t) for n, t in self.tiled().items()}, **attributes)
+
     def expanded(self, lead: tuple[int, ...]) -> "GroupTensor":
         """The matrix as a stack of `lead` equal ones (or, for `()`, the first matrix of a stack), without a copy."""
-        inner = {n: getattr(self, n) for n in ("qdata", "scale_zero", "high_plane")}
         first = (0,) * (self.dim() - 2)
-        inner = {n: t.expand(*lead, *t.shape) if lead else t[first] for n, t in inner.items() if t is not None}
-        return self.replace(**inner)
+        return self.each(lambda t: t.expand(*lead, *t.shape) if lead else t[first])
 
     def experts(self, index: tuple[Any, ...]) -> "GroupTensor":
         """Some matrices of a stack: `index` is for the leading dimensions."""
-        inner = {n: getattr(self, n) for n in ("qdata", "scale_zero", "high_plane")}
-        return self.replace(**{n: t[index] for n, t in inner.items() if t is not None})
+        return self.each(lambda t: t[index])
 
     def __repr__(self) -> str:
         return (

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton.unpack import unpack
 
 __all__ = ["dequantize"]
@@ -70,38 +71,29 @@ def _dequantize(
     tl.store(weight + (n * K + c), w.to(weight.dtype.element_ty), mask=mask)
 
 
-def dequantize(
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-    fast: bool = not INTERPRETED,
-) -> Tensor:
-    """[..., out_features, in_features], columns as they are stored; all tensors contiguous.
+def dequantize(packed: Packed, dtype: torch.dtype, fast: bool = not INTERPRETED) -> Tensor:
+    """[..., out_features, in_features] in `dtype`, columns as they are stored.
 
     Args:
-        group_size: a multiple of `heuristics.SMALLEST_RUN`, or in_features.
+        packed: contiguous; group_size is a multiple of `heuristics.SMALLEST_RUN`, or in_features.
         fast: see `unpack.py`.
     """
+    qdata, scale_zero, high_plane, _, bits, group_size, n, k = packed
     lead = qdata.shape[:-3]
-    weight = torch.empty(*lead, out_features, in_features, dtype=dtype, device=qdata.device)
-    grid = (triton.cdiv(in_features, COLUMNS), triton.cdiv(out_features, ROWS), lead.numel())
+    weight = torch.empty(*lead, n, k, dtype=dtype, device=qdata.device)
+    grid = (triton.cdiv(k, COLUMNS), triton.cdiv(n, ROWS), lead.numel())
     if weight.numel():
         _dequantize[grid](
             qdata,
             high_plane,
             scale_zero,
             weight,
-            out_features,
-            in_features,
+            n,
+            k,
             scale_zero.shape[-2],
             group_size,
             BITS=bits,
-            RUN=_run(group_size, in_features),
+            RUN=_run(group_size, k),
             BN=ROWS,
             BK=COLUMNS,
             FAST=fast,

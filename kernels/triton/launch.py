@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton.counters import zeroed_counters
 from gptq_ao.kernels.triton.linear import add_splits_kernel, linear_kernel
 from gptq_ao.kernels.tuning.heuristics import SHARED_MEMORY, LinearConfig
@@ -164,15 +165,7 @@ class LinearLaunch:
         """The same, with sums added up by a second kernel."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, last_adds=False))
 
-    def __call__(
-        self,
-        x: Tensor,
-        qdata: Tensor,
-        scale_zero: Tensor,
-        high_plane: Tensor | None,
-        bias: Tensor | None = None,
-        counters: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None = None, counters: Tensor | None = None) -> Tensor:
         """[..., N] from x [..., K], all contiguous, on the current device; x and bias of this dtype.
 
         Args:
@@ -188,12 +181,12 @@ class LinearLaunch:
         elif counters is None and rows:
             counters = self._counters(experts * blocks, stream)
             if counters is None:
-                return self.without_counters(x, qdata, scale_zero, high_plane, bias)
+                return self.without_counters(x, packed, bias)
         y = x.new_empty((*x.shape[:-1], n))
         if rows == 0:
             return y
         partial = None if c.split == 1 else x.new_empty((experts, c.split, rows, n), dtype=torch.float32)
-        tensors = (x, qdata, high_plane, scale_zero, bias, y, partial, counters, None)
+        tensors = (x, packed.qdata, packed.high_plane, packed.scale_zero, bias, y, partial, counters, None)
         self.product((blocks, c.split, experts), stream, tensors, (rows, n, k, k // self.group_size))
         if c.split > 1 and not c.last_adds:
             self.add_splits((-(-rows * n // ADD_BLOCK), experts, 1), stream, (partial, bias, y), (rows, n))
@@ -210,22 +203,15 @@ prepared = functools.cache(LinearLaunch)
 
 def launch(
     x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
+    packed: Packed,
+    bias: Tensor | None,
     c: LinearConfig,
-    bias: Tensor | None = None,
     fast: bool = not INTERPRETED,
     counters: Tensor | None = None,
 ) -> Tensor:
     """[E, M, N] from x [E, M, K] and a stack of E weights, or from x [1, M, K] and one; see `LinearLaunch`."""
-    experts, _, in_features = x.shape
-    sizes = (out_features, in_features, experts)
-    call = prepared(c, bits, group_size, *sizes, x.dtype, x.get_device(), fast)
-    return call(x, qdata, scale_zero, high_plane, bias, counters)
+    sizes = (packed.bits, packed.group_size, packed.out_features, packed.in_features, len(x))
+    return prepared(c, *sizes, x.dtype, x.get_device(), fast)(x, packed, bias, counters)
 
 
 def warm_up(

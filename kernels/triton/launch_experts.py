@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton.launch import INTERPRETED, Kernel, constants
 from gptq_ao.kernels.triton.linear import linear_kernel
 from gptq_ao.kernels.tuning.heuristics import LinearConfig
@@ -13,18 +14,7 @@ from gptq_ao.kernels.tuning.heuristics import LinearConfig
 __all__ = ["launch_experts", "most_blocks"]
 
 
-def launch_experts(
-    x: Tensor,
-    qdata: Tensor,
-    scale_zero: Tensor,
-    high_plane: Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    offsets: Tensor,
-    c: LinearConfig,
-    fast: bool | None = None,
-) -> Tensor:
+def launch_experts(x: Tensor, packed: Packed, offsets: Tensor, c: LinearConfig, fast: bool | None = None) -> Tensor:
     """[rows, N] from x [rows, K], a stack of E weights and int32 `offsets` [E]; all contiguous.
 
     Args:
@@ -32,16 +22,17 @@ def launch_experts(
         fast: see `launch.py`.
     """
     assert c.split == 1
-    rows, in_features = x.shape
-    y = x.new_empty(rows, out_features)
+    qdata, scale_zero, high_plane, _, bits, group_size, n, k = packed
+    rows, experts = len(x), len(qdata)
+    y = x.new_empty(rows, n)
     if y.numel() == 0:
         return y
-    blocks = most_blocks(rows, len(qdata), c.block_m) * -(-out_features // c.block_n)
+    blocks = most_blocks(rows, experts, c.block_m) * -(-n // c.block_n)
     tensors = (x, qdata, high_plane, scale_zero, None, y, None, None, offsets)
     device = x.get_device()
     stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
-    run = _kernel(c, bits, group_size, out_features, in_features, len(qdata), x.dtype, device, fast)
-    run((blocks, 1, 1), stream, tensors, (rows, out_features, in_features, in_features // group_size))
+    run = _kernel(c, bits, group_size, n, k, experts, x.dtype, device, fast)
+    run((blocks, 1, 1), stream, tensors, (rows, n, k, k // group_size))
     return y
 
 

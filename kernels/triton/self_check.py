@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton import dequantize
 from gptq_ao.kernels.triton.launch import launch
 from gptq_ao.kernels.triton.launch_experts import launch_experts
@@ -40,9 +41,9 @@ def same_as_reference(device: torch.device, bits: int, dtype: torch.dtype, capab
     scale = torch.linspace(-0.1, 0.1, 2 * n * k // group, device=device).half().view(2, n, -1)
     zero_point = torch.full_like(scale, 2 ** (bits - 1) - 1, dtype=torch.uint8)
     qdata, high_plane = pack_codes(codes, bits)
-    packed = (qdata, pack_scale_zero(scale, zero_point), high_plane)
-    weight = reference.dequantize(*packed, None, bits, n, k, dtype)
-    if not torch.equal(dequantize.dequantize(*packed, bits, group, n, k, dtype), weight):
+    packed = Packed(qdata, pack_scale_zero(scale, zero_point), high_plane, None, bits, group, n, k)
+    weight = reference.dequantize(packed, dtype)
+    if not torch.equal(dequantize.dequantize(packed, dtype), weight):
         return False
 
     def close(y: Tensor, x: Tensor, w: Tensor) -> bool:
@@ -55,11 +56,11 @@ def same_as_reference(device: torch.device, bits: int, dtype: torch.dtype, capab
     for rows in (3, 16, 64, 200):
         x = torch.linspace(-1, 1, 2 * rows * k, device=device).view(2, rows, k).to(dtype)
         config = heuristics.choose(rows, n, k, bits, group, 2, sms, capability)
-        if config is not None and not close(launch(x, *packed, bits, group, n, config), x, weight):
+        if config is not None and not close(launch(x, packed, None, config), x, weight):
             return False
     rows = 24
     x = torch.linspace(-1, 1, rows * k, device=device).view(rows, k).to(dtype)
     config = heuristics.choose_grouped(rows, n, k, bits, group, 2, sms, capability)
     assert config is not None
-    y = launch_experts(x, *packed, bits, group, n, torch.tensor([5, rows], dtype=torch.int32, device=device), config)
+    y = launch_experts(x, packed, torch.tensor([5, rows], dtype=torch.int32, device=device), config)
     return close(y[:5], x[:5], weight[0]) and close(y[5:], x[5:], weight[1])

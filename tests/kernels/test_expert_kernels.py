@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import ops
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton.launch_experts import launch_experts, most_blocks
 from gptq_ao.kernels.tuning.heuristics import FUSED_ROWS, LinearConfig, choose_grouped
 
@@ -48,15 +49,15 @@ class Grouped:
         zero = torch.randint(0, 2**self.bits, each, dtype=torch.uint8, generator=generator)
         return codes, torch.randn(each, generator=generator).half(), zero
 
-    def packed(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+    def packed(self, device: str = "cpu") -> Packed:
         codes, scale, zero = self.codes()
         qdata, high = pack_codes(codes, self.bits)
-        return qdata.to(device), pack_scale_zero(scale, zero).to(device), None if high is None else high.to(device)
+        numbers = (self.bits, self.group, self.out_features, self.in_features)
+        return Packed(qdata, pack_scale_zero(scale, zero), high, None, *numbers).each(lambda t: t.to(device))
 
     def arguments(self, device: str = "cpu", perm: Tensor | None = None) -> tuple[Any, ...]:
         """Of the operator, after x."""
-        numbers = (self.bits, self.group, self.out_features, self.in_features)
-        return (*self.packed(device), perm, *numbers, self.offsets().to(device))
+        return (*self.packed(device)._replace(perm=perm), self.offsets().to(device))
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.rows)
@@ -114,9 +115,7 @@ def run(p: Grouped, c: LinearConfig, device: str = "cpu", fast: bool | None = No
     offsets = p.offsets().to(device)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     try:
-        return launch_experts(
-            p.x().to(device), *p.packed(device), p.bits, p.group, p.out_features, offsets, c, fast
-        ).cpu()
+        return launch_experts(p.x().to(device), p.packed(device), offsets, c, fast).cpu()
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning.heuristics import LinearConfig, choose
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -44,15 +45,11 @@ class Product:
         scale[..., ::5, :] = 0
         return codes, scale, zero
 
-    def packed(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+    def packed(self, device: str = "cpu") -> Packed:
         codes, scale, zero = self.codes()
         qdata, high = pack_codes(codes, self.bits)
-        return qdata.to(device), pack_scale_zero(scale, zero).to(device), None if high is None else high.to(device)
-
-    def one_packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The first weight, on a GPU."""
-        qdata, scale_zero, high = self.packed("cuda")
-        return qdata[0], scale_zero[0], None if high is None else high[0]
+        numbers = (self.bits, self.group, self.out_features, self.in_features)
+        return Packed(qdata, pack_scale_zero(scale, zero), high, None, *numbers).each(lambda t: t.to(device))
 
     def weight(self) -> Tensor:
         """fp64"""
@@ -130,7 +127,7 @@ def interpret(folder: Path) -> None:
 
     def run(p: Product, c: LinearConfig, fast: bool, x: Tensor | None = None) -> Tensor:
         x = p.x() if x is None else x
-        return launch(x, *p.packed(), p.bits, p.group, p.out_features, c, p.bias_values(), fast)
+        return launch(x, p.packed(), p.bias_values(), c, fast)
 
     for name, (p, c) in CASES.items():
         results[name] = run(p, c, fast=False)
@@ -147,7 +144,7 @@ def interpret(folder: Path) -> None:
         p = Product(bits, group, 1, n, k, experts=2)
         for dtype in (FP16, FP32):
             for fast in (False, True) if bits == 8 else (False,):
-                dense = dequantize(*p.packed(), bits, group, n, k, dtype, fast)
+                dense = dequantize(p.packed(), dtype, fast)
                 results[f"{bits}-{group} {dtype} {fast}"] = dense
     for bits in (2, 3, 4, 8):
         same = [same_as_reference(torch.device("cpu"), bits, FP16, capability) for capability in (8, 9)]
@@ -199,7 +196,7 @@ def test_dequantize_in_the_interpreter_is_the_reference(
 ) -> None:
     p = Product(bits, group, 1, n, k, experts=2)
     for dtype in (FP16, FP32):
-        expected = reference.dequantize(*p.packed(), None, bits, n, k, dtype)
+        expected = reference.dequantize(p.packed(), dtype)
         found = [t for name, t in interpreted.items() if name.startswith(f"{bits}-{group} {dtype}")]
         assert len(found) == (2 if bits == 8 else 1)
         assert all(torch.equal(t, expected) for t in found)
@@ -341,14 +338,14 @@ def test_without_counters_a_second_kernel_adds(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch.LinearLaunch, "_counters", lambda *_: None)  # a graph is captured, the supply is used up
     p = Product(4, 128, 3, 48, 512)
     call = launch.LinearLaunch(split(BLOCK, 2), 4, 128, 48, 512, 1, FP16, -1)
-    y = call(p.x(), *p.packed())
+    y = call(p.x(), p.packed())
     (_, product, constants), (_, added, _) = (s.compiled[0] for s in sources)
     *_, partial, counters = product[:8]
     assert counters is None
     assert not constants["LAST_ADDS"]
     assert partial.shape == (1, 2, 3, 48)
     assert (added[0] is partial, added[2] is y) == (True, True)
-    call(p.x(), *p.packed(), counters=torch.zeros(8, dtype=torch.int32))
+    call(p.x(), p.packed(), counters=torch.zeros(8, dtype=torch.int32))
     assert sources[0].compiled[1][2]["LAST_ADDS"]
     assert len(sources[1].compiled) == 1
 
@@ -412,7 +409,7 @@ def on_gpu(p: Product, c: LinearConfig, fast: bool = True) -> Tensor:
     bias = None if bias is None else bias.cuda()
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     try:
-        return launch(p.x().cuda(), *p.packed("cuda"), p.bits, p.group, p.out_features, c, bias, fast).cpu()
+        return launch(p.x().cuda(), p.packed("cuda"), bias, c, fast).cpu()
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -464,10 +461,9 @@ def test_what_is_chosen_on_cuda(bits: int, group: int, rows: int, dtype: torch.d
     from gptq_ao.kernels import cuda
 
     p = Product(bits, group, rows, 1000, 4096, dtype, bias=True)
-    qdata, scale_zero, high = p.one_packed()
     bias = p.bias_values()
     assert bias is not None
-    y = cuda.linear(p.x()[0].cuda(), qdata, scale_zero, high, None, bits, group, 1000, 4096, bias.cuda())
+    y = cuda.linear(p.x()[0].cuda(), p.packed("cuda").expert(0), bias.cuda())
     p.check(y.cpu().unsqueeze(0), scale_sum=False)
 
 
@@ -477,12 +473,10 @@ def test_parts_of_a_weight_that_is_too_large_at_once(monkeypatch: pytest.MonkeyP
 
     for bias in (False, True):
         p = Product(3, 96, 300, 200, 768, BF16, bias=bias)
-        qdata, scale_zero, high = p.one_packed()
         values = p.bias_values()
         values = None if values is None else values.cuda()
-        arguments = (qdata, scale_zero, high, None, 3, 96, 200, 768, values)
         monkeypatch.setattr(cuda, "SCRATCH", 50 * 768 * 2)
-        parts = cuda.linear(p.x()[0].cuda(), *arguments)
+        parts = cuda.linear(p.x()[0].cuda(), p.packed("cuda").expert(0), values)
         p.check(parts.cpu().unsqueeze(0), scale_sum=False)
 
 
@@ -493,9 +487,9 @@ def test_dequantize_on_cuda_is_the_reference(dtype: torch.dtype) -> None:
 
     for bits, group, n, k in [*DENSE, (4, 128, 3000, 4096), (8, 64, 70, 1024), (3, 32, 40, 4096)]:
         p = Product(bits, group, 1, n, k, experts=2)
-        expected = reference.dequantize(*p.packed(), None, bits, n, k, dtype)
+        expected = reference.dequantize(p.packed(), dtype)
         for fast in (False, True):
-            assert torch.equal(dequantize(*p.packed("cuda"), bits, group, n, k, dtype, fast).cpu(), expected)
+            assert torch.equal(dequantize(p.packed("cuda"), dtype, fast).cpu(), expected)
 
 
 @pytest.mark.gpu
@@ -510,18 +504,18 @@ def test_a_kernel_that_begins_early_waits_for_what_it_reads(last_adds: bool, cap
     size = 2048
     p = Product(4, 128, 8, size, size, BF16)
     sources = [p.packed("cuda"), dataclasses.replace(p, rows=9).packed("cuda")]
-    qdata, scale_zero = (torch.empty_like(t) for t in sources[0][:2])
+    target = sources[0].each(torch.empty_like)
     x, side, kept = p.x().cuda(), torch.cuda.Stream(), []
 
     def chain(c: LinearConfig) -> Tensor:
         def product(t: Tensor) -> Tensor:
-            kept.append(launch(t, qdata, scale_zero, None, 4, 128, size, c))
+            kept.append(launch(t, target, None, c))
             return kept[-1]
 
         y, main = x, torch.cuda.current_stream()
         for i in range(12):
-            qdata.copy_(sources[i % 2][0])
-            scale_zero.copy_(sources[i % 2][1])
+            target.qdata.copy_(sources[i % 2].qdata)
+            target.scale_zero.copy_(sources[i % 2].scale_zero)
             y = product(product(y) * 2.0**-8)
             side.wait_stream(main)
             with torch.cuda.stream(side):
@@ -556,12 +550,12 @@ def test_graphs_and_streams_do_not_disturb_each_other(last_adds: bool, ahead: in
     from gptq_ao.kernels.triton.launch import launch
 
     p = Product(4, 128, 8, 4096, 4096, BF16)
-    qdata, scale_zero, _ = p.packed("cuda")
+    packed = p.packed("cuda")
     c = LinearConfig(8, 64, 128, warps=4, split=8, last_adds=last_adds, ahead=ahead)
     inputs = [p.x().cuda() * (i + 1) for i in range(3)]
 
     def run(x: Tensor) -> Tensor:
-        return launch(x, qdata, scale_zero, None, 4, 128, 4096, c)
+        return launch(x, packed, None, c)
 
     expected = [run(x) for x in inputs]
     torch.cuda.synchronize()
@@ -608,9 +602,7 @@ def test_well_formed_operators_on_cuda(bits: int) -> None:
     from gptq_ao.kernels import ops
 
     p = Product(bits, 128, 5, 40, 256, BF16)
-    qdata, scale_zero, high = p.one_packed()
-    perm = torch.randperm(256).int().cuda()
-    arguments = (qdata, scale_zero, high, perm, bits, 128, 40, 256)
+    arguments = p.packed("cuda").expert(0)._replace(perm=torch.randperm(256).int().cuda())
     for x in (p.x()[0].cuda(), p.x().cuda()[:, ::2], torch.zeros(2, 0, 256, device="cuda", dtype=BF16)):
         torch.library.opcheck(ops.linear, (x.clone().requires_grad_(), *arguments))
         torch.library.opcheck(ops.linear, (x, *arguments), test_utils="test_faketensor")

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import cpu, ops, reference
+from gptq_ao.kernels.packed import Packed
 
 BF16, FP32 = torch.bfloat16, torch.float32
 U = 2.0**-8  # unit roundoff of bf16
 
 
 @dataclasses.dataclass
-class Packed:
+class Example:
     """Operator arguments after x, and what they mean."""
 
-    arguments: tuple[Any, ...]
+    arguments: Packed
     codes: Tensor
     zero_point: Tensor  # of each code
     scale: Tensor  # of each code, fp64
@@ -40,7 +41,7 @@ class Packed:
         return out
 
 
-def pack(*shape: int, bits: int, group: int, permuted: bool = False, seed: int = 0) -> Packed:
+def pack(*shape: int, bits: int, group: int, permuted: bool = False, seed: int = 0) -> Example:
     generator = torch.Generator().manual_seed(seed)
     *lead, n, k = shape
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
@@ -49,9 +50,9 @@ def pack(*shape: int, bits: int, group: int, permuted: bool = False, seed: int =
     perm = torch.randperm(k, generator=generator)
     qdata, high = pack_codes(codes, bits)
     stored = perm.int() if permuted else None
-    arguments = (qdata, pack_scale_zero(scale, zero), high, stored, bits, group, n, k)
+    arguments = Packed(qdata, pack_scale_zero(scale, zero), high, stored, bits, group, n, k)
     wide_zero, wide_scale = (t.repeat_interleave(group, -1) for t in (zero, scale.double()))
-    return Packed(arguments, codes, wide_zero, wide_scale, perm if permuted else torch.arange(k))
+    return Example(arguments, codes, wide_zero, wide_scale, perm if permuted else torch.arange(k))
 
 
 def random(*shape: int, dtype: torch.dtype = FP32, seed: int = 1) -> Tensor:
@@ -203,9 +204,9 @@ def cpu_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     calls: list[Tensor] = []
     linear = cpu.linear
 
-    def spy(x: Tensor, *arguments: Any) -> Tensor:
+    def spy(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         calls.append(x)
-        return linear(x, *arguments)
+        return linear(x, *arguments, **named)
 
     monkeypatch.setattr(cpu, "linear", spy)
     return calls
@@ -329,7 +330,7 @@ def test_grouped_linear_converts_each_expert_that_has_rows_once(
     assert [len(rows) for rows in cpu_calls] == [2, 1] * 3
     assert len(conversions) == 2
     assert all(torch.equal(y, results[0]) for y in results)
-    packed.arguments[0].copy_(pack(4, 19, 64, bits=4, group=32, seed=9).arguments[0])
+    packed.arguments.qdata.copy_(pack(4, 19, 64, bits=4, group=32, seed=9).arguments.qdata)
     changed = ops.grouped_linear(x, *packed.arguments, offsets(counts))
     fresh = [t.clone() if isinstance(t, Tensor) else t for t in packed.arguments]
     assert torch.equal(changed, ops.grouped_linear(x, *fresh, offsets(counts)))
@@ -350,7 +351,7 @@ def test_cpu_kernel_is_taken_and_right(n: int, rows: int, group: int, cpu_calls:
     rounded, summed, written = 2 * U, 512 * 2.0**-23, 1.01 * U * exact.abs()
     bound = x.double().abs() @ packed.steps_from_eight().mT * (rounded + summed) + written
     assert ((y.double() - exact).abs() <= bound).all()
-    baseline = reference.linear(x, *(a for i, a in enumerate(packed.arguments) if i != 5))
+    baseline = reference.linear(x, packed.arguments)
     plain = x.double().abs() @ W.abs().mT * (U + summed) + written
     assert ((y.double() - baseline.double()).abs() <= bound + plain).all()
 
@@ -399,7 +400,7 @@ def test_cpu_kernel_is_left_alone_for_inference_tensors(cpu_calls: list[Tensor])
     with torch.inference_mode():
         packed = pack(19, 64, bits=4, group=32)
         y = ops.linear(torch.eye(64, dtype=BF16), *packed.arguments)
-        packed.arguments[0].zero_()  # no version tells of this
+        packed.arguments.qdata.zero_()  # no version tells of this
         zeros = ops.linear(torch.eye(64, dtype=BF16), *packed.arguments)
     assert torch.equal(y.mT, packed.dense().bfloat16())
     assert not cpu_calls
@@ -422,12 +423,12 @@ def test_cpu_kernel_converts_once(monkeypatch: pytest.MonkeyPatch, cpu_calls: li
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-@pytest.mark.parametrize("changed", [0, 1], ids=["qdata", "scale_zero"])
-def test_cpu_kernel_follows_changes_in_place(changed: int, cpu_calls: list[Tensor]) -> None:
+@pytest.mark.parametrize("changed", ["qdata", "scale_zero"])
+def test_cpu_kernel_follows_changes_in_place(changed: str, cpu_calls: list[Tensor]) -> None:
     packed, other = pack(19, 64, bits=4, group=32), pack(19, 64, bits=4, group=32, seed=9)
     x = random(5, 64, dtype=BF16)
     before = ops.linear(x, *packed.arguments)
-    packed.arguments[changed].copy_(other.arguments[changed])
+    getattr(packed.arguments, changed).copy_(getattr(other.arguments, changed))
     after = ops.linear(x, *packed.arguments)
     fresh = [t.clone() if isinstance(t, Tensor) else t for t in packed.arguments]
     assert len(cpu_calls) == 2
@@ -439,10 +440,10 @@ def test_cpu_kernel_follows_another_scale_zero(cpu_calls: list[Tensor]) -> None:
     packed, other = pack(19, 64, bits=4, group=32), pack(19, 64, bits=4, group=32, seed=9)
     x = random(5, 64, dtype=BF16)
     ops.linear(x, *packed.arguments)
-    qdata, _, *rest = packed.arguments
-    y = ops.linear(x, qdata, other.arguments[1], *rest)
+    mixed = packed.arguments._replace(scale_zero=other.arguments.scale_zero)
+    y = ops.linear(x, *mixed)
     assert len(cpu_calls) == 2
-    assert torch.equal(y, ops.linear(x, qdata.clone(), other.arguments[1], *rest))
+    assert torch.equal(y, ops.linear(x, *mixed._replace(qdata=mixed.qdata.clone())))
 
 
 def test_cpu_kernel_keeps_no_memory_alive() -> None:
@@ -451,8 +452,8 @@ def test_cpu_kernel_keeps_no_memory_alive() -> None:
     packed = pack(19, 64, bits=4, group=32)
     ops.linear(random(5, 64, dtype=BF16), *packed.arguments)
     assert len(cpu._converted) == kept + 1
-    converted = [*cpu._converted[packed.arguments[0]][2][None]]
-    alive = [weakref.ref(t) for t in (packed.arguments[0], *converted)]
+    converted = [*cpu._converted[packed.arguments.qdata][2][None]]
+    alive = [weakref.ref(t) for t in (packed.arguments.qdata, *converted)]
     del packed, converted
     gc.collect()
     assert len(alive) == 3

@@ -10,6 +10,7 @@ import transformers.integrations.moe  # noqa: F401 - registers its operator
 from torch import Tensor, nn
 
 from gptq_ao.kernels import cpu, reference
+from gptq_ao.kernels.packed import Packed
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 E, N, K = 4, 48, 64
@@ -58,9 +59,9 @@ class Ran:
             self.grouped += 1
             return grouped(*arguments)
 
-        def count_experts(qdata: Tensor, *arguments: Any) -> Tensor:
-            self.dequantized.append(qdata.shape[:-3].numel())
-            return dequantize(qdata, *arguments)
+        def count_experts(packed: Packed, dtype: torch.dtype) -> Tensor:
+            self.dequantized.append(packed.qdata.shape[:-3].numel())
+            return dequantize(packed, dtype)
 
         monkeypatch.setattr(cpu, "grouped_linear", count_grouped)
         monkeypatch.setattr(reference, "dequantize", count_experts)

@@ -1,0 +1,104 @@
+"""Products with a quantized weight: by its codes where the columns that share a scale are summed over, else dense."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_ao.kernels import ops
+from gptq_ao.tensor.group_tensor import GroupTensor
+from gptq_ao.tensor.table import aten, implements, implements_torch_function
+
+
+def _times_transposed(x: Tensor, weight: GroupTensor, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + bias for a weight [N, K] (or a stack of them); x may be of another floating dtype than the weight."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    if not x.is_floating_point() or x.shape[-1] != weight.in_features:
+        raise ValueError(f"a product with {weight!r} cannot take {x.dtype} {tuple(x.shape)}")
+    return ops.linear(x, *weight.packed(), None if bias is None else bias.to(x.dtype))
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
+
+
+@implements([aten.linear.default])
+@implements_torch_function([torch.nn.functional.linear, aten.linear.default])
+def linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """x [..., K] by a weight [N, K], and a bias [N]: [..., N] in the dtype of x."""
+    x, weight, bias = _linear_arguments(*args, **kwargs)
+    if not isinstance(weight, GroupTensor) or isinstance(x, GroupTensor) or isinstance(bias, GroupTensor):
+        kinds = tuple(type(a).__name__ for a in (x, weight, bias))
+        raise NotImplementedError(f"linear takes a quantized weight only, got {kinds}")
+    # Not `weight.shape`, which for a subclass goes through its table of functions, some microseconds each time.
+    columns = weight.out_features if weight.transposed else weight.in_features
+    if weight.qdata.dim() != 3 or weight.view_as is not None or x.shape[-1] != columns:
+        raise ValueError(f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
+    if weight.transposed:
+        return torch.nn.functional.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _times_transposed(x, weight, bias)
+
+
+@implements([aten.mm.default, aten.bmm.default])
+def mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """x [..., M, K] by y [..., K, N], of which one is quantized, or both."""
+    x, y = args
+    if isinstance(y, GroupTensor) and y.transposed and not isinstance(x, GroupTensor):
+        # One matrix, expanded over a batch: a product of all rows with that matrix.
+        return _times_transposed(x, y.expanded(()) if y.dim() == 3 and y.qdata.stride(0) == 0 else y)
+    if isinstance(x, GroupTensor):
+        return torch.matmul(x.dequantize(y.dtype), y.dequantize() if isinstance(y, GroupTensor) else y)
+    return torch.matmul(x, y.dequantize(x.dtype))
+
+
+@implements([aten.addmm.default])
+def addmm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """A bias, [N] if codes are to be read, and x [M, K] by y [K, N], of which one is quantized, or both."""
+    bias, x, y = args
+    if not kwargs and bias.dim() == 1 and isinstance(y, GroupTensor) and y.transposed:
+        return _times_transposed(x, y, bias)
+    dense = (t.dequantize(x.dtype) if isinstance(t, GroupTensor) else t for t in (x, y))
+    return torch.addmm(bias, *dense, **kwargs)
+
+
+# As functions too, so that autograd meets the dense weight, not the subclass.
+@implements_torch_function(
+    [
+        torch.einsum,
+        torch.conv1d,
+        torch.conv2d,
+        torch.conv3d,
+        torch.conv_transpose1d,
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+    ]
+)
+@implements([aten.convolution.default, aten.baddbmm.default, aten.mv.default])
+def on_dense(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Operators that have no kernel for packed codes: the same operator on the weight they stand for."""
+    dense = torch.utils._pytree.tree_map_only(GroupTensor, lambda w: w.dequantize(), (args, kwargs or {}))
+    return func(*dense[0], **dense[1])
+
+
+def _grouped_mm_arguments(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    return x, weight, offs, bias is None and out_dtype is None
+
+
+# torch.nn.functional.grouped_mm hands its work to the builtin; torch.compile meets it itself.
+@implements_torch_function(
+    [torch.nn.functional.grouped_mm, torch._grouped_mm, aten._grouped_mm, aten._grouped_mm.default]
+)
+@implements([aten._grouped_mm.default])
+def grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """Rows [rows, K], sorted by expert, by a stack [E, K, N]: from its codes, if they are packed along K."""
+    names = {"mat_a": "x", "mat_b": "weight", "self": "x", "mat2": "weight", "input": "x"}
+    x, weight, offsets, plain = _grouped_mm_arguments(*args, **{names.get(n, n): v for n, v in (kwargs or {}).items()})
+    along_k = isinstance(weight, GroupTensor) and weight.transposed and weight.qdata.dim() == 4
+    if along_k and plain and offsets is not None and x.dim() == 2 and not isinstance(x, GroupTensor):
+        return ops.grouped_linear(x, *weight.packed(), offsets)
+    return on_dense(func, types, args, kwargs)
+
+
+GroupTensor.implemented_by_name = {"transformers::grouped_mm_fallback": grouped_mm}

@@ -1,0 +1,198 @@
+"""Other shapes and parts of a quantized weight: views where packed codes allow it, else dense, with the same values.
+
+Codes lie in tiles of TILE_ROWS output features, and columns that share a scale stay together. So a view can exchange
+the last two dimensions, take whole tiles of output features, and do anything to the dimensions in front of these two.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from gptq_ao.codes.tiles import TILE_ROWS
+from gptq_ao.tensor.group_tensor import GroupTensor
+from gptq_ao.tensor.table import aten, implements
+
+
+def _aliased(func: Any, args: Any, kwargs: Any, part: Tensor) -> Tensor:
+    """What a handler returns as a view of args[0]: torch is told that they share memory, unless it had to be dense."""
+    return return_and_correct_aliasing(func, args, kwargs, part) if isinstance(part, GroupTensor) else part
+
+
+@implements([aten.t.default, aten.transpose.int, aten.permute.default])
+def transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """[..., N, K] as [..., K, N], or the other way round.
+
+    Raises:
+        NotImplementedError: other dimensions would move.
+    """
+    weight = args[0]
+    d = weight.dim()
+    if func is aten.permute.default:
+        axes = [a % d for a in args[1]]
+    else:
+        i, j = (a % d for a in args[1:]) if func is aten.transpose.int else (0, 1)
+        axes = list(range(d))
+        axes[i], axes[j] = axes[j], axes[i]
+    identity = list(range(d))
+    if axes not in (identity, [*identity[:-2], d - 1, d - 2]):
+        raise NotImplementedError(f"{weight!r}: only the last two dimensions can be exchanged, got {axes}")
+    with torch.inference_mode(False):  # a view of an ordinary tensor is an ordinary tensor, also under inference_mode
+        flipped = weight.replace(transposed=weight.transposed != (axes != identity))
+    return _aliased(func, args, kwargs, flipped)
+
+
+@implements([aten.expand.default])
+def expand(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """A matrix [N, K] as a stack [..., N, K] of equal ones.
+
+    Raises:
+        NotImplementedError: it is a stack already, or the matrix itself would grow.
+    """
+    weight, size = args
+    *lead, n, k = size
+    if tuple(size) == tuple(weight.shape):
+        lead = []
+    elif weight.dim() != 2 or (n, k) not in (tuple(weight.shape), (-1, -1)):
+        raise NotImplementedError(f"{weight!r} cannot be expanded to {tuple(size)}")
+    with torch.inference_mode(False):
+        stack = weight.expanded(tuple(lead)) if lead else weight.replace()
+    return _aliased(func, args, kwargs, stack)
+
+
+@implements([aten.view.default, aten._unsafe_view.default])
+def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """The same matrices under other leading dimensions, or their rows cut into other matrices.
+
+    Raises:
+        NotImplementedError: columns would be cut or joined.
+    """
+    weight, size = args
+    # `matmul` expands a matrix over the batch and flattens that: the matrices of such a stack lie on top of each other.
+    one_matrix = weight.qdata.stride()[:-3] == (0,) * (weight.dim() - 2)
+    with torch.inference_mode(False):
+        if tuple(size) == tuple(weight.shape):
+            return _aliased(func, args, kwargs, weight.replace())
+        if one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:]):
+            matrix = weight.expanded(())
+            same = matrix.expanded(tuple(size[:-2])) if len(size) > 2 else matrix
+            return _aliased(func, args, kwargs, same)
+        if weight.view_as is None and not weight.transposed and size[-1] == weight.in_features:
+            return _aliased(func, args, kwargs, _restacked(weight, tuple(size)))
+    raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
+
+
+def _restacked(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
+    """The same rows as another stack: a view where every matrix is made of whole tiles, else dense."""
+    rows = weight.shape[:-1].numel()
+    known = torch.Size(s for s in size[:-1] if s != -1).numel()
+    *lead, n = (rows // known if s == -1 else s for s in size[:-1])
+    if (*lead, n) == weight.shape[:-1]:
+        return weight.replace()
+    if n % TILE_ROWS or weight.out_features % TILE_ROWS:
+        return weight.dequantize().view(size)
+    return weight.each(lambda t: t.reshape(*lead, n // TILE_ROWS, *t.shape[-2:]), out_features=n)
+
+
+def _rows(weight: GroupTensor, start: int, stop: int) -> Tensor:
+    """Rows of every matrix: a view where whole tiles are meant, else dense, with the same values."""
+    if start % TILE_ROWS or (stop % TILE_ROWS and stop != weight.out_features):
+        dense = weight.replace(transposed=False).dequantize()[..., start:stop, :]
+        return dense.mT if weight.transposed else dense
+    tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
+    return weight.each(lambda t: t[..., tiles, :, :], out_features=stop - start)
+
+
+def _narrowed(weight: GroupTensor, dim: int, start: int, stop: int) -> Tensor:
+    """`weight[start:stop]` along `dim`."""
+    size, dim = weight.shape[dim], dim % weight.dim()
+    start, stop = (min(max(i + size if i < 0 else i, 0), size) for i in (start, stop))
+    if weight.view_as is None and start < stop:
+        if dim == weight.dim() - (1 if weight.transposed else 2):
+            return _rows(weight, start, stop)
+        if dim < weight.dim() - 2:
+            return weight.experts((slice(None),) * dim + (slice(start, stop),))
+    return weight.dequantize().narrow(dim, start, max(stop - start, 0))
+
+
+@implements([aten.slice.Tensor])
+def take_slice(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """`weight[start:end:step]` along one dimension."""
+
+    def part(w: GroupTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+        if step != 1:
+            return w.dequantize()[(slice(None),) * (dim % w.dim()) + (slice(start, end, step),)]
+        return _narrowed(w, dim, 0 if start is None else start, w.shape[dim] if end is None else end)
+
+    with torch.inference_mode(False):
+        return _aliased(func, args, kwargs, part(*args, **kwargs))
+
+
+@implements([aten.split.Tensor, aten.split_with_sizes.default])
+def split(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The parts of a weight along one dimension, of one size or of those given."""
+
+    def parts(w: GroupTensor, sizes: int | list[int], dim: int = 0) -> list[Tensor]:
+        total = w.shape[dim]
+        each = [min(sizes, total - i) for i in range(0, total, sizes)] if isinstance(sizes, int) else sizes
+        ends = itertools.accumulate(each)
+        return [_narrowed(w, dim, end - size, end) for size, end in zip(each, ends, strict=True)]
+
+    with torch.inference_mode(False):
+        return parts(*args, **kwargs)
+
+
+@implements([aten.select.int])
+def select(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """`weight[index]` along one dimension, which goes: of a stack a view, of a matrix dense."""
+    weight, dim, index = args
+    dim %= weight.dim()
+    with torch.inference_mode(False):
+        stacked = dim < weight.dim() - 2 and weight.view_as is None
+        part = weight.experts((slice(None),) * dim + (index,)) if stacked else weight.dequantize().select(dim, index)
+    return _aliased(func, args, kwargs, part)
+
+
+@implements([aten.squeeze.default, aten.squeeze.dim])
+def squeeze(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """The weight without leading dimensions of size 1, or without one of them.
+
+    Raises:
+        NotImplementedError: a dimension of the matrix would go.
+    """
+    weight, *given = args
+    dims = [d % weight.dim() for d in given] or [d for d in range(weight.dim()) if weight.shape[d] == 1]
+    if weight.view_as is not None or any(d > weight.dim() - 3 for d in dims):
+        raise NotImplementedError(f"{weight!r}: only dimensions in front of the matrices' can be removed, not {dims}")
+    for dim in sorted(dims, reverse=True):
+        weight = weight.select(dim, 0) if weight.shape[dim] == 1 else weight
+    return weight
+
+
+@implements([aten.unbind.int])
+def unbind(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """All of `select` along one dimension."""
+    weight, dim = args[0], args[1] if len(args) > 1 else 0
+    return [weight.select(dim, i) for i in range(weight.shape[dim])]
+
+
+@implements([aten.index.Tensor])
+def index(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """`weight[numbers]`, a copy: quantized where leading dimensions are indexed by integers, else dense."""
+    weight, numbers = args
+    lead = weight.dim() - 2
+    if weight.view_as is None and len(numbers) <= lead and all(n is None or n.dtype != torch.bool for n in numbers):
+        return weight.experts(tuple(slice(None) if n is None else n for n in numbers))
+    return weight.dequantize()[tuple(slice(None) if n is None else n for n in numbers)]
+
+
+_torchao_detach = GroupTensor._ATEN_OP_TABLE[GroupTensor][aten.detach.default]
+
+
+@implements([aten.detach.default, aten.alias.default])
+def alias(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """The same weight as another tensor, of which no gradient is asked."""
+    with torch.inference_mode(False):  # as in `transpose`
+        return _torchao_detach(func, types, args, kwargs)
