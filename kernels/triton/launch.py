@@ -157,12 +157,14 @@ class LinearLaunch:
 
     @functools.cached_property
     def product(self) -> Kernel:
+        """The kernel that reads codes; made at the first call, as it asks the device."""
         capability = torch.cuda.get_device_capability(self.device)[0] if self.device >= 0 else 0
         sizes = (self.bits, self.group_size, self.in_features)
         return Kernel(linear_kernel, *constants(self.config, *sizes, self.dtype, capability, self.fast))
 
     @functools.cached_property
     def add_splits(self) -> Kernel:
+        """The second kernel, for a split whose sums the last program does not add up."""
         c = self.config
         ahead = self.product.constants["AHEAD"]
         values = {"SPLIT": c.split, "BLOCK": ADD_BLOCK, "AHEAD": ahead}

@@ -122,6 +122,7 @@ def linear_kernel(
     ASYNC: tl.constexpr,  # whether the matrix instruction may be an asynchronous one
     COMPUTE: tl.constexpr,
 ):
+    """One block [BM, BN] of y, or, with a split, of one summand of it: program (block, part of the split, expert)."""
     KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
     STEP: tl.constexpr = SLICES * BK
     block, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
