@@ -15,27 +15,27 @@ from gptq_ao.codes.tiles import unpack_codes, unpack_scale_zero
 from gptq_ao.kernels import reference
 from gptq_ao.kernels.packed import Packed
 
-__all__ = ["grouped_linear", "linear", "max_rows", "supports"]
+__all__ = ["linear", "linear_experts", "max_rows", "supports"]
 
 ROWS_PER_CALL = 64  # the kernel is slower per row when it gets more than about 96
-# Above, one dequantization is shared by many rows. Where that pays depends on the processor's dense bf16 product; where
-# that is slow, this kernel would still be ahead at 256 rows.
+# More rows share one dequantization and a dense product. From how many on that pays depends on the processor: where its
+# dense bf16 product is slow, this kernel would still be ahead at 256 rows.
 MAX_ROWS = 256
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 16
 
-# qdata -> (versions when converted, the scale_zero it was converted with, {expert: weight, scales and offsets}), where
-# the expert of a matrix is None
+# qdata -> (versions when converted, the scale_zero it was converted with, {expert: weight, scales and offsets}). The
+# expert of a matrix is called None.
 _converted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def max_rows(dtype: torch.dtype, bits: int, group_size: int) -> int:
-    """Up to how many rows of x `linear` is the faster way; 0: it does not compute this."""
+    """The number of rows of x up to which `linear` is the faster way; 0 if it does not compute this."""
     return MAX_ROWS if bits == 4 and dtype == torch.bfloat16 and group_size in GROUP_SIZES else 0
 
 
 def supports(x: Tensor, packed: Packed, stacked: bool = False) -> bool:
-    """Whether `linear` computes this, and is the faster way. `stacked`: by one expert of a stack."""
+    """Whether `linear` computes x [..., K] by such a weight, or by one expert of a stack, and is the faster way."""
     rows = x.numel() // max(x.shape[-1], 1)
     return (
         0 < rows <= max_rows(x.dtype, packed.bits, packed.group_size)
@@ -45,8 +45,8 @@ def supports(x: Tensor, packed: Packed, stacked: bool = False) -> bool:
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
-    """x·Wᵀ + bias, x [..., K] bf16; the result is within bf16 rounding of the scales of `reference.linear`. W is a
-    matrix, or one of a stack."""
+    """x·Wᵀ + bias: bf16 [..., N] from x [..., K] and a matrix, or one expert of a stack. It differs from
+    `reference.linear` by what rounding scales to bf16 changes."""
     weight, scale_and_offset = _convert(packed, expert)
     perm, group_size, out_features = packed.perm, packed.group_size, packed.out_features
     rows = x.reshape(-1, packed.in_features)
@@ -62,9 +62,9 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, expert: int | 
     return y if bias is None else y + bias
 
 
-def grouped_linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
-    """See `reference.grouped_linear`; each expert's rows by `linear`, where that is supported."""
-    reference.check_grouped(x, packed, offsets)
+def linear_experts(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+    """See `reference.linear_experts`; each expert's rows [rows, K] by `linear`, where that is supported."""
+    reference.check_experts(x, packed, offsets)
 
     def product(rows: Tensor, expert: int) -> Tensor:
         if supports(rows, packed, stacked=True):
@@ -75,6 +75,7 @@ def grouped_linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
 
 
 def _convert(packed: Packed, expert: int | None = None) -> tuple[Tensor, Tensor]:
+    """What the kernel takes of a weight: made at first use, and again once the weight was changed in place."""
     qdata, scale_zero = packed.qdata, packed.scale_zero
     version = (qdata._version, scale_zero._version)
     known = _converted.get(qdata)

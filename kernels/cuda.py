@@ -3,7 +3,7 @@
     few rows of x    one kernel that reads packed codes (`triton/linear.py`)
     many             dequantize a part of the weight, multiply by it, and so on: a part at a time bounds the memory
 
-For products that are grouped by expert, see `cuda_experts.py`.
+For rows that are sorted by expert, see `cuda_experts.py`.
 
 A kernel that was never run on this architecture is compared with the reference once, and not used if it is wrong.
 """
@@ -28,7 +28,8 @@ TESTED = {(9, 0)}  # compute capabilities; for others kernels were at most compi
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """See `reference.linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
+    """See `reference.linear`: [..., N] in the dtype of x [..., K]. Sums are in fp32, and scales may be applied to sums
+    rather than to weights."""
     qdata, scale_zero, high_plane, perm, bits, group_size, out_features, in_features = packed
     stacked = qdata.dim() > 3
     device = x.get_device()
@@ -64,7 +65,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """See `reference.dequantize`: the same, bit for bit."""
+    """See `reference.dequantize`: the same [..., N, K] in `dtype`, bit for bit."""
     device, perm = packed.qdata.device, packed.perm
     if packed.is_contiguous() and in_one_pass(device, packed.bits, packed.group_size, packed.in_features, dtype):
         from gptq_ao.kernels.triton import dequantize
@@ -84,7 +85,7 @@ def in_one_pass(device: torch.device, bits: int, group_size: int, in_features: i
 
 
 def max_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, in_features: int) -> int:
-    """Up to how many rows of x `linear` reads packed codes; 0: it always dequantizes."""
+    """The number of rows of x up to which `linear` reads packed codes; 0 if it always dequantizes."""
     if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available() or not _usable(device, bits):
         return 0
     capability = torch.cuda.get_device_capability(device)[0]
@@ -93,12 +94,12 @@ def max_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: in
 
 
 def bucket(rows: int) -> int:
-    """The number of rows that stands for these and some fewer: all have one configuration."""
+    """The number of rows whose configuration serves for `rows`, so that there are few: a power of two from 8 on."""
     return 8 if rows <= 8 else 1 << (rows - 1).bit_length()
 
 
 def forget() -> None:
-    """Choose configurations anew."""
+    """Forget which configurations were chosen, and what the tuning file said."""
     _tuned.cache_clear()
     _launch.cache_clear()
 

@@ -3,9 +3,9 @@
     few rows per expert     one launch of `triton/linear.py`, whose programs find their expert's rows in `offsets`
     many, or no such kernel dequantize some output features of all experts, multiply by torch's grouped_mm, and so on
 
-Nothing here reads `offsets` on the host, so that CUDA graphs work. (torch's grouped_mm does, but for bf16 on Hopper or
-later.) What the host knows are the numbers of rows and experts: they bound the programs, of which those that find no
-rows end at once. Whether rows are few is decided by their number per expert, on average.
+Nothing here reads `offsets` on the host, so that CUDA graphs work. (torch's grouped_mm does, except for bf16 on Hopper
+and later.) The host knows how many rows and experts there are, and launches as many programs as any offsets can need;
+those that find no rows end at once. Rows count as few or many by their average number per expert.
 """
 
 import functools
@@ -17,15 +17,16 @@ from torch import Tensor
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.kernels import cuda
 from gptq_ao.kernels.packed import Packed
-from gptq_ao.kernels.reference import check_grouped
+from gptq_ao.kernels.reference import check_experts
 from gptq_ao.kernels.tuning import heuristics
 
 __all__ = ["linear"]
 
 
 def linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
-    """See `reference.grouped_linear`; sums are in fp32, and scales may be applied to sums rather than to weights."""
-    check_grouped(x, packed, offsets)
+    """See `reference.linear_experts`: [rows, N] in the dtype of x [rows, K]. Sums are in fp32, and scales may be
+    applied to sums rather than to weights."""
+    check_experts(x, packed, offsets)
     qdata, _, _, perm, bits, group_size, out_features, in_features = packed
     if len(x) == 0:
         return x.new_empty(0, out_features)
@@ -46,6 +47,7 @@ def linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
         last = min(first + most, out_features)
         weight = cuda.dequantize(packed.rows(first, last), x.dtype)
         y[:, first:last] = F.grouped_mm(x, weight.mT, offs=offsets)
+    # grouped_mm does not write rows that belong to no expert.
     beyond = torch.arange(len(x), device=x.device) >= offsets[-1]
     return y.masked_fill_(beyond.unsqueeze(1), 0)
 
@@ -65,4 +67,4 @@ def _config(
         return None
     p = torch.cuda.get_device_properties(device)
     sms, capability = p.multi_processor_count, p.major
-    return heuristics.choose_grouped(rows, out_features, in_features, bits, group_size, experts, sms, capability)
+    return heuristics.choose_experts(rows, out_features, in_features, bits, group_size, experts, sms, capability)

@@ -1,12 +1,15 @@
 """The operators a quantized weight computes with, as `torch.library` sees them: schema, shape function, gradient.
 
     gptq_ao::linear           x·Wᵀ + bias
-    gptq_ao::grouped_linear   x·Wᵀ by a stack of experts, of which each has its own rows of x
+    gptq_ao::grouped_linear   x·Wᵀ by a stack of experts, where every row of x belongs to one of them
     gptq_ao::dequantize       W
 
 They take plain tensors and numbers, so torch.compile and torch.export keep each as one node, and the choice of a kernel
 (by device, dtype and number of rows) happens inside, at run time. Registered through `Library.define`, whose call is
 cheaper than that of the `custom_op` decorator. Triton is imported when its kernels run: this file needs torch alone.
+
+Names and arguments never change, as exported programs contain them. "Grouped" is torch's word for rows that are sorted
+by expert (`grouped_mm`); everywhere else here a group is columns that share a scale.
 """
 
 from collections.abc import Callable
@@ -32,7 +35,8 @@ _library.define(f"dequantize({_PACKED}, ScalarType dtype) -> Tensor")
 
 
 def _of_packed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorates a function of x, a `Packed`, and a bias or offsets. The operator is given the fields one by one."""
+    """Decorates a function of x, a `Packed`, and a bias or offsets, for `torch.library`, which knows no tuples: an
+    operator is given the fields one by one."""
 
     def flat(
         x: Tensor,
@@ -69,18 +73,18 @@ def _linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tenso
 
 
 @_of_packed
-def _grouped_linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
-    return (cpu if x.is_cpu else reference).grouped_linear(x, packed, offsets)
+def _linear_experts(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+    return (cpu if x.is_cpu else reference).linear_experts(x, packed, offsets)
 
 
 @_of_packed
-def _grouped_linear_cuda(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+def _linear_experts_cuda(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     with torch.cuda.device(x.device):
         return cuda_experts.linear(x, packed, offsets)
 
 
 @_of_packed
-def _grouped_linear_backward(grad: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+def _linear_experts_backward(grad: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     """dX = dY·W, one dequantized expert at a time. An operator, as the loop depends on the values of `offsets`."""
 
     def product(rows: Tensor, expert: int) -> Tensor:
@@ -103,7 +107,7 @@ def _dequantize_cuda(qdata: Tensor, *more: Any) -> Tensor:
 def kernel_name(
     device: torch.device, dtype: torch.dtype, bits: int, group_size: int, in_features: int, stacked: bool
 ) -> str:
-    """What `linear`, or `grouped_linear` if it is a stack, runs on such a weight, in words."""
+    """In words: what `linear` runs on such a weight, or `grouped_linear` on such a stack."""
     rows, name = 0, ""
     if device.type == "cpu":
         rows, name = cpu.max_rows(dtype, bits, group_size), "cpu int4"
@@ -115,9 +119,9 @@ def kernel_name(
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear", _linear_cuda, "CUDA")
-_library.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
-_library.impl("grouped_linear", _grouped_linear_cuda, "CUDA")
-_library.impl("grouped_linear_backward", _grouped_linear_backward, "CompositeExplicitAutograd")
+_library.impl("grouped_linear", _linear_experts, "CompositeExplicitAutograd")
+_library.impl("grouped_linear", _linear_experts_cuda, "CUDA")
+_library.impl("grouped_linear_backward", _linear_experts_backward, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _library.impl("dequantize", _dequantize_cuda, "CUDA")
 
@@ -133,7 +137,7 @@ def _(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 @torch.library.register_fake("gptq_ao::grouped_linear", lib=_library)
 @_of_packed
 def _(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
-    reference.check_grouped(x, packed, offsets)
+    reference.check_experts(x, packed, offsets)
     return x.new_empty(x.shape[0], packed.out_features)
 
 
@@ -173,7 +177,7 @@ def _save_stack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(qdata, scale_zero, high_plane, perm, offsets)
 
 
-def _grouped_input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _experts_input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *packed, offsets = ctx.saved_tensors
     dx = None
     if ctx.needs_input_grad[0]:
@@ -182,7 +186,7 @@ def _grouped_input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 torch.library.register_autograd(
-    "gptq_ao::grouped_linear", _grouped_input_gradient, setup_context=_save_stack, lib=_library
+    "gptq_ao::grouped_linear", _experts_input_gradient, setup_context=_save_stack, lib=_library
 )
 
 linear = torch.ops.gptq_ao.linear.default

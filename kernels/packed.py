@@ -11,15 +11,15 @@ __all__ = ["Packed"]
 
 
 class Packed(NamedTuple):
-    """W [..., out_features, in_features], of which the operators in `ops.py` take the fields one by one, in this order.
+    """W [..., out_features, in_features]. The operators in `ops.py` take these fields one by one, in this order.
 
     Attributes:
         qdata: int32 [..., N/16, K/KE, 128], words of codes, see `codes/tiles.py`.
         scale_zero: int32 [..., N/16, G, 16], scales and zero points.
         high_plane: int32 [..., N/16, K/128, 64], the high bits of 3-bit codes; None for other widths.
         perm: int32 [K] or None. Column i of the codes belongs to input feature `perm[i]`.
-        bits: of a code.
-        group_size: neighbouring columns that share a scale.
+        bits: width of a code.
+        group_size: number of neighbouring columns that share a scale.
         out_features, in_features: N and K, without padding.
     """
 
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
         return self.qdata.is_contiguous() and self.scale_zero.is_contiguous()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Packed":
-        """`change` applied to the tensors that have one part for each tile of rows: to all but `perm`."""
+        """`change` applied to the tensors that have one part for each tile of rows: all but `perm`."""
         high_plane = None if self.high_plane is None else change(self.high_plane)
         return self._replace(qdata=change(self.qdata), scale_zero=change(self.scale_zero), high_plane=high_plane)
 
@@ -45,8 +45,8 @@ class Packed(NamedTuple):
         return self.each(lambda t: t[index])
 
     def rows(self, first: int, last: int) -> "Packed":
-        """Output features from `first`, a multiple of TILE_ROWS, to `last`, of every matrix. Contiguous, which takes a
-        copy if it is a stack."""
+        """Output features from `first`, a multiple of TILE_ROWS, to `last`, of every matrix; contiguous, so of a stack
+        it is a copy."""
         tiles = slice(first // TILE_ROWS, -(-last // TILE_ROWS))
         part = self.each(lambda t: t[..., tiles, :, :].contiguous())
         return part._replace(out_features=last - first)

@@ -10,11 +10,12 @@ from gptq_ao.codes.grid import dequantize as dequantize_codes
 from gptq_ao.codes.tiles import unpack_codes, unpack_scale_zero
 from gptq_ao.kernels.packed import Packed
 
-__all__ = ["by_expert", "check_grouped", "dequantize", "grouped_linear", "linear"]
+__all__ = ["by_expert", "check_experts", "dequantize", "linear", "linear_experts"]
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight [..., out_features, in_features] that packed codes stand for, rounded once, to `dtype`."""
+    """The weight [..., N, K] that packed codes stand for, columns in the order of input features, rounded once, to
+    `dtype`."""
     codes = unpack_codes(packed.qdata, packed.high_plane, packed.bits, packed.out_features, packed.in_features)
     scale, zero_point = unpack_scale_zero(packed.scale_zero, packed.out_features)
     weight = dequantize_codes(codes, scale, zero_point, dtype)
@@ -22,12 +23,13 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + bias in the dtype of x: [..., K] by [N, K]; or without a bias a batch [E, M, K] by [E, N, K]."""
+    """x·Wᵀ + bias in the dtype of x: [..., N] from x [..., K], a matrix and a bias [N]; or, without a bias, [E, M, N]
+    from x [E, M, K] and a stack of E matrices."""
     weight = dequantize(packed, x.dtype)
     return F.linear(x, weight, bias) if weight.dim() == 2 else torch.bmm(x, weight.mT)
 
 
-def grouped_linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
+def linear_experts(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     """x·Wᵀ by a stack [E, N, K]: row i of x [rows, K] meets expert e if offsets[e − 1] ≤ i < offsets[e].
 
     Args:
@@ -37,12 +39,13 @@ def grouped_linear(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
     Returns:
         [rows, N] in the dtype of x. One expert is dequantized at a time, and only if it has rows.
     """
-    check_grouped(x, packed, offsets)
+    check_experts(x, packed, offsets)
     return by_expert(x, offsets, packed.out_features, lambda rows, expert: linear(rows, packed.expert(expert)))
 
 
 def by_expert(x: Tensor, offsets: Tensor, columns: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """[rows, columns]: what `product` makes of each expert's rows, and zeros. Waits for `offsets` to be computed."""
+    """[rows, columns], zeros but for what `product(rows of x, expert)` makes of each expert's rows: see
+    `linear_experts`. The host waits for `offsets` to be computed."""
     y = x.new_zeros(len(x), columns)
     start = 0
     for expert, end in enumerate(offsets.tolist()):
@@ -52,12 +55,16 @@ def by_expert(x: Tensor, offsets: Tensor, columns: int, product: Callable[[Tenso
     return y
 
 
-def check_grouped(x: Tensor, packed: Packed, offsets: Tensor) -> None:
-    """Raise RuntimeError if shapes or dtypes do not fit."""
+def check_experts(x: Tensor, packed: Packed, offsets: Tensor) -> None:
+    """See `linear_experts` for the shapes and dtypes.
+
+    Raises:
+        RuntimeError: they do not fit.
+    """
     qdata, in_features = packed.qdata, packed.in_features
     torch._check(
         x.dim() == 2 and x.shape[-1] == in_features,
-        lambda: f"x {tuple(x.shape)} is not [rows, {in_features}], as a grouped product takes it",
+        lambda: f"x {tuple(x.shape)} is not [rows, {in_features}], as a product by experts takes it",
     )
     torch._check(
         qdata.dim() == 4 and offsets.shape == qdata.shape[:1] and offsets.dtype in (torch.int32, torch.int64),

@@ -39,4 +39,5 @@ class Int8GroupTensor(GroupTensor):
 
 
 def tensor_class(bits: int) -> type[GroupTensor]:
+    """The class of weights of 2, 3, 4 or 8 bits."""
     return {2: Int2GroupTensor, 3: Int3GroupTensor, 4: Int4GroupTensor, 8: Int8GroupTensor}[bits]

@@ -73,7 +73,7 @@ def _differ(weights: Any) -> str | None:
     if not all(isinstance(w, GroupTensor) for w in weights):
         return "some are quantized and some are not"
     if any(w.view_as is not None for w in weights):
-        return "some are no matrices"
+        return "some are neither matrices nor stacks"
     same = ("group_size", "in_features", "transposed", "dtype")
     for w in weights:
         if type(w) is not type(first) or any(getattr(w, n) != getattr(first, n) for n in same):
@@ -85,10 +85,10 @@ def _differ(weights: Any) -> str | None:
 
 @implements([aten.copy_.default])
 def copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """A quantized weight takes over another's inner tensors, value by value; a dense one takes what it stands for.
+    """`target.copy_(source)`: codes into a quantized weight, or the values they stand for into a dense one.
 
     Raises:
-        ValueError: the source is not of the same class, shape, groups and order of columns (or has none).
+        ValueError: the target is quantized, and the source is not, or not of the same class, shape and group size.
     """
     target, source = args[:2]
     if not isinstance(target, GroupTensor):

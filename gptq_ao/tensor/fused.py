@@ -26,7 +26,7 @@ class FusedProjections(nn.Module):
         self._waiting: tuple[Tensor, list[Tensor | None]] | None = None
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """x·Wᵀ + bias of one of the layers."""
+        """[..., out_features] from x [..., in_features]: what layer number `index` computes."""
         waiting = self._waiting
         if waiting is None or waiting[0] is not x or waiting[1][index] is None:
             fresh: list[Tensor | None] = [*F.linear(x, self.weight, self.bias).split(self.sizes, -1)]
@@ -49,7 +49,7 @@ class Projection(nn.Module):
         return self.fused.part(x, self.index)
 
     def layer(self) -> nn.Linear:
-        """As it was."""
+        """The linear layer as it was, with a weight of its own [N, K]: a view of the fused one, where tiles allow."""
         start = sum(self.fused.sizes[: self.index])
         rows = slice(start, start + self.fused.sizes[self.index])
         weight, bias = self.fused.weight, self.fused.bias

@@ -25,7 +25,7 @@ class GroupTensor(TorchAOBaseTensor):
     Attributes:
         qdata, high_plane, scale_zero: packed codes, scales and zero points, see `codes/tiles.py`.
         perm: int32 [in_features] or None. Column i of the codes belongs to input feature `perm[i]`.
-        group_size: neighbouring columns that share a scale.
+        group_size: number of neighbouring columns that share a scale.
         out_features, in_features: the logical size, without padding.
         transposed: whether the shape is [..., in_features, out_features].
         view_as: the shape, if it is neither that of a matrix nor of a stack: a convolution's [out, in, height, width].
@@ -70,7 +70,7 @@ class GroupTensor(TorchAOBaseTensor):
         perm: Tensor | None = None,
     ) -> "GroupTensor":
         shape = torch.Size(view_as or (*qdata.shape[:-3], out_features, in_features))
-        strides = [1]
+        strides = [1]  # as the dense weight has them
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
         if transposed and view_as is None:
@@ -173,7 +173,7 @@ class GroupTensor(TorchAOBaseTensor):
         transposed: bool,
         view_as: tuple[int, ...] | None,
     ) -> "GroupTensor":
-        """From parts that were checked."""
+        """The weight made of packed codes and other parts that were checked."""
         qdata, high_plane = planes
         perm = None if perm is None else perm.to(torch.int32)
         n, groups = scale.shape[-2:]
@@ -242,7 +242,7 @@ class GroupTensor(TorchAOBaseTensor):
         return PackedSpec(shape, self.bits, self.group_size, self.perm is not None)
 
     def packed(self) -> tuple[Any, ...]:
-        """The fields of `kernels/packed.py`, which the operators in `kernels/ops.py` take one by one, after x."""
+        """The fields of `Packed` (`kernels/packed.py`), which the operators in `kernels/ops.py` take one by one."""
         numbers = (self.bits, self.group_size, self.out_features, self.in_features)
         return (self.qdata, self.scale_zero, self.high_plane, self.perm, *numbers)
 
@@ -257,7 +257,7 @@ class GroupTensor(TorchAOBaseTensor):
         return {n: t for n, t in inner.items() if t is not None}
 
     def each(self, change: Callable[[Tensor], Tensor], **attributes: Any) -> "GroupTensor":
-        """The same weight with `change` applied to these, and other attributes."""
+        """The same weight with `change` applied to what is `tiled`, and with other attributes."""
         return self.replace(**{n: change(t) for n, t in self.tiled().items()}, **attributes)
 
     def expanded(self, lead: tuple[int, ...]) -> "GroupTensor":
@@ -289,7 +289,7 @@ def _check_parts(
     perm: Tensor | None,
     view_as: tuple[int, ...] | None,
 ) -> None:
-    """Everything but the codes themselves, of which the shape is given."""
+    """Raise what `from_codes` says, if anything but the codes themselves is wrong; their shape is given."""
     name = cls.__name__
     if zero_point.dtype != torch.uint8 or scale.dtype != torch.float16:
         raise ConfigError(

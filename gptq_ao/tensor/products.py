@@ -27,7 +27,7 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, A
 @implements([aten.linear.default])
 @implements_torch_function([torch.nn.functional.linear, aten.linear.default])
 def linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """x [..., K] by a weight [N, K], and a bias [N]: [..., N] in the dtype of x."""
+    """[..., N] in the dtype of x [..., K] (or autocast's), from a weight [N, K] and a bias [N] or None."""
     x, weight, bias = _linear_arguments(*args, **kwargs)
     if not isinstance(weight, GroupTensor) or isinstance(x, GroupTensor) or isinstance(bias, GroupTensor):
         kinds = tuple(type(a).__name__ for a in (x, weight, bias))
@@ -43,7 +43,7 @@ def linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 @implements([aten.mm.default, aten.bmm.default])
 def mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """x [..., M, K] by y [..., K, N], of which one is quantized, or both."""
+    """[..., M, N] from x [..., M, K] and y [..., K, N]; x, y or both are quantized."""
     x, y = args
     if isinstance(y, GroupTensor) and y.transposed and not isinstance(x, GroupTensor):
         # One matrix, expanded over a batch: a product of all rows with that matrix.
@@ -55,7 +55,7 @@ def mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 @implements([aten.addmm.default])
 def addmm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """A bias, [N] if codes are to be read, and x [M, K] by y [K, N], of which one is quantized, or both."""
+    """[M, N] from a bias, x [M, K] and y [K, N]; x, y or both are quantized. Codes are read if the bias is [N]."""
     bias, x, y = args
     if not kwargs and bias.dim() == 1 and isinstance(y, GroupTensor) and y.transposed:
         return _times_transposed(x, y, bias)
@@ -92,7 +92,7 @@ def _grouped_mm_arguments(x: Any, weight: Any, offs: Any = None, bias: Any = Non
 )
 @implements([aten._grouped_mm.default])
 def grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """Rows [rows, K], sorted by expert, by a stack [E, K, N]: from its codes, if they are packed along K."""
+    """[rows, N] from x [rows, K], sorted by expert, and a stack [E, K, N]: by its codes, if they are packed along K."""
     names = {"mat_a": "x", "mat_b": "weight", "self": "x", "mat2": "weight", "input": "x"}
     x, weight, offsets, plain = _grouped_mm_arguments(*args, **{names.get(n, n): v for n, v in (kwargs or {}).items()})
     along_k = isinstance(weight, GroupTensor) and weight.transposed and weight.qdata.dim() == 4

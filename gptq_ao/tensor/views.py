@@ -193,6 +193,6 @@ _torchao_detach = GroupTensor._ATEN_OP_TABLE[GroupTensor][aten.detach.default]
 
 @implements([aten.detach.default, aten.alias.default])
 def alias(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """The same weight as another tensor, of which no gradient is asked."""
+    """The same weight as another tensor, detached from autograd."""
     with torch.inference_mode(False):  # as in `transpose`
         return _torchao_detach(func, types, args, kwargs)

@@ -1,12 +1,12 @@
 """Zeroed counters for programs that must know which of them comes last.
 
-Whoever comes last sets its counter to zero again, so launches that follow each other can share counters, and launches
-that may run at the same time must not:
+The program that comes last sets its counter to zero again. So launches that follow each other can share counters, and
+launches that may run at the same time must not:
 
-    outside of CUDA graphs   one set per stream, which is an order.
-    while one is captured    a set of their own for every launch, as graphs may be replayed on any stream, beside any
-                             other. They are cut from a supply and never come back: some hundred bytes per captured
-                             launch. Nothing can be allocated or zeroed then, so the supply is made by launches before.
+    outside of CUDA graphs   one set per stream, on which launches follow each other.
+    while one is captured    a new set for every launch, as graphs may be replayed on any stream, beside any other.
+                             They are cut from a supply and never come back: some hundred bytes per captured launch.
+                             Nothing can be allocated or zeroed then, so the supply is made by launches before.
 """
 
 import threading

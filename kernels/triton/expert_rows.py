@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, assignment"
-"""Which rows of x a program of a grouped product works on, found on the device: the host need not wait for `offsets`.
+"""Which rows of x a program works on if rows are sorted by expert: found on the device, as `offsets` are only there.
 
 x [M, K] is sorted by expert, and the rows of expert e end at offsets[e]. Each expert's rows are cut into blocks of BM,
 and all blocks are numbered. The rows that belong to no expert, beyond the last offset, count as those of one more.
@@ -21,11 +21,11 @@ def most_blocks(M, EXPERTS: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def find_rows(offsets, block, M, EXPERTS: tl.constexpr, BM: tl.constexpr):
-    """(expert, first row, number of rows from there to the end of the expert's) of a block. The expert is EXPERTS for
-    rows that belong to none; it is more, and the number of rows is 0, if there are not so many blocks."""
+    """(expert, first row, number of rows from there to the end of the expert's) of a block. Rows that belong to none
+    count as those of expert EXPERTS. A block beyond the last has a larger expert, and no rows."""
     WIDTH: tl.constexpr = triton.next_power_of_2(EXPERTS + 1)
     e = tl.arange(0, WIDTH)
-    end = tl.load(offsets + e, mask=e < EXPERTS, other=M)
+    end = tl.load(offsets + e, mask=e < EXPERTS, other=M)  # rows that belong to none end with x
     begin = tl.load(offsets + e - 1, mask=(e > 0) & (e <= EXPERTS), other=0)
     begin = tl.where(e > EXPERTS, M, begin)
     blocks = (end - begin + BM - 1) // BM

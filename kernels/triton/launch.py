@@ -24,7 +24,7 @@ INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 VERSION = tuple(int(i) for i in triton.__version__.split(".")[:2])
 # An operand of mma.sync made in registers: up to Triton 3.6 its columns are in an order of their own, see `unpack`.
 NATURAL_MMA = VERSION > (3, 6)
-DIRECT = (3, 6) <= VERSION <= (3, 9)  # where `CompiledKernel` is known to have what is used of it below
+DIRECT = (3, 6) <= VERSION <= (3, 9)  # versions whose `CompiledKernel` is known to have the attributes used below
 ADD_BLOCK = 512  # results per program of the second kernel
 
 
@@ -38,7 +38,13 @@ def constants(
     fast: bool,
     experts: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The kernel's constants, and the compiler's options. `experts`: that share the rows of a grouped product."""
+    """The kernel's constants, and the compiler's options.
+
+    Args:
+        dtype: dtype of x, in which weights are multiplied. (In the interpreter fp32 for bf16, which it would truncate.)
+        fast: see `LinearLaunch`.
+        experts: number of experts that share the rows of x; 0 if each weight has its own.
+    """
     step = c.slices * c.block_k
     wgmma = capability == 9 and c.block_m >= 16 and c.block_n >= 64 and c.warps % 4 == 0 and c.slices == 1
     ahead = c.ahead if capability >= 9 else 0
@@ -68,15 +74,16 @@ def constants(
 
 
 def _shared_memory(per_sm: int) -> int:
-    """The bytes that a program has to take for no more than `per_sm` to fit into a multiprocessor."""
+    """The bytes that a program has to take so that only `per_sm` fit into a multiprocessor; 0: any number may."""
     return (SHARED_MEMORY // (per_sm + 1) // 128 + 1) * 128 if per_sm else 0
 
 
 class Kernel:
     """A Triton kernel with its constants, on one device: compiled by Triton, and then called past it.
 
-    What Triton's own launch finds out each time, some 20 µs, is the same for tensors that are there or not and aligned
-    or not in the same way, as long as their dtypes and the numbers are.
+    Triton's own launch takes some 20 µs to find the compiled kernel that fits its arguments. Dtypes, constants and the
+    numbers that Triton compiles for are the same whenever this one is called. So it depends only on which tensors are
+    None, and which begin at a multiple of 16 bytes.
     """
 
     def __init__(self, function: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
@@ -87,6 +94,7 @@ class Kernel:
     def __call__(
         self, grid: tuple[int, int, int], stream: int, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]
     ) -> None:
+        """Launch it on the current device; `tensors`, then `numbers`, are the kernel's first arguments, in order."""
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         kind = tuple([None if p is None else p % 16 == 0 for p in pointers])
         known = self.compiled.get(kind)
@@ -95,7 +103,7 @@ class Kernel:
             if not INTERPRETED:
                 self.compiled[kind] = known
         elif DIRECT and not _watched():
-            # Arguments: grid, stream, what the hooks would be told, the hooks, and the kernel's.
+            # In order: grid, stream, the compiled code, what hooks would be told and two hooks, the kernel's arguments.
             code = (known.function, known.packed_metadata)
             known.run(*grid, stream, *code, None, None, None, *pointers, *numbers, *self.values)
         else:
@@ -105,6 +113,7 @@ class Kernel:
         shared = self.constants.get("SHARED")
         if not shared or not DIRECT:
             return self.function[grid](*tensors, *numbers, **self.constants, **self.options)
+        # Compiled, but not loaded yet: shared memory is asked for when it is.
         known = self.function.warmup(*tensors, *numbers, grid=grid, **self.constants, **self.options)
         take_shared_memory(known, shared)
         known[grid](*pointers, *numbers, *self.values)
@@ -112,8 +121,8 @@ class Kernel:
 
 
 def take_shared_memory(compiled: Any, least: int) -> None:
-    """Have each program take at least so many bytes. Triton has no option for this, but goes by what it has written
-    down about a kernel, when it loads and launches it."""
+    """Make each program take at least `least` bytes of shared memory. Triton has no option for this, but loads and
+    launches a kernel by its metadata, which are changed here."""
     from triton.compiler.compiler import make_backend  # where it is in the versions that `DIRECT` names
 
     if compiled.metadata.shared < least:
@@ -132,7 +141,7 @@ class LinearLaunch:
     """Products of x with `experts` weights [out_features, in_features] on one device, cut by one configuration.
 
     Attributes:
-        device: its index; -1 for the CPU, in Triton's interpreter.
+        device: index of the GPU; -1 for the CPU, in Triton's interpreter.
         fast: whether codes are cut out of words in pairs, see `unpack.py`.
     """
 
@@ -148,12 +157,14 @@ class LinearLaunch:
 
     @functools.cached_property
     def product(self) -> Kernel:
+        """The kernel that reads codes; made at the first call, as it asks the device."""
         capability = torch.cuda.get_device_capability(self.device)[0] if self.device >= 0 else 0
         sizes = (self.bits, self.group_size, self.in_features)
         return Kernel(linear_kernel, *constants(self.config, *sizes, self.dtype, capability, self.fast))
 
     @functools.cached_property
     def add_splits(self) -> Kernel:
+        """The second kernel, for a split whose sums the last program does not add up."""
         c = self.config
         ahead = self.product.constants["AHEAD"]
         values = {"SPLIT": c.split, "BLOCK": ADD_BLOCK, "AHEAD": ahead}
@@ -162,15 +173,16 @@ class LinearLaunch:
 
     @functools.cached_property
     def without_counters(self) -> "LinearLaunch":
-        """The same, with sums added up by a second kernel."""
+        """The same, but a second kernel adds up the sums of a split: for a CUDA graph that gets no counters."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, last_adds=False))
 
     def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None = None, counters: Tensor | None = None) -> Tensor:
-        """[..., N] from x [..., K], all contiguous, on the current device; x and bias of this dtype.
+        """[..., N] from x [..., K], all contiguous, on the current device; x, bias [N] and result are of `self.dtype`.
 
         Args:
-            counters: int32 zeros, one for each program of one split, that no other launch uses at the same time; made
-                or found here if they are needed and not given.
+            packed: a matrix, or a stack of `self.experts`; columns of x are in the order of its codes.
+            counters: int32 zeros, one for each program of one split, that no other launch uses at the same time. Those
+                of this stream are taken if none are given.
         """
         c, experts, n, k = self.config, self.experts, self.out_features, self.in_features
         rows = x.numel() // (experts * k)
@@ -185,6 +197,7 @@ class LinearLaunch:
         y = x.new_empty((*x.shape[:-1], n))
         if rows == 0:
             return y
+        # Allocated in each call, so that every CUDA graph has its own.
         partial = None if c.split == 1 else x.new_empty((experts, c.split, rows, n), dtype=torch.float32)
         tensors = (x, packed.qdata, packed.high_plane, packed.scale_zero, bias, y, partial, counters, None)
         self.product((blocks, c.split, experts), stream, tensors, (rows, n, k, k // self.group_size))
@@ -198,7 +211,7 @@ class LinearLaunch:
         return torch.zeros(count, dtype=torch.int32)
 
 
-prepared = functools.cache(LinearLaunch)
+prepared = functools.cache(LinearLaunch)  # it keeps the kernels that it has compiled
 
 
 def launch(
@@ -209,7 +222,7 @@ def launch(
     fast: bool = not INTERPRETED,
     counters: Tensor | None = None,
 ) -> Tensor:
-    """[E, M, N] from x [E, M, K] and a stack of E weights, or from x [1, M, K] and one; see `LinearLaunch`."""
+    """[E, M, N] from x [E, M, K] and a stack of E weights, or from x [1, M, K] and a matrix; see `LinearLaunch`."""
     sizes = (packed.bits, packed.group_size, packed.out_features, packed.in_features, len(x))
     return prepared(c, *sizes, x.dtype, x.get_device(), fast)(x, packed, bias, counters)
 

@@ -15,10 +15,10 @@ __all__ = ["launch_experts", "most_blocks"]
 
 
 def launch_experts(x: Tensor, packed: Packed, offsets: Tensor, c: LinearConfig, fast: bool | None = None) -> Tensor:
-    """[rows, N] from x [rows, K], a stack of E weights and int32 `offsets` [E]; all contiguous.
+    """[rows, N] from x [rows, K], in its dtype, a stack of E weights and int32 `offsets` [E]; all contiguous.
 
     Args:
-        c: without a split.
+        c: a configuration without a split.
         fast: see `launch.py`.
     """
     assert c.split == 1
@@ -48,7 +48,8 @@ def _kernel(
     device: int,
     fast: bool | None,
 ) -> Callable[..., None]:
-    """What Triton specializes a kernel for, but for the alignment of tensors. A device of -1 is the interpreter's."""
+    """One for everything that Triton compiles a kernel for, except the alignment of tensors, which `Kernel` looks at. A
+    device of -1 is the interpreter's."""
     capability = torch.cuda.get_device_capability(device)[0] if device >= 0 else 0
     fast = not INTERPRETED if fast is None else fast
     return Kernel(linear_kernel, *constants(c, bits, group_size, in_features, dtype, capability, fast, experts))

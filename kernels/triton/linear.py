@@ -26,7 +26,7 @@ __all__ = ["add_splits_kernel", "linear_kernel"]
 
 @triton.jit
 def _scale(word):
-    """fp32."""
+    """The scale in a word of scale and zero point, as fp32."""
     return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -48,7 +48,7 @@ def _multiply(
     NATURAL: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """`total` and the product of one step."""
+    """`total`, to which the product of one step is added."""
     KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
     NT: tl.constexpr = BN // 16
     KT: tl.constexpr = BK // KE
@@ -61,7 +61,7 @@ def _multiply(
     if not SCALE_SUM:
         w *= scale.to(COMPUTE)[:, :, None]
     x = x.to(COMPUTE)
-    if not NATURAL:
+    if not NATURAL:  # rows of xᵀ have to be in the order of the columns of w, see `unpack`
         x = x.reshape(SLICES * BK // 16, 2, 4, 2, BM).permute(0, 2, 1, 3, 4)
     if SLICES > 1:
         w = w.reshape(SLICES, BN, BK)
@@ -97,14 +97,14 @@ def linear_kernel(
     y,
     partial,
     counters,
-    offsets,  # or None
+    offsets,  # None unless the rows of x are sorted by expert
     M,
     N,
     K,
     groups,
-    EXPERTS: tl.constexpr,  # that share the rows of x; needed with offsets
+    EXPERTS: tl.constexpr,  # number of experts that share the rows of x, if there are offsets
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,  # 0: one group
+    GROUP: tl.constexpr,  # columns that share a scale; 0: all of a row
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -115,19 +115,20 @@ def linear_kernel(
     LAST_ADDS: tl.constexpr,
     EVEN: tl.constexpr,  # whether all steps of all programs are full
     POLICY: tl.constexpr,
-    AHEAD: tl.constexpr,  # columns that are asked for before the kernel before is done; 0: it has to be, to begin
-    SHARED: tl.constexpr,  # bytes of shared memory, or more: `launch.Kernel` sees to it
+    AHEAD: tl.constexpr,  # columns to prefetch while the kernel before still runs; 0: this one starts when that is done
+    SHARED: tl.constexpr,  # least bytes of shared memory: read by `launch.Kernel`, not here
     FAST: tl.constexpr,
     NATURAL: tl.constexpr,
-    ASYNC: tl.constexpr,  # whether the matrix instruction may be
+    ASYNC: tl.constexpr,  # whether the matrix instruction may be an asynchronous one
     COMPUTE: tl.constexpr,
 ):
+    """One block [BM, BN] of y, or, with a split, of one summand of it: program (block, part of the split, expert)."""
     KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
     STEP: tl.constexpr = SLICES * BK
     block, split, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row_tiles, column_tiles = tl.cdiv(N, 16), tl.cdiv(K, KE)
     if AHEAD > 0:
-        if offsets is None:
+        if offsets is None:  # `offsets` cannot be read yet: the kernel before may be writing them
             before, first = expert.to(tl.int32) * row_tiles, split * tl.cdiv(tl.cdiv(K, STEP), SPLIT) * STEP
             tile, end = before + block // tl.cdiv(M, BM) * (BN // 16), before + row_tiles
             prefetch_weight(
@@ -136,6 +137,7 @@ def linear_kernel(
         # From here on all that was launched before is done, and what comes next may begin to do the same as this.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    # Blocks that share rows of the weight are neighbours: they find what one of them has read in the L2 cache.
     if offsets is None:
         m_blocks = tl.cdiv(M, BM)
         m = block % m_blocks * BM + tl.arange(0, BM)
@@ -164,7 +166,7 @@ def linear_kernel(
     steps = tl.cdiv(tl.cdiv(K, STEP), SPLIT)
     last = (split + 1) * steps if EVEN else tl.minimum((split + 1) * steps, tl.cdiv(K, STEP))
     word = tl.zeros((SLICES * BN, 1), tl.int32)
-    if GROUP == 0:
+    if GROUP == 0:  # read once, not in each step
         word = tl.load(scale_zero + (row // 16 * groups * 16 + row % 16)[:, None])
     for i in tl.range(split * steps, last, num_stages=STAGES):
         q, h, each = read_weight(

@@ -60,7 +60,7 @@ def same_as_reference(device: torch.device, bits: int, dtype: torch.dtype, capab
             return False
     rows = 24
     x = torch.linspace(-1, 1, rows * k, device=device).view(rows, k).to(dtype)
-    config = heuristics.choose_grouped(rows, n, k, bits, group, 2, sms, capability)
+    config = heuristics.choose_experts(rows, n, k, bits, group, 2, sms, capability)
     assert config is not None
     y = launch_experts(x, packed, torch.tensor([5, rows], dtype=torch.int32, device=device), config)
     return close(y[:5], x[:5], weight[0]) and close(y[5:], x[5:], weight[1])

@@ -8,7 +8,7 @@ from gptq_ao.kernels.tuning.heuristics import SHARED_MEMORY, LinearConfig, colum
 __all__ = ["candidates", "variations"]
 
 SCALES = 3 * 2**10  # bytes of shared memory that are left for words of scale and zero point
-REGISTERS = 160  # of a thread, for sums
+REGISTERS = 160  # registers that the sums of one thread may take
 
 
 def candidates(
@@ -24,11 +24,13 @@ def candidates(
         whole = group_size == in_features or group_size % c.block_k == 0
         for split in (1, 2, 4, 8, 16, 32):
             programs, each = blocks * split, -(-steps // split)
+            # Half of the device idle, programs that hardly begin, or a part without a step.
             if not sms // 2 <= programs <= 40 * sms or each * (split - 1) >= steps:
                 continue
+            # Sums of many rows are much to add up, and there are programs enough.
             if split > 1 and rows > 16 and programs > 8 * sms:
                 continue
-            if each < 2:
+            if each < 2:  # nothing is on its way while a step is computed
                 continue
             scale_sum = whole and rows <= 64
             ahead = columns_ahead(c.block_n) if capability >= 9 else 0
@@ -54,7 +56,7 @@ def variations(c: LinearConfig, group_size: int, in_features: int, capability: i
 
 
 def _few_rows(block_m: int) -> Iterator[LinearConfig]:
-    """Memory is the limit: much must be on its way."""
+    """Reading the weight takes the time, so much of it must be on its way."""
     for stages in (3, 4):
         for block_n, warps in ((32, 2), (64, 4), (64, 2), (128, 4), (256, 8)):
             for block_k in (128, 256):
@@ -74,6 +76,7 @@ def _many_rows(block_m: int) -> Iterator[LinearConfig]:
 
 
 def _fits(c: LinearConfig, bits: int) -> bool:
+    """Whether there are tiles for all warps, shared memory for all stages, and registers for the sums."""
     threads = 32 * c.warps
     words = c.block_n * c.block_k * c.slices * bits // 32
     sums = c.block_m * c.block_n * c.slices // threads

@@ -9,18 +9,18 @@ __all__ = [
     "SMALLEST_RUN",
     "LinearConfig",
     "choose",
-    "choose_grouped",
+    "choose_experts",
     "columns_ahead",
     "computes",
     "programs_per_sm",
 ]
 
-FUSED_ROWS = {8: 64, 9: 256}  # by compute capability: with more rows, dequantizing once and a dense product are faster
-# Columns that share a scale, for the dequantizing kernel: with fewer, scales would take as much to read as codes.
+FUSED_ROWS = {8: 64, 9: 256}  # rows of x by compute capability: for more, dequantizing and a dense product are faster
+# The dequantizing kernel takes groups of a multiple of this: scales of smaller ones are as much to read as codes.
 SMALLEST_RUN = 8
 SHARED_MEMORY = 227 * 2**10  # bytes of a multiprocessor, where compute capability is 9 or 10; others have less
-MOST_PER_SM = 8  # programs of which a multiprocessor is told how many to take
-MOST_SPLIT = 16  # adding up the sums of more takes longer than reading less of the weight saves
+MOST_PER_SM = 8  # the largest `LinearConfig.per_sm`: if each multiprocessor gets more programs, there is no limit
+MOST_SPLIT = 16  # the largest `LinearConfig.split`: adding up the sums of more takes longer than their parts save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,18 @@ class LinearConfig:
         block_n: rows of the weight (out_features), a multiple of 16 and a power of two.
         block_k: columns of the weight (in_features) that one warp, or all warps together, take in one step: a power of
             two, and a multiple of a tile's columns.
-        warps: of a program.
-        slices: 1: warps share the columns of a step and have rows of their own. Else it equals `warps`: each warp takes
-            `block_k` columns of its own, and what they find is added up in the program.
-        split: programs among which in_features are divided; with more than 1 their sums are added up in fp32.
-        stages: steps that are on their way from memory.
-        scale_sum: multiply the sums of a step by the scale, not each weight. A step then has to lie in one group.
-        last_adds: with a split, whether the program that comes last adds up all sums, else a second kernel.
+        warps: number of warps in a program.
+        slices: number of parts of a step that warps add up at the end. 1: all warps take the same columns, and each
+            has other rows. Otherwise equal to `warps`: all have the same rows, and each takes other `block_k` columns.
+        split: number of programs among which in_features are divided; if more than 1, their sums are added up in fp32.
+        stages: number of steps that are on their way from memory at a time.
+        scale_sum: whether the sums of a step are multiplied by the scale, instead of each weight. A step then has to
+            lie in one group.
+        last_adds: whether, with a split, the program that comes last adds up all sums, instead of a second kernel.
         evict_first: whether the weight is the first to leave the L2 cache.
-        ahead: columns, a power of two, that each program asks for, into the L2 cache, while the kernel before is still
-            running (programmatic dependent launch, from Hopper on); 0: it starts when that one is done.
-        per_sm: programs that a multiprocessor takes at a time at most, with `ahead` only; 0: as many as have room.
+        ahead: columns, a power of two, that each program prefetches into the L2 cache while the kernel before still
+            runs (programmatic dependent launch, from Hopper on); 0: it starts when that kernel is done.
+        per_sm: number of programs that a multiprocessor takes at a time at most, with `ahead` only; 0: as many as fit.
     """
 
     block_m: int
@@ -65,7 +66,8 @@ def choose(
     """The configuration for x [rows, in_features] and `experts` weights [out_features, in_features].
 
     Args:
-        sms: multiprocessors of the device. capability: its major compute capability.
+        sms: number of multiprocessors of the device.
+        capability: major compute capability of the device.
 
     Returns:
         None if the kernel does not compute this (a group size other than 32, 64, a multiple of 128, or the whole row),
@@ -79,12 +81,11 @@ def choose(
     return _few_rows(rows, out_features, in_features, bits, scale_sum, experts, sms)
 
 
-def choose_grouped(
+def choose_experts(
     rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, sms: int, capability: int
 ) -> LinearConfig | None:
-    """The configuration for x [rows, in_features], sorted by expert, and `experts` weights: see `choose`. A block of
-    rows is as long as an expert's share, if all get equally many. There is no split: programs are plenty, as experts
-    multiply them."""
+    """The configuration for x [rows, in_features], sorted by expert, and `experts` weights: see `choose`. A block has
+    as many rows as an expert gets on average. In-features are not split: several experts make enough programs."""
     share = -(-rows // experts)
     if not _takes(group_size, in_features) or share > FUSED_ROWS[min(capability, 9)]:
         return None
@@ -94,43 +95,46 @@ def choose_grouped(
     scale_sum = _scale_sum(block_m, in_features, group_size, capability)
     if block_m >= 32:
         return LinearConfig(block_m, 128, 128, warps=4, stages=3, scale_sum=scale_sum)
-    reached = min(rows, experts)
+    reached = min(rows, experts)  # experts that can have rows: the others' programs end at once
     if reached * -(-out_features // 128) >= 1.6 * sms:
         return LinearConfig(block_m, 128, 128, warps=4, stages=5, scale_sum=scale_sum)
+    # Too few large blocks to keep the device busy: smaller ones, whose warps share the columns if there are many.
     if block_m == 8 and in_features >= 1024:
         return LinearConfig(block_m, 16, 128, warps=4, slices=4, scale_sum=scale_sum)
     return LinearConfig(block_m, 64, 128, warps=4, stages=3, scale_sum=scale_sum)
 
 
 def _takes(group_size: int, in_features: int) -> bool:
+    """Whether blocks of 128 columns consist of whole groups (of at least 32 columns), or lie in one."""
     return group_size == in_features or group_size in (32, 64) or group_size % 128 == 0
 
 
 def _scale_sum(rows: int, in_features: int, group_size: int, capability: int) -> bool:
-    """Sums are scaled where a step lies in one group. That takes a step's sums beside the total: on Ampere, those of 64
-    rows do not fit into registers."""
+    """Whether to scale sums: if a step lies in one group, and registers hold a step's sums beside the total. (On Ampere
+    they do not for 64 rows.)"""
     return (group_size == in_features or group_size % 128 == 0) and (capability >= 9 or rows <= 32)
 
 
 def _few_rows(
     rows: int, out_features: int, in_features: int, bits: int, scale_sum: bool, experts: int, sms: int
 ) -> LinearConfig:
-    """Six to twelve warps per multiprocessor, in programs of two or four: enough is on its way from memory, and there
-    is something to do while others wait. In-features are split until there are so many. (Measured on an H200.)"""
+    """In-features are split until each multiprocessor has six to twelve warps, in programs of two or four. Then enough
+    is on its way from memory, and some warps compute while others wait. (Measured on an H200.)"""
     block_m = max(8, 1 << (rows - 1).bit_length())
     steps = -(-in_features // 128)
 
     def wanted(block_n: int, warps: int) -> int:
+        """The split that makes that many warps."""
         return _power_of_two(6.4 * sms / warps / (experts * -(-out_features // block_n)))
 
     quick = bits in (2, 4)  # to unpack
     if block_m == 8:
         block_n, warps = (64, 2) if quick else (128, 4)
     else:
-        # A large block reads x less often, but has to go on for a while.
+        # With large blocks x is read less often, but a program has to have enough steps.
         long = steps >= 8 * wanted(128, 4) and (quick or block_m > 16)
         block_n, warps = 128 if long or wanted(128, 4) == 1 else 64, 4
-    fewest = 2 if block_m == 8 else 4  # steps of a part
+    fewest = 2 if block_m == 8 else 4  # least steps of a part
     split = min(wanted(block_n, warps), MOST_SPLIT, 1 << max(0, (steps // fewest).bit_length() - 1))
     return LinearConfig(
         block_m,
@@ -147,12 +151,12 @@ def _few_rows(
 
 
 def columns_ahead(block_n: int) -> int:
-    """`LinearConfig.ahead` that is worth it: some KB. (With more, times grow, as measured on an H200.)"""
+    """A good `LinearConfig.ahead`: some KB per program. (With more, times grow, as measured on an H200.)"""
     return max(128, 2**14 // block_n)
 
 
 def programs_per_sm(programs: int, sms: int) -> int:
-    """`LinearConfig.per_sm` that is worth it: what one multiprocessor gets if all get as many. Where there is room for
+    """A good `LinearConfig.per_sm`: what each multiprocessor gets if all get the same number. Where there is room for
     more, programs of the next kernel are placed beside those of this one, on some multiprocessors more than on others,
     and the last of them take longer. (28672 × 4096, one row: 19.5 µs if two fit, 26.6 if three do, 19.9 if five do.)"""
     each = -(-programs // sms)
@@ -170,8 +174,8 @@ def _balance(programs: int, sms: int) -> float:
 
 
 def _many_rows(rows: int, out_features: int, in_features: int, bits: int, experts: int, sms: int) -> LinearConfig:
-    """Large blocks use the matrix instructions best, if there are enough for two per multiprocessor: while one unpacks,
-    the other multiplies. A split costs memory traffic."""
+    """Large blocks use the matrix instructions best, if there are enough of them for two programs per multiprocessor:
+    while one unpacks, the other multiplies. A split makes more programs, and costs memory traffic."""
     best, most = (64, 1), 0.0
     for block_m, worth in ((128, 1.0), (64, 0.8)):
         blocks = experts * -(-rows // block_m) * -(-out_features // 128)
@@ -186,7 +190,7 @@ def _many_rows(rows: int, out_features: int, in_features: int, bits: int, expert
 
 
 def _large_block(bits: int) -> LinearConfig:
-    """Four warps: two programs fit into a multiprocessor."""
+    """For many rows. With four warps, two programs fit into a multiprocessor."""
     block_k, stages = (64, 4) if bits >= 4 else (128, 3)  # at least a tile
     return LinearConfig(128, 128, block_k, warps=4, stages=stages, scale_sum=False, last_adds=False)
 

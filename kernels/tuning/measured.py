@@ -17,7 +17,7 @@ from gptq_ao.kernels.tuning.heuristics import LinearConfig, computes
 
 __all__ = ["VARIABLE", "Product", "Tuned", "default_path", "load", "save"]
 
-VARIABLE = "GPTQ_AO_TUNED"  # of the environment: the path of the file
+VARIABLE = "GPTQ_AO_TUNED"  # environment variable that may hold the path of the file
 FORMAT = 1
 
 
@@ -70,7 +70,7 @@ def load(path: Path) -> dict[Product, Tuned]:
 
 
 def save(path: Path, device_name: str, entries: dict[Product, Tuned]) -> None:
-    """All at once: whoever reads meets the old file or the new one."""
+    """Write the file in one step: a process that reads it meets the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,

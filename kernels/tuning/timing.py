@@ -7,21 +7,21 @@ import torch
 
 __all__ = ["BEYOND_CACHE", "microseconds"]
 
-BEYOND_CACHE = 200 * 2**20  # bytes of distinct weights that are at least gone through: over three times an L2 cache
+BEYOND_CACHE = 200 * 2**20  # least bytes of distinct weights to go through: over three times an L2 cache
 
 
 def microseconds(run: Callable[[int], object], distinct: int, calls: int = 96, replays: int = 7) -> float:
-    """Of one call, on average over a graph of at least `calls`, the median of so many replays.
+    """The time of one call: the average over a CUDA graph of at least `calls`, and the median of that over `replays`.
 
     Args:
-        run: takes the number of a weight, which goes round 0 … distinct − 1.
+        run: function that is given the number of a weight, 0 … distinct − 1 and again from 0.
     """
     calls = -(-calls // distinct) * distinct
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        for i in range(min(distinct, 3)):
+        for i in range(min(distinct, 3)):  # kernels are compiled and loaded before the capture
             run(i)
         stream.synchronize()
         graph.capture_begin()
@@ -37,7 +37,7 @@ def microseconds(run: Callable[[int], object], distinct: int, calls: int = 96, r
             graph.replay()
             end.record()
             end.synchronize()
-            if i > 0:
+            if i > 0:  # the first replay uploads the graph
                 times.append(start.elapsed_time(end))
     torch.cuda.current_stream().wait_stream(stream)
     return statistics.median(times) * 1e3 / calls

@@ -17,13 +17,13 @@ from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
 from gptq_ao.kernels import ops
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton.launch_experts import launch_experts, most_blocks
-from gptq_ao.kernels.tuning.heuristics import FUSED_ROWS, LinearConfig, choose_grouped
+from gptq_ao.kernels.tuning.heuristics import FUSED_ROWS, LinearConfig, choose_experts
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @dataclasses.dataclass(frozen=True)
-class Grouped:
+class ByExpert:
     """x [sum of counts + beyond, K] by one packed weight for each count; rows beyond are nobody's."""
 
     bits: int
@@ -92,26 +92,26 @@ WIDE = dataclasses.replace(BLOCK, block_m=16)
 
 # Between them: all widths; experts with no rows at the beginning, in the middle and at the end, with one row, a block,
 # a block and a row; N and K that fill no tile; rows that are nobody's; more experts than rows.
-CASES: dict[str, tuple[Grouped, LinearConfig]] = {
-    "4-g128": (Grouped(4, 128, (3, 0, 8, 9, 0, 17), 40, 384), BLOCK),
-    "4-g32": (Grouped(4, 32, (0, 0, 5, 1), 33, 160, BF16), WEIGHTS),
-    "4-one-expert": (Grouped(4, 64, (19,), 16, 192), WEIGHTS),
-    "4-all-in-one": (Grouped(4, 128, (0, 0, 25, 0), 40, 256), WIDE),
-    "4-many-experts": (Grouped(4, 128, (0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0), 17, 128), BLOCK),
-    "4-beyond": (Grouped(4, 128, (2, 9), 40, 256, beyond=11), BLOCK),
-    "4-all-beyond": (Grouped(4, 128, (0, 0, 0), 40, 256, BF16, beyond=3), BLOCK),
-    "4-row": (Grouped(4, 130, (2, 3), 19, 130), dataclasses.replace(BLOCK, block_k=64)),
-    "4-sliced": (Grouped(4, 128, (1, 0, 2), 40, 640), SLICED),
-    "2-g128": (Grouped(2, 128, (9, 0, 1), 40, 256, BF16), BLOCK),
-    "2-g32": (Grouped(2, 32, (4, 13), 33, 96), dataclasses.replace(WIDE, scale_sum=False)),
-    "3-g128": (Grouped(3, 128, (1, 0, 9), 40, 640, beyond=1), BLOCK),
-    "3-sliced": (Grouped(3, 300, (0, 3, 1), 16, 300), SLICED),
-    "8-g32": (Grouped(8, 32, (3, 8, 0), 16, 96), dataclasses.replace(BLOCK, block_k=32)),
-    "8-row": (Grouped(8, 33, (0, 10), 40, 33, BF16), BLOCK),
+CASES: dict[str, tuple[ByExpert, LinearConfig]] = {
+    "4-g128": (ByExpert(4, 128, (3, 0, 8, 9, 0, 17), 40, 384), BLOCK),
+    "4-g32": (ByExpert(4, 32, (0, 0, 5, 1), 33, 160, BF16), WEIGHTS),
+    "4-one-expert": (ByExpert(4, 64, (19,), 16, 192), WEIGHTS),
+    "4-all-in-one": (ByExpert(4, 128, (0, 0, 25, 0), 40, 256), WIDE),
+    "4-many-experts": (ByExpert(4, 128, (0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0), 17, 128), BLOCK),
+    "4-beyond": (ByExpert(4, 128, (2, 9), 40, 256, beyond=11), BLOCK),
+    "4-all-beyond": (ByExpert(4, 128, (0, 0, 0), 40, 256, BF16, beyond=3), BLOCK),
+    "4-row": (ByExpert(4, 130, (2, 3), 19, 130), dataclasses.replace(BLOCK, block_k=64)),
+    "4-sliced": (ByExpert(4, 128, (1, 0, 2), 40, 640), SLICED),
+    "2-g128": (ByExpert(2, 128, (9, 0, 1), 40, 256, BF16), BLOCK),
+    "2-g32": (ByExpert(2, 32, (4, 13), 33, 96), dataclasses.replace(WIDE, scale_sum=False)),
+    "3-g128": (ByExpert(3, 128, (1, 0, 9), 40, 640, beyond=1), BLOCK),
+    "3-sliced": (ByExpert(3, 300, (0, 3, 1), 16, 300), SLICED),
+    "8-g32": (ByExpert(8, 32, (3, 8, 0), 16, 96), dataclasses.replace(BLOCK, block_k=32)),
+    "8-row": (ByExpert(8, 33, (0, 10), 40, 33, BF16), BLOCK),
 }
 
 
-def run(p: Grouped, c: LinearConfig, device: str = "cpu", fast: bool | None = None) -> Tensor:
+def run(p: ByExpert, c: LinearConfig, device: str = "cpu", fast: bool | None = None) -> Tensor:
     offsets = p.offsets().to(device)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     try:
@@ -172,7 +172,7 @@ def test_chosen_kernels_compile_without_spilling(
     from gptq_ao.kernels.triton.linear import linear_kernel
 
     sms = 132 if architecture == 90 else 108
-    chosen = choose_grouped(rows, 4096, 4096, bits, group, experts, sms, architecture // 10)
+    chosen = choose_experts(rows, 4096, 4096, bits, group, experts, sms, architecture // 10)
     assert chosen is not None
     values, options = constants(chosen, bits, group, 4096, BF16, architecture // 10, True, experts)
     values |= {"bias": None, "partial": None, "counters": None} | ({} if bits == 3 else {"high": None})
@@ -187,9 +187,9 @@ def test_chosen_kernels_compile_without_spilling(
 
 def test_many_rows_are_left_to_a_dense_product() -> None:
     for capability, most in FUSED_ROWS.items():
-        assert choose_grouped(8 * most, 4096, 4096, 4, 128, 8, 108, capability) is not None
-        assert choose_grouped(8 * most + 1, 4096, 4096, 4, 128, 8, 108, capability) is None
-    assert choose_grouped(8, 4096, 4096, 4, 16, 8, 108, 9) is None
+        assert choose_experts(8 * most, 4096, 4096, 4, 128, 8, 108, capability) is not None
+        assert choose_experts(8 * most + 1, 4096, 4096, 4, 128, 8, 108, capability) is None
+    assert choose_experts(8, 4096, 4096, 4, 16, 8, 108, 9) is None
 
 
 @pytest.mark.gpu
@@ -213,7 +213,7 @@ COUNTS = [(1, 0, 0, 1, 0, 0, 0, 0), (5, 0, 90, 33, 64, 0, 1, 7), (0, 500, 0, 0, 
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 32), (4, 1024), (2, 64), (3, 128), (8, 128)])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_what_is_chosen_on_cuda(bits: int, group: int, counts: tuple[int, ...], dtype: torch.dtype) -> None:
-    p = Grouped(bits, group, counts, 400, 1024, dtype, beyond=3)
+    p = ByExpert(bits, group, counts, 400, 1024, dtype, beyond=3)
     y = ops.grouped_linear(p.x().cuda(), *p.arguments("cuda")).cpu()
     p.check(y)
     assert not y[sum(p.counts) :].any()
@@ -223,14 +223,14 @@ def test_what_is_chosen_on_cuda(bits: int, group: int, counts: tuple[int, ...], 
 def test_parts_of_a_stack_that_is_too_large_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from gptq_ao.kernels import cuda
 
-    p = Grouped(3, 96, (700, 0, 900), 200, 768, BF16, beyond=5)
+    p = ByExpert(3, 96, (700, 0, 900), 200, 768, BF16, beyond=5)
     monkeypatch.setattr(cuda, "SCRATCH", 3 * 50 * 768 * 2)
     p.check(ops.grouped_linear(p.x().cuda(), *p.arguments("cuda")).cpu())
 
 
 @pytest.mark.gpu
 def test_a_graph_follows_offsets_that_change() -> None:
-    first = Grouped(4, 128, (3, 0, 20, 1), 512, 1024, BF16, beyond=8)
+    first = ByExpert(4, 128, (3, 0, 20, 1), 512, 1024, BF16, beyond=8)
     x, arguments = first.x().cuda(), first.arguments("cuda")
     ops.grouped_linear(x, *arguments)
     graph = torch.cuda.CUDAGraph()
@@ -248,7 +248,7 @@ def test_a_graph_follows_offsets_that_change() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_well_formed_on_cuda(bits: int) -> None:
-    p = Grouped(bits, 128, (3, 0, 4), 40, 256, BF16, beyond=1)
+    p = ByExpert(bits, 128, (3, 0, 4), 40, 256, BF16, beyond=1)
     perm = torch.randperm(256).int().cuda()
     x = p.x().cuda()
     torch.library.opcheck(ops.grouped_linear, (x.clone().requires_grad_(), *p.arguments("cuda", perm)))

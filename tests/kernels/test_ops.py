@@ -212,7 +212,7 @@ def cpu_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return calls
 
 
-GROUPED = [
+EXPERTS = [
     # counts of rows, rows beyond, N, K, group, permuted
     ((3, 0, 4), 0, 40, 96, 32, False),
     ((0, 5), 2, 19, 130, 26, True),
@@ -220,15 +220,15 @@ GROUPED = [
     ((0, 0, 0), 4, 16, 64, 32, False),
     ((0, 0), 0, 16, 64, 32, False),
 ]
-grouped_cases = pytest.mark.parametrize(
+expert_cases = pytest.mark.parametrize(
     ("counts", "beyond", "n", "k", "group", "permuted"),
-    GROUPED,
+    EXPERTS,
     ids=["empty-between", "beyond", "one-expert", "all-beyond", "no-rows"],
 )
 
 
 def by_expert(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The meaning of a grouped product with dense weights [E, N, K]."""
+    """The meaning of `grouped_linear` with dense weights [E, N, K]."""
     each = x[: sum(counts)].split(list(counts))
     beyond = x.new_zeros(len(x) - sum(counts), weight.shape[1])
     return torch.cat([*(rows @ w.T for rows, w in zip(each, weight, strict=True)), beyond])
@@ -239,7 +239,7 @@ def offsets(counts: tuple[int, ...]) -> Tensor:
 
 
 @kinds
-@grouped_cases
+@expert_cases
 def test_grouped_linear_is_each_expert_s_product(
     counts: tuple[int, ...], beyond: int, n: int, k: int, group: int, permuted: bool, bits: int, dtype: torch.dtype
 ) -> None:
@@ -261,7 +261,7 @@ def test_grouped_linear_is_each_expert_s_product(
 
 
 @some_kinds
-@grouped_cases
+@expert_cases
 def test_grouped_linear_is_a_well_formed_operator(
     counts: tuple[int, ...], beyond: int, n: int, k: int, group: int, permuted: bool, bits: int, dtype: torch.dtype
 ) -> None:
@@ -272,7 +272,7 @@ def test_grouped_linear_is_a_well_formed_operator(
     torch.library.opcheck(ops.grouped_linear_backward, (grad, *packed.arguments, offsets(counts)))
 
 
-@grouped_cases
+@expert_cases
 def test_input_gradient_of_grouped_linear(
     counts: tuple[int, ...], beyond: int, n: int, k: int, group: int, permuted: bool
 ) -> None:

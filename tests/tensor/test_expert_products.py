@@ -49,21 +49,21 @@ def rows(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Ran:
-    """Calls of the grouped kernel, and how many experts were dequantized at once."""
+    """Calls of the kernel for experts, and how many experts were dequantized at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.grouped, self.dequantized = 0, list[int]()
-        grouped, dequantize = cpu.grouped_linear, reference.dequantize
+        self.calls, self.dequantized = 0, list[int]()
+        linear, dequantize = cpu.linear_experts, reference.dequantize
 
-        def count_grouped(*arguments: Any) -> Tensor:
-            self.grouped += 1
-            return grouped(*arguments)
+        def count_calls(*arguments: Any) -> Tensor:
+            self.calls += 1
+            return linear(*arguments)
 
         def count_experts(packed: Packed, dtype: torch.dtype) -> Tensor:
             self.dequantized.append(packed.qdata.shape[:-3].numel())
             return dequantize(packed, dtype)
 
-        monkeypatch.setattr(cpu, "grouped_linear", count_grouped)
+        monkeypatch.setattr(cpu, "linear_experts", count_calls)
         monkeypatch.setattr(reference, "dequantize", count_experts)
 
 
@@ -81,7 +81,7 @@ def test_equals_the_dense_product_expert_by_expert(
     weight, x = stack(transposed), rows()
     with mode():
         y = FUNCTIONS[name](x, weight, OFFSETS)
-        assert ran.grouped == 1
+        assert ran.calls == 1
         assert ran.dequantized == [1, 1, 1]  # the second expert has no rows
         assert torch.equal(y, FUNCTIONS[name](x, weight.dequantize(), OFFSETS))
 
