@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.exchange.format import Readable
 from gptq_ao.checkpoint.exchange.packed_weight import PackedWeight
 from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.shards import StoredTensor
-from gptq_ao.checkpoint.formats import Readable
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.empty import empty_model
 from gptq_ao.tensor import GroupTensor

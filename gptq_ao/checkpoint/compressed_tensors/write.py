@@ -8,14 +8,10 @@ whose columns are in their natural order.
 from collections import Counter
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from gptq_ao.checkpoint.compressed_tensors.tensors import encode_compressed
-from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, grouped, is_sym, refuse
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, is_sym, refuse
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["compressed_config_of", "compressed_tensors_of"]
+__all__ = ["compressed_config_of"]
 
 Setting = tuple[int, bool, int]  # bits, symmetric, group size (−1: one scale per row)
 
@@ -24,10 +20,10 @@ def compressed_config_of(model: ExportedModel) -> dict[str, Any]:
     """The quantization_config.
 
     Raises:
-        CheckpointError: the format cannot hold a weight.
+        CheckpointError: nothing is quantized, or the format cannot hold a weight.
     """
-    refuse(model.quantized, _why_not, "compressed-tensors")
-    settings = {module: _setting(w) for module, w in model.quantized.items()}
+    refuse(model.modules, _why_not, "compressed-tensors")
+    settings = {module: _setting(w) for module, w in model.modules.items()}
     usual = Counter(settings.values()).most_common(1)[0][0]
     targets: dict[Setting, list[str]] = {}
     for module, setting in settings.items():
@@ -42,10 +38,6 @@ def compressed_config_of(model: ExportedModel) -> dict[str, Any]:
         "ignore": list(model.plain),
         "config_groups": groups,
     }
-
-
-def compressed_tensors_of(module: str, weight: GroupTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {f"{module}.{part}": t for part, t in encode_compressed(grouped(weight), dtype).items()}
 
 
 def _group(setting: Setting, targets: list[str]) -> dict[str, Any]:

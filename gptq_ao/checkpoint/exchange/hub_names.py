@@ -23,14 +23,22 @@ class ExportedModel:
     """What goes into files.
 
     Attributes:
-        quantized: module → its weight, [out, in].
-        dense: name → tensor.
+        tensors: name → tensor, in the order of the files; quantized weights are still one tensor each.
         plain: modules with a matrix that is not quantized, embeddings apart: linear layers, output heads, routers.
     """
 
-    quantized: Mapping[str, GroupTensor]
-    dense: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
     plain: tuple[str, ...]
+
+    @property
+    def quantized(self) -> dict[str, GroupTensor]:
+        """Name → quantized weight."""
+        return {name: t for name, t in self.tensors.items() if isinstance(t, GroupTensor)}
+
+    @property
+    def modules(self) -> dict[str, GroupTensor]:
+        """Module → its quantized weight [out, in], in a model with the names of a hub checkpoint."""
+        return {name.removesuffix(".weight"): t for name, t in self.quantized.items()}
 
 
 def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel:
@@ -63,8 +71,7 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
     name_of = {id(t): n for n, t in parts.items()}
     plain = [name_of.get(id(state.get(n)), n) for n in _plain(model)]
     return ExportedModel(
-        {n.removesuffix(".weight"): t for n, t in quantized.items()},
-        {n: t for n, t in parts.items() if n not in quantized},
+        {**quantized, **{n: t for n, t in parts.items() if n not in quantized}},
         tuple(n.removesuffix(".weight") for n in plain),
     )
 
@@ -96,8 +103,10 @@ def revert_conversions(model: Any, state: Mapping[str, Tensor]) -> dict[str, Ten
 def refuse(weights: Mapping[str, GroupTensor], why_not: Callable[[GroupTensor], str | None], format: str) -> None:
     """
     Raises:
-        CheckpointError: the format cannot hold a weight, and why.
+        CheckpointError: there is no weight, or one that the format cannot hold, and why.
     """
+    if not weights:
+        raise CheckpointError(f"the model has no quantized weight, so there is nothing to write as {format!r}")
     reasons = {name: why for name, w in weights.items() if (why := why_not(w)) is not None}
     if reasons:
         name, why = next(iter(reasons.items()))

@@ -16,7 +16,7 @@ from gptq_ao.codes.bit_stream import pack_bits
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
 from gptq_ao.tensor import GroupTensor, tensor_class
 
-__all__ = ["from_stored", "stored_entry", "stored_parts"]
+__all__ = ["encode_native", "from_stored", "stored_entry"]
 
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -34,13 +34,13 @@ def stored_entry(weight: GroupTensor) -> QuantizedEntry:
     )
 
 
-def stored_parts(name: str, weight: GroupTensor) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU."""
+def encode_native(weight: GroupTensor) -> dict[str, Tensor]:
+    """The tensors of a weight by the last parts of their names, as above, on the CPU."""
     codes = pack_bits(weight.codes().cpu(), weight.bits)
     parts = {"codes": codes, "scale": weight.scale, "zero_point": weight.zero_point}
     if weight.perm is not None:
         parts["perm"] = weight.perm.clone()  # weights solved together share it, files do not share tensors
-    return {f"{name}.{part}": t.detach().cpu().contiguous() for part, t in parts.items()}
+    return {part: t.detach().cpu().contiguous() for part, t in parts.items()}
 
 
 def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], where: object) -> GroupTensor:
