@@ -19,7 +19,7 @@ def convert_checkpoint(source: Path, out: Path, format: str) -> str:
     """Read the directory `source` and write the directory `out`, with the tokenizer's files.
 
     Args:
-        format: see `save_quantized`.
+        format: name of the new format, as `save_quantized` takes it.
 
     Returns:
         The format of `source`.

@@ -31,7 +31,7 @@ class QuantizedFiles:
     Attributes:
         weights: name → quantized weight; it has the name and shape of the dense one.
         dense: name → any other tensor.
-        rounding: knows, when they have been read, of scales that were rounded.
+        rounding: record of scales that were rounded, complete when all weights have been read.
     """
 
     format: Format
@@ -41,6 +41,7 @@ class QuantizedFiles:
 
     @property
     def tensors(self) -> dict[str, Readable]:
+        """Name → tensor, dense or quantized."""
         return {**self.dense, **self.weights}
 
 
@@ -61,7 +62,7 @@ def format_in(config: Mapping[str, Any], where: object) -> Format:
     """The format of a quantization_config.
 
     Args:
-        where: the config is, for messages.
+        where: place of the config, for messages.
 
     Raises:
         CheckpointError: it is one that cannot be read.

@@ -26,7 +26,7 @@ def load_quantized(
     *,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Load a quantized checkpoint, whose format the directory tells: the own one, GPTQ or compressed-tensors.
+    """Load a quantized checkpoint, whose format the directory tells: the native one, GPTQ or compressed-tensors.
 
     `load_quantized(directory)` builds the Hugging Face model of the directory's config.
     `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta
@@ -57,7 +57,7 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
     source = source_of(directory, files.tensors, model)
     loaded: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first that it makes
+    placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first name of it: others are tied to that
     for name, (recipe, made) in source.recipes.items():
         first = placed.setdefault((recipe.target, made), name)
         if first != name:

@@ -22,9 +22,9 @@ def model_card(
 
     Args:
         model: a Hugging Face model.
-        format: of the files; None for dense ones.
+        format: that of the files; None: dense.
         weights: bits and group size of every quantized weight.
-        report: of the quantization; without it, the card does not say how it was done.
+        report: what `quantize_` returned; None: the card does not say how it was done.
     """
     base = str(getattr(model.config, "_name_or_path", "") or "")
     tags = ["gptq_ao"] if format is None else dict.fromkeys(["gptq_ao", format.quant_method])

@@ -36,13 +36,13 @@ def save_quantized(
     Args:
         format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
             "compressed-tensors", for other libraries; "dense", the weights that the quantized ones stand for.
-        tokenizer: to be saved with the model.
+        tokenizer: one to save with the model.
         report: what `quantize_` returned, for the model card.
         max_shard_bytes: size of the files.
 
     Raises:
         CheckpointError: the format cannot hold the model, the directory holds something, the disk is full, or the model
-            has state that is no tensor. Nothing is left at `directory`.
+            has state that is not a tensor. Nothing is left at `directory`.
         ConfigError: there is no such format; a parameter is on the meta device, without values.
     """
     target = target_format(format)

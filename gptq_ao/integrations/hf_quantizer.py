@@ -105,7 +105,8 @@ class GptqAoQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*ignored, self._files.format.others}
 
     def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """The parameter `name`, and what else is made of the same tensors, made on `device`."""
+        """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, made
+        on `device`."""
         assert self._source is not None
         recipe, _ = self._source.recipes[name]
         return recipe.make(self._source.model, device)
@@ -133,7 +134,7 @@ class GptqAoQuantizer(HfQuantizer):
         return [*ours, *weight_conversions, *self.get_weight_conversions()]
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes of an element, for `device_map="auto"`: what the files hold, some bits more than the weight has."""
+        """Bytes of an element, for `device_map="auto"`. Going by the files: they hold slightly more than the weight."""
         if self._source is not None and param_name in self._source.recipes:
             recipe, _ = self._source.recipes[param_name]
             if recipe.quantized:

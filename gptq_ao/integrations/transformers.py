@@ -86,7 +86,7 @@ def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.
     """A causal language model in eval mode: quantized, if `source` is a quantized checkpoint that can be read.
 
     Args:
-        dtype: of an unquantized model; None: as stored.
+        dtype: that of an unquantized model; None: the stored one.
 
     Raises:
         CheckpointError: the directory is unsafe or incomplete, or the model cannot be loaded.
@@ -121,10 +121,15 @@ def config_directory(source: str) -> Path:
     try:
         return Path(str(cached_file(source, "config.json"))).parent
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{source!r} is no directory, and no model of the hub that can be read: {e}") from e
+        raise CheckpointError(f"{source!r} is neither a directory nor a model of the hub that can be read: {e}") from e
 
 
 def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a directory or a hub id.
+
+    Raises:
+        CheckpointError: it has none that can be loaded.
+    """
     import transformers
 
     try:

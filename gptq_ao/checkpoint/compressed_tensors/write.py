@@ -1,8 +1,8 @@
 """A quantized model as a compressed-tensors checkpoint: the least config that its readers accept.
 
-Most weights are in a group that targets "Linear"; others come before it, by their names. Every linear layer that stays
-as it is is in `ignore`. `actorder` is left out: older readers refuse its newer values, and it means nothing to a weight
-whose columns are in their natural order.
+The scheme of most weights targets "Linear"; the others come before it, with the names of their modules. Linear layers
+that are not quantized are listed under `ignore`. `actorder` is left out: older readers refuse its newer values, and it
+means nothing to a weight whose columns are in their natural order.
 """
 
 from collections import Counter
@@ -30,17 +30,17 @@ def compressed_config_of(model: ExportedModel) -> dict[str, Any]:
         if setting != usual:
             targets.setdefault(setting, []).append(module)
     targets[usual] = ["Linear"]
-    groups = {f"group_{i}": _group(setting, names) for i, (setting, names) in enumerate(targets.items())}
+    schemes = {f"group_{i}": _scheme(setting, names) for i, (setting, names) in enumerate(targets.items())}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": list(model.plain),
-        "config_groups": groups,
+        "config_groups": schemes,
     }
 
 
-def _group(setting: Setting, targets: list[str]) -> dict[str, Any]:
+def _scheme(setting: Setting, targets: list[str]) -> dict[str, Any]:
     bits, sym, size = setting
     weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
     weights |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}

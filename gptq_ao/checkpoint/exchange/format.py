@@ -30,7 +30,9 @@ class Readable(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def read(self, device: torch.device | str = "cpu") -> Tensor: ...
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, of this shape and dtype, on `device`."""
+        ...
 
 
 class QuantizedWeight(Readable, Protocol):
@@ -86,7 +88,7 @@ class Format:
             state: parameter or buffer → its value; of tied ones the first name.
 
         Raises:
-            CheckpointError: there is no such name for a quantized weight.
+            CheckpointError: the format has no name for a quantized weight of this kind.
         """
         return export_model(model, state) if self.hub_names else ExportedModel(state, ())
 
@@ -94,7 +96,7 @@ class Format:
         """Name and value of everything in the files, made one weight at a time.
 
         Args:
-            dtype: of the model.
+            dtype: that of the model.
         """
         for name, tensor in exported.tensors.items():
             if isinstance(tensor, GroupTensor):

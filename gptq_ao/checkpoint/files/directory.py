@@ -19,7 +19,7 @@ _SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where GPTQ's se
 def read_json(path: Path) -> dict[str, Any]:
     """
     Raises:
-        CheckpointError: it is too large, no JSON, or no object.
+        CheckpointError: it is too large, not JSON, or not an object.
     """
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")

@@ -26,7 +26,7 @@ NAME_OF = {dtype: name for name, dtype in DTYPE_OF.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file."""
+    """A tensor in a file, whose bytes begin at `offset`."""
 
     path: Path
     offset: int
@@ -38,6 +38,11 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, of this shape and dtype, on `device`.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
         value = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
@@ -62,7 +67,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             entries = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except SafetensorError as e:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: {e}") from e
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file: {e}") from e
     found = {}
     end = path.stat().st_size  # counted from there: safetensors does not say how long the header is
     for name, (dtype, shape) in reversed(entries.items()):
@@ -89,7 +94,7 @@ class ShardWriter:
         self._headers: dict[int, dict[str, StoredTensor]] = {}  # of the shards that were read again
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors; the caller must not change them any more."""
+        """Take over tensors on the CPU, name → tensor; the caller must not change them any more."""
         for name, tensor in tensors.items():
             if self._pending and self._size + tensor.nbytes > self.limit:
                 self._flush()

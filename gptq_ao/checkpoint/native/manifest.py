@@ -102,12 +102,12 @@ class Manifest:
 
 
 def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
-    """As it is in the file."""
+    """An entry as the file has it."""
     return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
 def format_version(quantized: Mapping[str, QuantizedEntry]) -> int:
-    """The version a checkpoint with such weights has: the lowest that has them."""
+    """The lowest version that can hold these weights."""
     return 2 if any(len(e.shape) > 2 or e.view_as is not None for e in quantized.values()) else 1
 
 
@@ -135,6 +135,10 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def check_version(version: object, path: object) -> None:
+    """
+    Raises:
+        CheckpointError: this package does not know the version.
+    """
     if version not in FORMAT_VERSIONS:
         raise CheckpointError(
             f"{path} has format version {version!r}, this gptq_ao reads {FORMAT_VERSIONS}: update gptq_ao"
@@ -145,7 +149,7 @@ def parse_entries(entries: dict[str, Any]) -> dict[str, QuantizedEntry]:
     """The "quantized" of a manifest.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is none.
+        AttributeError, KeyError, TypeError, ValueError: it is damaged.
     """
     return {name: _parse_entry(name, e) for name, e in entries.items()}
 

@@ -44,10 +44,15 @@ def encode_native(weight: GroupTensor) -> dict[str, Tensor]:
 
 
 def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], where: object) -> GroupTensor:
-    """The weight whose tensors `get` reads.
+    """The weight, of the parameter's shape and dtype, on the device of its tensors.
+
+    Args:
+        entry: what the manifest says of it.
+        get: reader of a tensor by its name; names, shapes and dtypes are those above.
+        where: place of the files, for messages.
 
     Raises:
-        CheckpointError: the tensors are no such weight.
+        CheckpointError: the tensors do not make a weight.
     """
     k = entry.shape[-1]
     try:

@@ -24,7 +24,7 @@ __all__ = ["CheckpointWriter", "stored_bytes"]
 
 
 def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
-    """What such parameters take in files. Of the tensors, only shape and dtype matter."""
+    """Bytes that parameters and buffers take in files. Of a tensor only shape and dtype matter; it may be on meta."""
     total = 0
     for name, what in contents.items():
         what = stored_entry(what) if isinstance(what, GroupTensor) else what
@@ -48,7 +48,7 @@ class CheckpointWriter(OutputDirectory):
         return name in self._entries or name in self._dense
 
     def add_parameter(self, name: str, value: Tensor) -> None:
-        """Store a parameter or buffer, quantized or not."""
+        """Store a parameter or buffer, quantized or not, of any shape."""
         if isinstance(value, GroupTensor):
             self._entries[name] = stored_entry(value)
             parts = {f"{name}.{part}": t for part, t in encode_native(value).items()}
