@@ -17,10 +17,9 @@ import torch
 import typer
 
 from gptq_ao.checkpoint.convert import convert_checkpoint
-from gptq_ao.checkpoint.exchange.packed_weight import PackedWeight
-from gptq_ao.checkpoint.files.directory import format_of
+from gptq_ao.checkpoint.files.paths import MANIFEST
 from gptq_ao.checkpoint.files.shards import NAME_OF
-from gptq_ao.checkpoint.formats import open_quantized
+from gptq_ao.checkpoint.formats import DENSE, FORMATS, format_of, open_quantized
 from gptq_ao.checkpoint.native.manifest import read_manifest
 from gptq_ao.checkpoint.save import save_quantized
 from gptq_ao.config import GPTQConfig, gptq_config
@@ -244,7 +243,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a quantized checkpoint holds. Reads its configs and headers, no weight."""
-    if path.is_dir() and format_of(path) not in ("native", "dense"):
+    if path.is_dir() and not (path / MANIFEST).is_file() and format_of(path) is not None:
         _inspect_foreign(path, as_json)
         return
     manifest = read_manifest(path)
@@ -270,15 +269,13 @@ def inspect(
 
 
 def _inspect_foreign(path: Path, as_json: bool) -> None:
-    tensors = open_quantized(path).tensors
+    files = open_quantized(path)
     layers = [
         {"name": name, "bits": w.bits, "shape": list(w.shape), "group_size": w.group_size}
-        for name, w in tensors.items()
-        if isinstance(w, PackedWeight)
+        for name, w in files.weights.items()
     ]
-    others = {n: t for n, t in tensors.items() if not isinstance(t, PackedWeight)}
-    dense = {n: {"dtype": NAME_OF[t.dtype], "shape": list(t.shape)} for n, t in others.items()}
-    size, format = sum(f.stat().st_size for f in path.glob("*.safetensors")), format_of(path)
+    dense = {n: {"dtype": NAME_OF[t.dtype], "shape": list(t.shape)} for n, t in files.dense.items()}
+    size, format = sum(f.stat().st_size for f in path.glob("*.safetensors")), files.format.name
     facts = {"path": str(path), "format": format, "bytes": size, "quantized": layers, "dense": dense}
     lines = [f"{path}: {format}, {size / 2**20:.1f} MiB, {len(layers)} quantized and {len(dense)} other tensors"]
     lines += [f"  {x['name']}  {x['shape']}  {x['bits']} bits, group {x['group_size']}" for x in layers]
@@ -286,26 +283,18 @@ def _inspect_foreign(path: Path, as_json: bool) -> None:
     _print(facts, "\n".join(lines), as_json)
 
 
-class Format(StrEnum):
-    native = "native"
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    compressed_tensors = "compressed-tensors"
-    dense = "dense"
-
-
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A quantized checkpoint, whatever its format.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
-    format: Annotated[Format, typer.Option("--format", help="What to write; dense: not quantized.")],
+    format: Annotated[str, typer.Option(help=f"What to write: {', '.join(FORMATS)}, or {DENSE} (not quantized).")],
     as_json: Json = False,
 ) -> None:
     """Write a quantized checkpoint in another format. The weights stay what they are: nothing is quantized again."""
-    found = convert_checkpoint(source, out, format.value)
+    found = convert_checkpoint(source, out, format)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    facts = {"source": str(source), "out": str(out), "from": found, "to": format.value, "bytes": size}
-    _print(facts, f"{source}, {found}, written to {out} as {format.value}: {size / 2**20:.1f} MiB", as_json)
+    facts = {"source": str(source), "out": str(out), "from": found, "to": format, "bytes": size}
+    _print(facts, f"{source}, {found}, written to {out} as {format}: {size / 2**20:.1f} MiB", as_json)
 
 
 @app.command()

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from gptq_ao.checkpoint.files.directory import format_of
 from gptq_ao.checkpoint.files.paths import confined
+from gptq_ao.checkpoint.formats import DENSE, format_of, target_format
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.checkpoint.save import save_quantized
 from gptq_ao.errors import CheckpointError
@@ -19,14 +19,16 @@ def convert_checkpoint(source: Path, out: Path, format: str) -> str:
     """Read the directory `source` and write the directory `out`, with the tokenizer's files.
 
     Args:
-        format: see `save_quantized`.
+        format: name of the new format, as `save_quantized` takes it.
 
     Returns:
         The format of `source`.
 
     Raises:
         CheckpointError: `source` cannot be read, `format` cannot hold the model, or `out` cannot be written.
+        ConfigError: there is no such format.
     """
+    target_format(format)  # before a model is loaded in vain
     found = format_of(source)
     save_quantized(load_quantized(source), out, format=format)
     for pattern in _SIDE_FILES:
@@ -36,4 +38,4 @@ def convert_checkpoint(source: Path, out: Path, format: str) -> str:
                     shutil.copyfile(confined(source, file.name), out / file.name)
                 except OSError as e:
                     raise CheckpointError(f"{file} could not be copied to {out}: {e}") from e
-    return found
+    return DENSE if found is None else found.name

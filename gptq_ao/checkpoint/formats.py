@@ -1,37 +1,27 @@
-"""Which format a directory has, and its tensors: every quantized weight as one, under the name of a dense one."""
+"""All formats; and a directory in one of them: every quantized weight as one tensor, under the name of a dense one.
 
-from collections.abc import Callable, Iterator, Mapping
+A new format is a folder beside this file and a line in it.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from gptq_ao.checkpoint.compressed_tensors.read import COMPRESSED_PARTS, compressed_weights
+from gptq_ao.checkpoint.compressed_tensors.format import COMPRESSED_TENSORS
+from gptq_ao.checkpoint.exchange.format import Format, QuantizedWeight, Readable
 from gptq_ao.checkpoint.exchange.packed_weight import Rounding
 from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
+from gptq_ao.checkpoint.files.paths import MANIFEST
 from gptq_ao.checkpoint.files.shards import StoredTensor
-from gptq_ao.checkpoint.gptq.read import GPTQ_PARTS, gptq_weights
-from gptq_ao.checkpoint.native.read import NATIVE_PARTS, native_weights
-from gptq_ao.errors import CheckpointError
+from gptq_ao.checkpoint.gptq.format import GPTQ, GPTQ_V2
+from gptq_ao.checkpoint.native.format import NATIVE
+from gptq_ao.errors import CheckpointError, ConfigError
 
-__all__ = ["QUANT_METHODS", "QuantizedFiles", "Readable", "open_quantized"]
+__all__ = ["DENSE", "FORMATS", "QuantizedFiles", "format_in", "format_of", "open_quantized", "target_format"]
 
-
-class Readable(Protocol):
-    """A tensor in files: a dense one (`StoredTensor`) or a quantized weight."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def read(self, device: torch.device | str = "cpu") -> Tensor: ...
+FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS)}
+DENSE = "dense"  # not a format: a directory without quantized weights
 
 
 @dataclass(frozen=True)
@@ -39,24 +29,64 @@ class QuantizedFiles:
     """A checked directory.
 
     Attributes:
-        quant_method: as its config calls the format.
-        tensors: name → tensor; a quantized weight has the name and shape of the dense one.
-        rounding: knows, when they have been read, of scales that were rounded.
+        weights: name → quantized weight; it has the name and shape of the dense one.
+        dense: name → any other tensor.
+        rounding: record of scales that were rounded, complete when all weights have been read.
     """
 
-    quant_method: str
-    tensors: Mapping[str, Readable]
+    format: Format
+    weights: Mapping[str, QuantizedWeight]
+    dense: Mapping[str, StoredTensor]
     rounding: Rounding
 
+    @property
+    def tensors(self) -> dict[str, Readable]:
+        """Name → tensor, dense or quantized."""
+        return {**self.dense, **self.weights}
 
-Weights = Callable[[Mapping[str, Any], Mapping[str, StoredTensor], Rounding], Iterator[Any]]
-# quant_method → the last parts of its tensors' names, and what makes weights of them
-_READERS: dict[str, tuple[tuple[str, ...], Weights]] = {
-    "gptq": (GPTQ_PARTS, gptq_weights),
-    "compressed-tensors": (COMPRESSED_PARTS, compressed_weights),
-    "gptq_ao": (NATIVE_PARTS, native_weights),
-}
-QUANT_METHODS = tuple(_READERS)
+
+def target_format(name: str) -> Format | None:
+    """What `save_quantized` calls so; None for "dense".
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if name == DENSE:
+        return None
+    if name not in FORMATS:
+        raise ConfigError(f"format is {name!r}: give one of {', '.join((*FORMATS, DENSE))}")
+    return FORMATS[name]
+
+
+def format_in(config: Mapping[str, Any], where: object) -> Format:
+    """The format of a quantization_config.
+
+    Args:
+        where: place of the config, for messages.
+
+    Raises:
+        CheckpointError: it is one that cannot be read.
+    """
+    method, version = config.get("quant_method"), config.get("checkpoint_format") or config.get("format")
+    formats = [f for f in FORMATS.values() if f.quant_method == method]
+    if not formats:
+        known = ", ".join(dict.fromkeys(f.quant_method for f in FORMATS.values()))
+        raise CheckpointError(f"{where} is quantized with {method!r}, which cannot be read, only {known}")
+    return next((f for f in formats if f.name == version), formats[0])
+
+
+def format_of(directory: Path) -> Format | None:
+    """What the directory says that it is; None if it says nothing of quantized weights.
+
+    Raises:
+        CheckpointError: it is not a directory, has a format that cannot be read, or a damaged config.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: download the model first (`hf download`)")
+    if (directory / MANIFEST).is_file():
+        return NATIVE
+    config = quantization_config(directory)
+    return None if config is None else format_in(config, directory)
 
 
 def open_quantized(directory: Path) -> QuantizedFiles:
@@ -68,21 +98,20 @@ def open_quantized(directory: Path) -> QuantizedFiles:
     """
     config = quantization_config(directory)
     if config is None:
-        raise CheckpointError(f"{directory} is no quantized checkpoint: its config.json has no quantization_config")
-    method = config.get("quant_method")
-    if not isinstance(method, str) or method not in _READERS:
-        known = ", ".join(QUANT_METHODS)
-        raise CheckpointError(f"{directory} is quantized with {method!r}, which cannot be read, only {known}")
-    parts, make = _READERS[method]
+        raise CheckpointError(f"{directory} is not a quantized checkpoint: its config.json has no quantization_config")
+    format = format_in(config, directory)
     stored, rounding = stored_tensors(directory), Rounding()
-    tensors: dict[str, Readable] = {n: t for n, t in stored.items() if n.rpartition(".")[2] not in parts}
+    dense = {name: t for name, t in stored.items() if name.rpartition(".")[2] not in format.parts}
+    weights: dict[str, QuantizedWeight] = {}
     try:
-        for weight in make(config, stored, rounding):
-            if weight.name in tensors:
+        for weight in format.read(config, stored, rounding):
+            if weight.name in dense or weight.name in weights:
                 raise CheckpointError(f"{weight.name!r} is there twice, dense and quantized")
-            tensors[weight.name] = weight
+            weights[weight.name] = weight
     except CheckpointError as e:
         raise CheckpointError(f"{directory}: {e}") from e
-    if not any(not isinstance(t, StoredTensor) for t in tensors.values()):
-        raise CheckpointError(f"{directory} says that it is quantized with {method!r}, and has no quantized weight")
-    return QuantizedFiles(method, tensors, rounding)
+    if not weights:
+        raise CheckpointError(
+            f"{directory} says that it is quantized with {format.quant_method!r}, and has no quantized weight"
+        )
+    return QuantizedFiles(format, weights, dense, rounding)

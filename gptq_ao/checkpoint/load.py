@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.checkpoint.files.directory import quantization_config
-from gptq_ao.checkpoint.files.paths import MANIFEST, shard_path
-from gptq_ao.checkpoint.files.shards import StoredTensor, read_header
+from gptq_ao.checkpoint.files.paths import MANIFEST
 from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
 from gptq_ao.checkpoint.native.manifest import Manifest, read_manifest
@@ -27,7 +26,7 @@ def load_quantized(
     *,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Load a quantized checkpoint, whose format the directory tells: the own one, GPTQ or compressed-tensors.
+    """Load a quantized checkpoint, whose format the directory tells: the native one, GPTQ or compressed-tensors.
 
     `load_quantized(directory)` builds the Hugging Face model of the directory's config.
     `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta
@@ -58,7 +57,7 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
     source = source_of(directory, files.tensors, model)
     loaded: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first that it makes
+    placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first name of it: others are tied to that
     for name, (recipe, made) in source.recipes.items():
         first = placed.setdefault((recipe.target, made), name)
         if first != name:
@@ -92,12 +91,9 @@ def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
 
 def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str, Tensor]:
     """All tensors of a checked manifest, quantized ones put together."""
-    stored: dict[str, StoredTensor] = {}
-    for file in sorted(set(manifest.shards.values())):
-        stored |= read_header(shard_path(directory, file))
 
     def read(name: str) -> Tensor:
-        return stored[name].read(device)
+        return manifest.stored[name].read(device)
 
     loaded = {name: read(name) for name in manifest.dense}
     for name, entry in manifest.quantized.items():

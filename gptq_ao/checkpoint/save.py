@@ -1,7 +1,6 @@
 """Save a quantized model, in any format.
 
-A checkpoint is written to a temporary directory, which gets its name when everything is in it. No pickle, no code. Each
-format is a folder here, and `formats.py` lists them.
+A checkpoint is written to a temporary directory, which gets its name when everything is in it. No pickle, no code.
 """
 
 from pathlib import Path
@@ -9,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from gptq_ao.checkpoint.formats import target_format
+from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.checkpoint.native.write import CheckpointWriter, stored_bytes
 from gptq_ao.checkpoint.write import write_dense, write_foreign
-from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.errors import CheckpointError
 from gptq_ao.model.inspection import state_names
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report
 from gptq_ao.tensor.fused import FusedProjections
 
-__all__ = ["FORMATS", "save_quantized"]
-
-FORMATS = ("native", "gptq", "gptq_v2", "compressed-tensors", "dense")
+__all__ = ["save_quantized"]
 
 
 def save_quantized(
@@ -37,26 +36,25 @@ def save_quantized(
     Args:
         format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
             "compressed-tensors", for other libraries; "dense", the weights that the quantized ones stand for.
-        tokenizer: to be saved with the model.
+        tokenizer: one to save with the model.
         report: what `quantize_` returned, for the model card.
         max_shard_bytes: size of the files.
 
     Raises:
         CheckpointError: the format cannot hold the model, the directory holds something, the disk is full, or the model
-            has state that is no tensor. Nothing is left at `directory`.
+            has state that is not a tensor. Nothing is left at `directory`.
         ConfigError: there is no such format; a parameter is on the meta device, without values.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format is {format!r}: give one of {', '.join(FORMATS)}")
+    target = target_format(format)
     fused = next((name for name, m in model.named_modules() if isinstance(m, FusedProjections)), None)
     if fused is not None:
         raise CheckpointError(
             f"{fused!r} is a fused weight, which belongs to no layer: call unfuse_projections_(model) first"
         )
-    if format == "dense":
+    if target is None:
         return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report)
-    if format != "native":
-        return write_foreign(model, Path(directory), format, tokenizer, max_shard_bytes, report)
+    if target is not NATIVE:
+        return write_foreign(model, Path(directory), target, tokenizer, max_shard_bytes, report)
     state = model.state_dict(keep_vars=True)
     firsts = [first for first, *_ in state_names(model)]
     with CheckpointWriter(Path(directory), max_shard_bytes) as writer:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.exchange.format import Readable
 from gptq_ao.checkpoint.exchange.packed_weight import PackedWeight
 from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.shards import StoredTensor
-from gptq_ao.checkpoint.formats import Readable
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.empty import empty_model
 from gptq_ao.tensor import GroupTensor
@@ -36,7 +36,7 @@ class Recipe:
         target: the parameter; the first one, if the transform makes several.
         transform: a WeightConverter, or None if one tensor is the parameter.
         inputs: (pattern of the transform, key in the checkpoint, tensor), in transformers' order.
-        dtype: into which the tensors are converted first.
+        dtype: the one into which the tensors are converted first.
         transposed: whether files of quantized weights have it as [out, in] and the module as [in, out].
     """
 
@@ -47,7 +47,7 @@ class Recipe:
     transposed: bool
 
     def make(self, model: Any, device: torch.device | str = "cpu", *, empty: bool = False) -> dict[str, Tensor]:
-        """Name → tensor, on `device`, which does all the work; on the meta device, and nothing read, if `empty`."""
+        """Name → tensor, on `device`, where all the work is done; if `empty`, on meta, with nothing read."""
         read = [torch.empty(s.shape, device="meta") if empty else s.read(device) for _, _, s in self.inputs]
         tensors = [t.to(self.dtype) for t in read]
         if self.transform is None:
@@ -89,6 +89,7 @@ class Source:
     recipes: Mapping[str, tuple[Recipe, str]]
 
     def read(self, name: str) -> Tensor:
+        """A parameter or buffer, of its shape and dtype in the model, on the CPU."""
         recipe, made = self.recipes[name]
         return recipe.make(self.model)[made]
 
@@ -98,7 +99,7 @@ def open_source(directory: Path, dtype: torch.dtype | None = None) -> Source:
     twice).
 
     Args:
-        dtype: of the model; None: as `from_pretrained(…, dtype="auto")` decides.
+        dtype: that of the model; None: the one on which `from_pretrained(…, dtype="auto")` decides.
 
     Raises:
         CheckpointError: the directory is unsafe or has no safetensors, or is quantized; a tensor is missing, unknown,
@@ -123,16 +124,16 @@ def source_of(
     """Which of the tensors `stored` makes which parameter.
 
     Args:
-        directory: with the config of the model, if that is not given; and for messages.
-        model: it is left as it is; None: the empty one of the config.
-        dtype: see `open_source`.
-        strict: whether each has to have what the other has.
+        directory: place of the model's config, which is only read without a `model`; named in messages.
+        model: the one to fill, which is left as it is; None: the empty one of the config.
+        dtype: that of `open_source`.
+        strict: whether model and files have to have the same parameters.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape than in the model.
     """
-    own = model is None
-    if own:
+    ours = model is None
+    if ours:
         floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
         model = empty_model(directory, dtype, otherwise=next(floating, None))
         if (directory / "generation_config.json").is_file():
@@ -155,7 +156,7 @@ def source_of(
     if strict:
         _check(model, directory, shapes, unknown)
     source = Source(model, {name: (recipe, name) for name, (recipe, _) in made.items()})
-    return Source(model, {**source.recipes, **_ties(source, own)})
+    return Source(model, {**source.recipes, **_ties(source, ours)})
 
 
 def _empty_bias(key: str, stored: Mapping[str, Readable]) -> bool:
@@ -247,20 +248,20 @@ def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown:
             )
 
 
-def _ties(source: Source, own: bool) -> dict[str, tuple[Recipe, str]]:
-    """Where tied parameters come from. Those that are stored several times, with different values, are tied no more:
-    not in the model either, if it is our own."""
-    groups: dict[int, list[str]] = {}
+def _ties(source: Source, ours: bool) -> dict[str, tuple[Recipe, str]]:
+    """Where tied parameters come from: from whichever of their names is stored. If several are, with different values,
+    those are not tied any more, and a model that is `ours` is changed accordingly."""
+    tied: dict[int, list[str]] = {}
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     for name, p in parameters.items():
-        groups.setdefault(id(p), []).append(name)
+        tied.setdefault(id(p), []).append(name)
     found: dict[str, tuple[Recipe, str]] = {}
-    for names in groups.values():
+    for names in tied.values():
         first, *others = [n for n in names if n in source.recipes] or [""]
         if not first:
             continue  # the caller decides whether that is an error
         differ = [other for other in others if not _same(source.read(first), source.read(other))]
-        for other in differ if own else ():
+        for other in differ if ours else ():
             _set_empty(source.model, other, parameters[other], parameters[other].dtype)
         found |= {name: source.recipes[first] for name in names if name not in differ}
     return found

@@ -9,7 +9,6 @@ With `quantization_config=GptqAoConfig(…)` an unquantized model is loaded as i
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gptq_ao.checkpoint.exchange.hub_names import export_model
-from gptq_ao.checkpoint.formats import QuantizedFiles, open_quantized
+from gptq_ao.checkpoint.formats import FORMATS, QuantizedFiles, format_in, open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
-from gptq_ao.checkpoint.native.manifest import entry_json, format_version
-from gptq_ao.checkpoint.native.read import native_config
-from gptq_ao.checkpoint.native.tensors import stored_entry, stored_parts
 from gptq_ao.checkpoint.source import Source, source_of
-from gptq_ao.checkpoint.write import config_of, tensors_of
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.model.inspection import state_names
@@ -34,14 +28,6 @@ from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["CheckpointConfig", "GptqAoConfig", "GptqAoQuantizer"]
-
-# quant_method → the one tensor of a quantized weight that transformers reads, and those that it leaves alone
-_SCALES = {"gptq": "scales", "compressed-tensors": "weight_scale"}
-_OTHERS = {
-    "gptq": r"\.(qweight|qzeros|g_idx)$",
-    "compressed-tensors": r"_(packed|shape|zero_point|g_idx)$",  # 5.17 calls those of experts gate_up_proj_packed, …
-    "gptq_ao": r"\.(codes|zero_point|perm)$",
-}
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -116,37 +102,39 @@ class GptqAoQuantizer(HfQuantizer):
             self._files = open_quantized(directory)
             self._source = source_of(directory, self._files.tensors, model, strict=False)
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, _OTHERS[self.quantization_config.quant_method]}
+        model._keys_to_ignore_on_load_unexpected = {*ignored, self._files.format.others}
 
     def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """The parameter `name`, and what else is made of the same tensors, made on `device`."""
+        """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, made
+        on `device`."""
         assert self._source is not None
         recipe, _ = self._source.recipes[name]
         return recipe.make(self._source.model, device)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        if not self.pre_quantized:
+        if self._files is None:
             return []
-        method = self.quantization_config.quant_method
-        if method != "gptq_ao":
-            return [WeightConverter([_SCALES[method]], ["weight"], operations=[_Read(self)])]
-        leaves = {name.rpartition(".")[2] for name in self.quantization_config.to_dict().get("weights", ())}
-        return [WeightConverter([f"{leaf}.scale"], [leaf], operations=[_Read(self)]) for leaf in sorted(leaves)]
+        format = self._files.format
+        leaves = sorted({name.rpartition(".")[2] for name in self._files.weights})
+        scales = {leaf: format.scale if format.hub_names else f"{leaf}.{format.scale}" for leaf in leaves}
+        return [WeightConverter([scale], [leaf], operations=[_Read(self)]) for leaf, scale in scales.items()]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """transformers' own conversions (experts are stacked, projections joined) also for quantized weights."""
-        scales = _SCALES.get(self.quantization_config.quant_method) if self.pre_quantized else None
+        """transformers' own conversions (experts are stacked, projections joined) also for quantized weights, if those
+        are named as the dense ones are in a hub checkpoint."""
         ours = []
-        for c in weight_conversions if scales is not None else ():
-            if isinstance(c, WeightConverter) and all(s.endswith(".weight") for s in c._original_source_patterns):
-                sources = [s.removesuffix("weight") + scales for s in c._original_source_patterns]
-                same = WeightConverter(sources, list(c._original_target_patterns), operations=[_Read(self, c)])
-                same.scope_prefix, same.base_model_prefix = c.scope_prefix, c.base_model_prefix
-                ours.append(same)
+        if self._files is not None and self._files.format.hub_names:
+            for c in weight_conversions:
+                if isinstance(c, WeightConverter) and all(s.endswith(".weight") for s in c._original_source_patterns):
+                    scale = self._files.format.scale
+                    sources = [s.removesuffix("weight") + scale for s in c._original_source_patterns]
+                    same = WeightConverter(sources, list(c._original_target_patterns), operations=[_Read(self, c)])
+                    same.scope_prefix, same.base_model_prefix = c.scope_prefix, c.base_model_prefix
+                    ours.append(same)
         return [*ours, *weight_conversions, *self.get_weight_conversions()]
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes of an element, for `device_map="auto"`: what the files hold, some bits more than the weight has."""
+        """Bytes of an element, for `device_map="auto"`. Going by the files: they hold slightly more than the weight."""
         if self._source is not None and param_name in self._source.recipes:
             recipe, _ = self._source.recipes[param_name]
             if recipe.quantized:
@@ -173,25 +161,19 @@ class GptqAoQuantizer(HfQuantizer):
             self.quantization_config.recipe = None  # and with it the data
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the format that was loaded, or the own one."""
+        """What `save_pretrained` writes: the format that was loaded, or the native one."""
         state = model.state_dict(keep_vars=True)
         values = {first: state[first].detach() for first, *_ in state_names(model)}
-        method, settings = self.quantization_config.quant_method, self.quantization_config.to_dict()
-        if method == "gptq_ao":
-            entries = {n: stored_entry(w) for n, w in values.items() if isinstance(w, GroupTensor)}
-            content = native_config({n: entry_json(e) for n, e in entries.items()}, format_version(entries))
-            tensors = dict(_native_tensors(values))
-        else:
-            version = settings.get("checkpoint_format") or settings.get("format")
-            format = "gptq_v2" if version == "gptq_v2" else method
-            model._weight_conversions = self._conversions
-            try:
-                exported = export_model(model, values)
-            finally:
-                model._weight_conversions = []
-            if format == "gptq" and not settings.get("sym", True):
-                format = "gptq_v2"  # version 1 is ambiguous for asymmetric weights
-            content, tensors = config_of(exported, format), dict(tensors_of(exported, format, model.dtype))
+        settings = self.quantization_config.to_dict()
+        format = format_in(settings, type(model).__name__)
+        if format.name == "gptq" and not settings.get("sym", True):
+            format = FORMATS["gptq_v2"]  # version 1 is ambiguous for asymmetric weights
+        model._weight_conversions = self._conversions
+        try:
+            exported = format.export(model, values)
+        finally:
+            model._weight_conversions = []
+        content, tensors = format.config(exported), dict(format.tensors(exported, model.dtype))
         model.config.quantization_config = self.quantization_config = CheckpointConfig(content)
         return tensors, {}
 
@@ -251,8 +233,3 @@ def _original(conversion: Any) -> Any:
     """The conversion that is transformers' own: itself, the one it stands for, or None."""
     ours = next((o for o in getattr(conversion, "operations", ()) if isinstance(o, _Read)), None)
     return conversion if ours is None else ours.instead_of
-
-
-def _native_tensors(values: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in values.items():
-        yield from (stored_parts(name, value) if isinstance(value, GroupTensor) else {name: value}).items()

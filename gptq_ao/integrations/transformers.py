@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers.quantizers import auto
 
-from gptq_ao.checkpoint.files.directory import format_of
 from gptq_ao.checkpoint.files.paths import check_weight_map
+from gptq_ao.checkpoint.formats import FORMATS, format_of
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
@@ -27,23 +27,23 @@ __all__ = [
     "load_tokenizer",
     "load_with_gptq_ao",
     "load_with_transformers",
+    "register",
 ]
 
-# What transformers' own loaders need. Where that is missing they only raise an error.
-_NEEDED = {"gptq": ("optimum", "gptqmodel"), "compressed-tensors": ("compressed_tensors",)}
 _replaced: dict[str, tuple[Any, Any]] = {}  # quant_method → transformers' own quantizer and config
 
 
-def _register() -> None:
-    """Make `from_pretrained` know the native format, and the others where transformers' own loaders cannot run.
+def register() -> None:
+    """Make `from_pretrained` know those formats for which transformers has no loader, or none that can run.
 
     Importing this module does that; importing gptq_ao imports it as soon as transformers' models are there.
     """
-    auto.AUTO_QUANTIZER_MAPPING["gptq_ao"] = GptqAoQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq_ao"] = CheckpointConfig
-    for method, packages in _NEEDED.items():
-        if any(importlib.util.find_spec(p) is None for p in packages):
-            load_with_gptq_ao(method)
+    for format in FORMATS.values():
+        if not format.needs:
+            auto.AUTO_QUANTIZER_MAPPING[format.quant_method] = GptqAoQuantizer
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[format.quant_method] = CheckpointConfig
+        elif any(importlib.util.find_spec(package) is None for package in format.needs):
+            load_with_gptq_ao(format.quant_method)
 
 
 def load_with_gptq_ao(*quant_methods: str) -> None:
@@ -75,9 +75,10 @@ def load_with_transformers(*quant_methods: str) -> None:
 
 
 def _known(quant_methods: tuple[str, ...]) -> tuple[str, ...]:
+    known = dict.fromkeys(f.quant_method for f in FORMATS.values() if f.needs)
     for method in quant_methods:
-        if method not in _NEEDED:
-            raise ConfigError(f"quant_method is {method!r}: give one of {', '.join(_NEEDED)}")
+        if method not in known:
+            raise ConfigError(f"quant_method is {method!r}: give one of {', '.join(known)}")
     return quant_methods
 
 
@@ -85,7 +86,7 @@ def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.
     """A causal language model in eval mode: quantized, if `source` is a quantized checkpoint that can be read.
 
     Args:
-        dtype: of an unquantized model; None: as stored.
+        dtype: that of an unquantized model; None: the stored one.
 
     Raises:
         CheckpointError: the directory is unsafe or incomplete, or the model cannot be loaded.
@@ -94,7 +95,7 @@ def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.
 
     directory = Path(source)
     if directory.is_dir():
-        if format_of(directory) != "dense":
+        if format_of(directory) is not None:
             return load_quantized(directory, device=device).to(device)
         check_weight_map(directory)
     try:
@@ -120,10 +121,15 @@ def config_directory(source: str) -> Path:
     try:
         return Path(str(cached_file(source, "config.json"))).parent
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{source!r} is no directory, and no model of the hub that can be read: {e}") from e
+        raise CheckpointError(f"{source!r} is neither a directory nor a model of the hub that can be read: {e}") from e
 
 
 def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a directory or a hub id.
+
+    Raises:
+        CheckpointError: it has none that can be loaded.
+    """
     import transformers
 
     try:
@@ -147,4 +153,4 @@ def _bars_on_a_terminal_only() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_register()
+register()

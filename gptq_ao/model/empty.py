@@ -20,7 +20,7 @@ def empty_model(
     """The model that `config.json` describes, parameters on the meta device, buffers computed. In eval mode.
 
     Args:
-        dtype: of the parameters; None: what the config says, or `otherwise` if it says nothing.
+        dtype: that of the parameters; None: what the config says, or `otherwise` if it says nothing.
 
     Raises:
         CheckpointError: there is no config, or it names a model that transformers does not have.

@@ -8,10 +8,15 @@ from torchao.utils import TorchAOBaseTensor
 
 from gptq_ao.errors import CheckpointError, ConfigError, NoLinearError, NonFiniteError
 
-__all__ = ["check_unquantized", "check_values", "name_filter", "output_heads"]
+__all__ = ["check_unquantized", "check_values", "name_filter", "output_heads", "state_names"]
 
 
 def check_unquantized(model: nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: a parameter is quantized.
+        NoLinearError: there are no parameters.
+    """
     if next(model.parameters(), None) is None:
         raise NoLinearError(f"the model ({type(model).__name__}) has no parameters: nothing to quantize")
     done = [name for name, p in model.named_parameters() if isinstance(p, TorchAOBaseTensor)]
@@ -23,6 +28,13 @@ def check_unquantized(model: nn.Module) -> None:
 
 
 def check_values(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """
+    Args:
+        parameters: names and values, of any shape and dtype.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
     for name, parameter in parameters:
         bad = int((~torch.isfinite(parameter)).sum())
         if bad:
@@ -51,7 +63,7 @@ def state_names(model: nn.Module) -> list[list[str]]:
     """The names of every parameter and persistent buffer, in the model's order.
 
     Raises:
-        CheckpointError: the model has state that is no tensor.
+        CheckpointError: the model has state that is not a tensor.
     """
     names: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():

@@ -38,7 +38,7 @@ class Weights(Protocol):
         """Find what is wrong with the weights to be quantized, before any is.
 
         Args:
-            names: of the weights.
+            names: those of the weights.
             result_bytes: what a checkpoint of the quantized model takes, counted when it is called.
         """
 

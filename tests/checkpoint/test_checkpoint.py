@@ -324,7 +324,7 @@ def test_a_permutation_that_is_none(tmp_path: Path) -> None:
 def test_a_truncated_shard(keep: int, copy: Path) -> None:
     path = shard_of(copy, f"{DOWN}.codes")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"is truncated or no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"is truncated, or not a safetensors file"):
         load_quantized(copy)
 
 

@@ -65,13 +65,13 @@ def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Te
 
 TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "gptq-missing": ("gptq", lambda t: t.pop(f"{Q}.qzeros"), rf"module '{Q}' has .* and lacks 'qzeros'"),
-    "gptq-float-codes": ("gptq", put(f"{Q}.qweight", lambda t: t.float()), r"are no quantized weight"),
+    "gptq-float-codes": ("gptq", put(f"{Q}.qweight", lambda t: t.float()), r"are not a quantized weight"),
     "gptq-rows": ("gptq", put(f"{Q}.qweight", lambda t: t[:-1]), r"the tensors of '.*q_proj' contradict each other"),
     "gptq-columns": ("gptq", put(f"{Q}.scales", lambda t: t[:, :-1]), r"contradict each other"),
     "gptq-groups": ("gptq", put(f"{Q}.scales", lambda t: t[:1]), r"contradict each other"),
     "gptq-no-groups": ("gptq", put(f"{Q}.scales", lambda t: t[:0]), r"contradict each other"),
     "gptq-g_idx-short": ("gptq", put(f"{Q}.g_idx", lambda t: t[:-8]), r"contradict each other"),
-    "gptq-g_idx-float": ("gptq", put(f"{Q}.g_idx", lambda t: t.float()), r"are no quantized weight"),
+    "gptq-g_idx-float": ("gptq", put(f"{Q}.g_idx", lambda t: t.float()), r"are not a quantized weight"),
     "gptq-g_idx-out": ("gptq", put(f"{Q}.g_idx", lambda t: t + 1), r"'.*q_proj.weight' is damaged: g_idx reaches"),
     "gptq-g_idx-huge": ("gptq", put(f"{Q}.g_idx", lambda t: t.fill_(2**31 - 1)), r"g_idx reaches from 2147483647"),
     "gptq-g_idx-below": ("gptq", put(f"{Q}.g_idx", lambda t: t - 1), r"g_idx reaches from -1 to"),
@@ -88,7 +88,7 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "ct-negative": ("compressed-tensors", put(f"{Q}.weight_shape", lambda t: -t), r"contradict each other"),
     "ct-narrow": ("compressed-tensors", put(f"{Q}.weight_shape", lambda t: t - 8), r"contradict each other"),
-    "ct-shape-type": ("compressed-tensors", put(f"{Q}.weight_shape", lambda t: t.int()), r"are no quantized weight"),
+    "ct-shape-type": ("compressed-tensors", put(f"{Q}.weight_shape", lambda t: t.int()), r"are not a quantized weight"),
     "ct-scale": ("compressed-tensors", put(f"{Q}.weight_scale", lambda t: t[:, :1]), r"contradict each other"),
     "ct-zero-point": (
         "compressed-tensors",
@@ -179,7 +179,7 @@ def test_a_header_that_claims_to_be_huge(length: int, originals: dict[str, Path]
     directory = copy_of(originals["gptq"], tmp_path / "copy")
     file = next(directory.glob("*.safetensors"))
     file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
-    with pytest.raises(CheckpointError, match=r"is truncated or no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"is truncated, or not a safetensors file"):
         load_quantized(directory)
 
 

@@ -171,7 +171,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-index": (lambda d: (d / INDEX).unlink(), r"has neither model.safetensors nor model.safetensors.index.json"),
     "truncated": (
         lambda d: [p.write_bytes(p.read_bytes()[:-10]) for p in d.glob("*.safetensors")],
-        r"is truncated or no safetensors file",
+        r"is truncated, or not a safetensors file",
     ),
     "quantized": (
         lambda d: (d / "config.json").write_text(

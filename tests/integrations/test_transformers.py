@@ -176,7 +176,9 @@ def test_save_pretrained_of_a_model_that_was_quantized_in_memory_says_what_to_ca
 
 
 @pytest.mark.parametrize("format", ["native", "gptq", "compressed-tensors"])
-@pytest.mark.parametrize("loader", [load_quantized, AutoModelForCausalLM.from_pretrained], ids=["own", "transformers"])
+@pytest.mark.parametrize(
+    "loader", [load_quantized, AutoModelForCausalLM.from_pretrained], ids=["load_quantized", "from_pretrained"]
+)
 def test_weights_are_decoded_where_they_go(
     loader: Any, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

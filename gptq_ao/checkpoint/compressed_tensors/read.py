@@ -1,7 +1,7 @@
 """A compressed-tensors checkpoint before its weights are read: do its config and the headers of its files fit together?
 
-Bits, groups and symmetry of a module follow from its tensors; the config only says which schemes there are. Its
-targets, which may be regular expressions, are never matched.
+Bits, groups and symmetry of a module follow from its tensors; the config only says which schemes there are (it calls
+them config groups). Its targets, which may be regular expressions, are never matched.
 """
 
 import functools
@@ -17,7 +17,7 @@ from gptq_ao.checkpoint.files.shards import StoredTensor
 from gptq_ao.codes.bit_stream import word_count
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["COMPRESSED_PARTS", "compressed_schemes", "compressed_weights"]
+__all__ = ["COMPRESSED_PARTS", "Scheme", "compressed_schemes", "compressed_weights"]
 
 COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _FORMAT = "pack-quantized"
@@ -26,7 +26,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Scheme:
-    """Of a config group. `group_size` is None for one scale per row."""
+    """How weights are quantized. `group_size` is None for one scale per row."""
 
     bits: int
     sym: bool
@@ -38,10 +38,10 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
     Raises:
         CheckpointError: the config asks for what cannot be read, or is damaged.
     """
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    schemes = config.get("config_groups")
+    if not isinstance(schemes, dict) or not schemes:
         raise CheckpointError("the config is damaged: it has no 'config_groups'")
-    inner = [g.get("format") for g in groups.values() if isinstance(g, dict)]
+    inner = [s.get("format") for s in schemes.values() if isinstance(s, dict)]
     allowed = [_FORMAT, "mixed-precision", None] if all(f == _FORMAT for f in inner) else [_FORMAT]
     odd = [f for f in inner if f not in (_FORMAT, None)] + [f for f in [config.get("format")] if f not in allowed]
     if odd:
@@ -51,13 +51,13 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
             raise CheckpointError(f"the checkpoint has a {key}: it is more than quantized weights, and cannot be read")
     if config.get("quantization_status", "compressed") != "compressed":
         raise CheckpointError(f"the checkpoint is {config['quantization_status']!r}, only 'compressed' can be read")
-    return [_scheme(name, group) for name, group in groups.items()]
+    return [_scheme(name, scheme) for name, scheme in schemes.items()]
 
 
 def compressed_weights(
     config: Mapping[str, Any], stored: Mapping[str, StoredTensor], rounding: Rounding
 ) -> Iterator[PackedWeight]:
-    """Every quantized weight of a checkpoint, of which the headers are known; only shapes are read.
+    """Every quantized weight of a checkpoint, of which the headers are known; of the data only `weight_shape` is read.
 
     Raises:
         CheckpointError: config and tensors contradict each other.
@@ -76,12 +76,12 @@ def compressed_weights(
         yield PackedWeight(f"{module}.weight", bits, group_size, (n, k), scale.dtype, parts, decode, rounding)
 
 
-def _scheme(name: str, group: Any) -> Scheme:
-    weights = group.get("weights") if isinstance(group, dict) else None
+def _scheme(name: str, scheme: Any) -> Scheme:
+    weights = scheme.get("weights") if isinstance(scheme, dict) else None
     if not isinstance(weights, dict):
         raise CheckpointError(f"the config is damaged: config group {name!r} has no 'weights'")
     for key in ("input_activations", "output_activations"):
-        if group.get(key):
+        if scheme.get(key):
             raise CheckpointError(f"config group {name!r} quantizes activations ({key}): only weights can be read")
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
     if weights.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8:
@@ -113,9 +113,10 @@ def _check(module: str, parts: Mapping[str, StoredTensor], schemes: list[Scheme]
         and (g_idx is None or g_idx.dtype in (torch.int32, torch.int64))
     )
     if not kinds:
-        raise CheckpointError(f"the tensors of {module!r} are no quantized weight: {found}")
+        raise CheckpointError(f"the tensors of {module!r} are not a quantized weight: {found}")
     n, k = parts["weight_shape"].read().tolist()
     groups = scale.shape[1]
+    # Schemes that could be this module's. All that counts is their number of bits, which may not be ambiguous.
     fitting = {
         scheme.bits
         for scheme in schemes

@@ -32,8 +32,9 @@ def decode_compressed(tensors: Mapping[str, Tensor], bits: int) -> GroupedWeight
     """Read one weight.
 
     Args:
-        tensors: by the names above, `weight_zero_point` and `weight_g_idx` only where they are, in the shapes above, on
-            the device that decodes.
+        tensors: those above by their names, in those shapes, on the device that decodes; `weight_zero_point` and
+            `weight_g_idx` may be missing.
+        bits: width of the codes, 2 to 8.
 
     Raises:
         CheckpointError: `weight_shape` contradicts the shapes, `weight_g_idx` is out of range, a scale is not finite.
@@ -47,7 +48,7 @@ def decode_compressed(tensors: Mapping[str, Tensor], bits: int) -> GroupedWeight
     else:
         zero_point = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.uint8, device=scale.device)
     held = bits if bits in BITS else 8
-    if held != bits:
+    if held != bits:  # codes and zero points move up together: their difference is what counts
         up = 2 ** (held - 1) - 2 ** (bits - 1)
         words, zero_point = codes_to_words(words_to_codes(words, bits, k) + up, held), zero_point + up
     g_idx = tensors.get("weight_g_idx")
@@ -62,7 +63,7 @@ def encode_compressed(weight: GroupedWeight, dtype: torch.dtype) -> dict[str, Te
     """The tensors of a weight without `perm`; the inverse of `decode_compressed`.
 
     Args:
-        dtype: of the scales, if it holds them exactly (they are fp16 otherwise).
+        dtype: that of the scales, if it holds them exactly (they are fp16 otherwise).
     """
     scale = weight.scale.to(dtype)
     tensors = {

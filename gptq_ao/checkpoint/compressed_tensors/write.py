@@ -1,21 +1,17 @@
 """A quantized model as a compressed-tensors checkpoint: the least config that its readers accept.
 
-Most weights are in a group that targets "Linear"; others come before it, by their names. Every linear layer that stays
-as it is is in `ignore`. `actorder` is left out: older readers refuse its newer values, and it means nothing to a weight
-whose columns are in their natural order.
+The scheme of most weights targets "Linear"; the others come before it, with the names of their modules. Linear layers
+that are not quantized are listed under `ignore`. `actorder` is left out: older readers refuse its newer values, and it
+means nothing to a weight whose columns are in their natural order.
 """
 
 from collections import Counter
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from gptq_ao.checkpoint.compressed_tensors.tensors import encode_compressed
-from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, grouped, is_sym, refuse
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, is_sym, refuse
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["compressed_config_of", "compressed_tensors_of"]
+__all__ = ["compressed_config_of"]
 
 Setting = tuple[int, bool, int]  # bits, symmetric, group size (−1: one scale per row)
 
@@ -24,31 +20,27 @@ def compressed_config_of(model: ExportedModel) -> dict[str, Any]:
     """The quantization_config.
 
     Raises:
-        CheckpointError: the format cannot hold a weight.
+        CheckpointError: nothing is quantized, or the format cannot hold a weight.
     """
-    refuse(model.quantized, _why_not, "compressed-tensors")
-    settings = {module: _setting(w) for module, w in model.quantized.items()}
+    refuse(model.modules, _why_not, "compressed-tensors")
+    settings = {module: _setting(w) for module, w in model.modules.items()}
     usual = Counter(settings.values()).most_common(1)[0][0]
     targets: dict[Setting, list[str]] = {}
     for module, setting in settings.items():
         if setting != usual:
             targets.setdefault(setting, []).append(module)
     targets[usual] = ["Linear"]
-    groups = {f"group_{i}": _group(setting, names) for i, (setting, names) in enumerate(targets.items())}
+    schemes = {f"group_{i}": _scheme(setting, names) for i, (setting, names) in enumerate(targets.items())}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": list(model.plain),
-        "config_groups": groups,
+        "config_groups": schemes,
     }
 
 
-def compressed_tensors_of(module: str, weight: GroupTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {f"{module}.{part}": t for part, t in encode_compressed(grouped(weight), dtype).items()}
-
-
-def _group(setting: Setting, targets: list[str]) -> dict[str, Any]:
+def _scheme(setting: Setting, targets: list[str]) -> dict[str, Any]:
     bits, sym, size = setting
     weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
     weights |= {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}

@@ -1,1 +1,1 @@
-"""What formats of other libraries say of a weight, whichever it is."""
+"""What all formats have in common: what one is, and what it says of a model and of a weight."""

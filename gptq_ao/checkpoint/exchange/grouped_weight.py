@@ -28,13 +28,13 @@ class GroupedWeight:
     """One weight.
 
     Attributes:
-        bits: of the codes here, 2, 3, 4 or 8.
+        bits: width of the codes here: 2, 3, 4 or 8.
         words: int32 [N, ⌈K·bits/32⌉], the codes as `codes/bit_stream.py` draws them, in any strides.
         in_features: K.
         scale: fp16 [N, G].
         zero_point: uint8 [N, G].
         perm: int64 [K] or None; column i of the codes belongs to input feature `perm[i]`.
-        rounded: the largest relative change of a scale that is no fp16 number; 0 if all are.
+        rounded: the largest relative change of a scale that is not an fp16 number; 0 if all are.
     """
 
     bits: int
@@ -55,7 +55,7 @@ def in_equal_groups(weight: GroupedWeight, group_of: Tensor) -> GroupedWeight:
     """Apply the two rules above; they leave alone what is in natural, equal groups already.
 
     Args:
-        weight: without `perm`, its scales and zero points [N, G] those of the groups in the file.
+        weight: one without `perm`, whose scales and zero points [N, G] are those of the groups in the file.
         group_of: int64 [K], the group of every input feature, in 0 … G − 1.
     """
     words, scale, zero_point, perm = weight.words, weight.scale, weight.zero_point, None
@@ -71,7 +71,10 @@ def in_equal_groups(weight: GroupedWeight, group_of: Tensor) -> GroupedWeight:
 
 
 def as_half(scale: Tensor) -> tuple[Tensor, float]:
-    """Scales as fp16, and the largest relative change that this is; of bf16 numbers, those below 2^-17 may change.
+    """Scales as fp16, and the largest relative change of one; bf16 numbers only change if they are below 2^-17.
+
+    Args:
+        scale: fp16, bf16 or fp32, of any shape.
 
     Raises:
         CheckpointError: one is NaN, infinite, or too large for fp16.

@@ -1,7 +1,7 @@
 """A quantized model as a hub checkpoint has it: names and splits of the files, not of the modules.
 
 transformers merges and renames on loading (experts become one 3-D parameter, a prefix comes or goes); to write a
-checkpoint that other libraries read, its own conversions are run backwards. A quantized weight stays one meanwhile.
+checkpoint that other libraries read, its own conversions are run backwards. They see a quantized weight as one tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from gptq_ao.codes.bit_stream import codes_to_words
 from gptq_ao.errors import CheckpointError
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["ExportedModel", "export_model", "grouped", "is_sym", "refuse"]
+__all__ = ["ExportedModel", "export_model", "grouped", "is_sym", "refuse", "revert_conversions"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,22 @@ class ExportedModel:
     """What goes into files.
 
     Attributes:
-        quantized: module → its weight, [out, in].
-        dense: name → tensor.
+        tensors: name → tensor, in the order of the files; quantized weights are still one tensor each.
         plain: modules with a matrix that is not quantized, embeddings apart: linear layers, output heads, routers.
     """
 
-    quantized: Mapping[str, GroupTensor]
-    dense: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
     plain: tuple[str, ...]
+
+    @property
+    def quantized(self) -> dict[str, GroupTensor]:
+        """Name → quantized weight."""
+        return {name: t for name, t in self.tensors.items() if isinstance(t, GroupTensor)}
+
+    @property
+    def modules(self) -> dict[str, GroupTensor]:
+        """Module → its quantized weight [out, in], in a model with the names of a hub checkpoint."""
+        return {name.removesuffix(".weight"): t for name, t in self.quantized.items()}
 
 
 def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel:
@@ -43,6 +51,7 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
         CheckpointError: a quantized weight is not that of a linear layer, so there is no place for it in a format whose
             tensors belong to one.
     """
+    # A weight has a place if it is the matrix of a linear layer, or a stack that the conversions split into such ones.
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     stays = {n for n, t in state.items() if n.rpartition(".")[0] in linear and n.endswith(".weight")}
     wrong = [
@@ -50,7 +59,7 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
         for n, t in state.items()
         if isinstance(t, GroupTensor) and (t.view_as is not None or (t.dim() == 2 and n not in stays))
     ]
-    parts = revert_conversions(model, state)
+    parts = revert_conversions(model, state)  # a stack that they do not know comes back whole
     quantized = {n: t for n, t in parts.items() if isinstance(t, GroupTensor)}
     split = sum(isinstance(t, GroupTensor) and t.dim() > 2 for t in state.values())
     wrong += [n for n, t in quantized.items() if t.dim() > 2 or not n.endswith(".weight")]
@@ -63,8 +72,7 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
     name_of = {id(t): n for n, t in parts.items()}
     plain = [name_of.get(id(state.get(n)), n) for n in _plain(model)]
     return ExportedModel(
-        {n.removesuffix(".weight"): t for n, t in quantized.items()},
-        {n: t for n, t in parts.items() if n not in quantized},
+        {**quantized, **{n: t for n, t in parts.items() if n not in quantized}},
         tuple(n.removesuffix(".weight") for n in plain),
     )
 
@@ -78,7 +86,11 @@ def _plain(model: nn.Module) -> Iterator[str]:
 
 
 def revert_conversions(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the names and splits of a hub checkpoint."""
+    """`state` with the names and splits of a hub checkpoint: a stack [E, N, K] becomes E tensors [N, K].
+
+    Raises:
+        CheckpointError: transformers cannot undo one of its conversions.
+    """
     if not hasattr(model, "base_model_prefix"):
         return dict(state)
     from transformers.core_model_loading import revert_weight_conversion
@@ -96,8 +108,10 @@ def revert_conversions(model: Any, state: Mapping[str, Tensor]) -> dict[str, Ten
 def refuse(weights: Mapping[str, GroupTensor], why_not: Callable[[GroupTensor], str | None], format: str) -> None:
     """
     Raises:
-        CheckpointError: the format cannot hold a weight, and why.
+        CheckpointError: there is no weight, or one that the format cannot hold, and why.
     """
+    if not weights:
+        raise CheckpointError(f"the model has no quantized weight, so there is nothing to write as {format!r}")
     reasons = {name: why for name, w in weights.items() if (why := why_not(w)) is not None}
     if reasons:
         name, why = next(iter(reasons.items()))
@@ -106,11 +120,12 @@ def refuse(weights: Mapping[str, GroupTensor], why_not: Callable[[GroupTensor], 
 
 
 def grouped(weight: GroupTensor) -> GroupedWeight:
-    """What a 2-D quantized weight is made of, on the CPU."""
+    """What a quantized weight [N, K] is made of, on the CPU."""
     codes, scale, zero_point = (t.cpu() for t in (weight.codes(), weight.scale, weight.zero_point))
     perm = None if weight.perm is None else weight.perm.cpu()
     return GroupedWeight(weight.bits, codes_to_words(codes, weight.bits), weight.in_features, scale, zero_point, perm)
 
 
 def is_sym(weight: GroupTensor) -> bool:
+    """Whether all zero points (uint8 [N, G]) are the middle of the grid, 2^(bits − 1)."""
     return bool((weight.zero_point == 2 ** (weight.bits - 1)).all())

@@ -22,12 +22,13 @@ class Rounding:
     changes: dict[str, float] = field(default_factory=dict)
 
     def warn(self) -> None:
+        """One RoundedScalesWarning for all of them, if there are any; the next call starts anew."""
         if not self.changes:
             return
         worst = max(self.changes, key=self.changes.__getitem__)
         warnings.warn(
-            f"{len(self.changes)} weights of the checkpoint have scales that are no fp16 numbers. They were rounded to "
-            f"the nearest; the largest change of one is {self.changes[worst]:.1e} of itself, in {worst!r}",
+            f"{len(self.changes)} weights of the checkpoint have scales that are not fp16 numbers. They were rounded "
+            f"to the nearest; the largest change of one is {self.changes[worst]:.1e} of itself, in {worst!r}",
             RoundedScalesWarning,
             stacklevel=3,
         )
@@ -36,16 +37,17 @@ class Rounding:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """To the reader of a model a tensor of a file, like `StoredTensor`.
+    """A quantized weight in files, which is read like any other tensor (`StoredTensor`).
 
     Attributes:
-        name: of the weight in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
-        bits: of its codes in the file.
+        name: that of the weight in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
+        bits: width of its codes in the file.
         group_size: input features of a group in the file; the last one may have fewer.
         shape: [N, K].
-        dtype: the one it pretends to have.
-        parts: its tensors: the name's last part → where it lies.
-        decode: from the tensors to the weight.
+        dtype: that of the weight it stands for.
+        parts: last part of a tensor's name → where that tensor lies.
+        decode: function from those tensors to the weight.
+        rounding: record of the checkpoint, for the case that scales have to be rounded.
     """
 
     name: str
@@ -62,10 +64,10 @@ class PackedWeight:
         return sum(part.nbytes for part in self.parts.values())
 
     def read(self, device: torch.device | str = "cpu") -> GroupTensor:
-        """On `device`, where it is also decoded.
+        """The weight [N, K] on `device`, where it is also decoded.
 
         Raises:
-            CheckpointError: the tensors are no such weight.
+            CheckpointError: the tensors do not make a weight.
         """
         try:
             weight = self.decode({part: stored.read(device) for part, stored in self.parts.items()})
@@ -78,6 +80,7 @@ class PackedWeight:
 
 
 def held(weight: GroupedWeight, dtype: torch.dtype) -> GroupTensor:
+    """A weight as the tensor [N, K] that a model of that dtype holds."""
     return tensor_class(weight.bits).from_words(
         weight.words, weight.in_features, weight.scale, weight.zero_point, dtype=dtype, perm=weight.perm
     )

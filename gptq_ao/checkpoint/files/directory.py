@@ -9,7 +9,7 @@ from gptq_ao.checkpoint.files.paths import MANIFEST, check_weight_map, shard_pat
 from gptq_ao.checkpoint.files.shards import StoredTensor, read_header
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["INDEX", "format_of", "quantization_config", "read_json", "stored_tensors"]
+__all__ = ["INDEX", "quantization_config", "read_json", "stored_tensors"]
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 256 * 2**20
@@ -19,7 +19,7 @@ _SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where GPTQ's se
 def read_json(path: Path) -> dict[str, Any]:
     """
     Raises:
-        CheckpointError: it is too large, no JSON, or no object.
+        CheckpointError: it is too large, not JSON, or not an object.
     """
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
@@ -59,24 +59,6 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
                 )
         return {**aside, **found}
     return found
-
-
-def format_of(directory: Path) -> str:
-    """What the directory says that it is; "dense" if it says nothing.
-
-    Raises:
-        CheckpointError: it is none, or a config is damaged.
-    """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: download the model first (`hf download`)")
-    if (directory / MANIFEST).is_file():
-        return "native"
-    config = quantization_config(directory)
-    if config is None:
-        return "dense"
-    method = str(config.get("quant_method"))
-    name = str(config.get("checkpoint_format") or config.get("format") or "gptq") if method == "gptq" else method
-    return "native" if name == "gptq_ao" else name
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:

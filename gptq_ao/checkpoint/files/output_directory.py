@@ -49,12 +49,16 @@ class OutputDirectory:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def check_space(self, need: int) -> None:
+        """
+        Raises:
+            CheckpointError: the disk has fewer free bytes.
+        """
         free = shutil.disk_usage(self.directory.parent).free
         if need > free:
             raise CheckpointError(f"the disk of {self.directory} is full: {need} bytes needed, {free} free")
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors; the caller must not change them any more."""
+        """Take over tensors on the CPU, name → tensor; the caller must not change them any more."""
         with self._disk_errors():
             self._shards.add(tensors)
 
@@ -79,8 +83,8 @@ class OutputDirectory:
 
         Args:
             placed: tensor → file.
-            quantization: the `quantization_config` of config.json, None for unquantized weights.
-            texts: other files, the last one last.
+            quantization: the `quantization_config` of config.json; None: the weights are not quantized.
+            texts: other file → its content, in the order in which they are written.
         """
         parts: tuple[Any, ...] = (_config(model, quantization), getattr(model, "generation_config", None), tokenizer)
         with self._disk_errors():

@@ -4,7 +4,6 @@
 of its own, so what is held is what was asked for.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ NAME_OF = {dtype: name for name, dtype in DTYPE_OF.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file."""
+    """A tensor in a file, whose bytes begin at `offset`."""
 
     path: Path
     offset: int
@@ -39,6 +38,11 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, of this shape and dtype, on `device`.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
         value = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
@@ -51,30 +55,27 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """What a file holds, in the order in which it lies there.
+    """What a file holds, in the order in which it lies there. Headers are read here and nowhere else.
 
     Raises:
-        CheckpointError: it is no complete safetensors file, or has a tensor of a dtype that is not supported.
+        CheckpointError: it is not a complete safetensors file, or has a tensor of a dtype that is not supported.
     """
     try:
-        with safe_open(
-            path, framework="np"
-        ):  # checks sizes and offsets; as "pt", it would map the file as private memory
-            pass
+        # This checks sizes and offsets: tensors lie one after the other and fill the file to its end. As "pt" it would
+        # map the file as private memory.
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            entries = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except SafetensorError as e:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: {e}") from e
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-    entries.pop("__metadata__", None)
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file: {e}") from e
     found = {}
-    for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPE_OF:
-            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, which is not supported")
-        found[name] = StoredTensor(
-            path, 8 + size + entry["data_offsets"][0], DTYPE_OF[entry["dtype"]], tuple(entry["shape"])
-        )
-    return found
+    end = path.stat().st_size  # counted from there: safetensors does not say how long the header is
+    for name, (dtype, shape) in reversed(entries.items()):
+        if dtype not in DTYPE_OF:
+            raise CheckpointError(f"{path}: tensor {name!r} is of type {dtype}, which is not supported")
+        end -= math.prod(shape) * DTYPE_OF[dtype].itemsize
+        found[name] = StoredTensor(path, end, DTYPE_OF[dtype], shape)
+    return dict(reversed(found.items()))
 
 
 class ShardWriter:
@@ -90,9 +91,10 @@ class ShardWriter:
         self._size = 0
         self._placed: dict[str, int] = {}  # tensor → number of its shard
         self._count = 0
+        self._headers: dict[int, dict[str, StoredTensor]] = {}  # of the shards that were read again
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors; the caller must not change them any more."""
+        """Take over tensors on the CPU, name → tensor; the caller must not change them any more."""
         for name, tensor in tensors.items():
             if self._pending and self._size + tensor.nbytes > self.limit:
                 self._flush()
@@ -103,7 +105,10 @@ class ShardWriter:
         """A tensor that was added, from memory or from its file."""
         if name in self._pending:
             return self._pending[name]
-        return read_header(self._path(self._placed[name]))[name].read()
+        number = self._placed[name]
+        if number not in self._headers:
+            self._headers[number] = read_header(self._path(number))
+        return self._headers[number][name].read()
 
     def finish(self) -> dict[str, str]:
         """Write what is left. Returns tensor → file."""

@@ -1,7 +1,7 @@
 """A GPTQ checkpoint before its weights are read: do its config and the headers of its files fit together?
 
-Which bits and which group size a module has, its tensors' shapes say; the config (`dynamic` gives single modules other
-settings) only says which are possible. So the patterns of a config, which may be anything, are never matched.
+The shapes of a module's tensors say which bits and which group size it has; the config (`dynamic` gives single modules
+other settings) only says which are possible. So the patterns of a config, which may be anything, are never matched.
 """
 
 import functools
@@ -18,7 +18,7 @@ from gptq_ao.codes.bit_stream import word_count
 from gptq_ao.config import BITS
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["GPTQ_PARTS", "gptq_settings", "gptq_weights"]
+__all__ = ["GPTQ_PARTS", "GptqSettings", "gptq_settings", "gptq_weights"]
 
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -30,8 +30,8 @@ class GptqSettings:
     """What a config allows.
 
     Attributes:
-        bits, group_sizes: of the modules; −1 is one group.
-        zero_points: how they are stored.
+        bits, group_sizes: settings that modules may have; −1 is one group per row.
+        zero_points: what it says of them.
     """
 
     bits: frozenset[int]
@@ -103,10 +103,10 @@ def _check(module: str, parts: Mapping[str, StoredTensor], settings: GptqSetting
     indexed = g_idx is None or (g_idx.dtype in (torch.int32, torch.int64) and len(g_idx.shape) == 1)
     scales = parts["scales"]
     if not integers or not indexed or scales.dtype not in _FLOATING or len(scales.shape) != 2:
-        raise CheckpointError(f"the tensors of {module!r} are no quantized weight: {found}")
+        raise CheckpointError(f"the tensors of {module!r} are not a quantized weight: {found}")
     rows, n = parts["qweight"].shape
     groups = scales.shape[0]
-    fitting = []
+    fitting = []  # K, bits and group size that all shapes allow; if there are several, the codes are ambiguous
     for bits in settings.bits:
         k = rows * 32 // bits if g_idx is None else g_idx.shape[0]
         sizes = sorted({k if size == -1 else size for size in settings.group_sizes})

@@ -64,8 +64,8 @@ def decode_gptq(
     Args:
         tensors: `qweight`, `qzeros`, `scales` and perhaps `g_idx`, in the shapes above, on the device that decodes.
         in_features: K.
-        group_size: input features of a group, where there is no `g_idx`.
-        stored: how the checkpoint says that its zero points are stored.
+        group_size: number of input features in a group; only used where `g_idx` is missing.
+        stored: what the checkpoint says of its zero points.
 
     Raises:
         CheckpointError: a `g_idx` is out of range, a scale is not finite, or zero points cannot be recovered.
@@ -86,7 +86,7 @@ def encode_gptq(weight: GroupedWeight, *, version: int) -> dict[str, Tensor]:
     """The tensors of a weight; the inverse of `decode_gptq` for weights in groups of one size.
 
     Args:
-        version: 1 for symmetric weights, which every reader decodes alike, else 2.
+        version: that of the format: 1 for symmetric weights, which every reader decodes alike, else 2.
     """
     words, group_size = weight.words, weight.in_features // weight.scale.shape[1]
     group_of = torch.arange(weight.in_features) // group_size

@@ -9,14 +9,11 @@ import re
 from collections import Counter
 from typing import Any
 
-from torch import Tensor
-
-from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, grouped, is_sym, refuse
-from gptq_ao.checkpoint.gptq.tensors import encode_gptq
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, is_sym, refuse
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.version import VERSION
 
-__all__ = ["gptq_config_of", "gptq_tensors_of"]
+__all__ = ["gptq_config_of"]
 
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 _FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
@@ -30,10 +27,11 @@ def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
         format: "gptq" (version 1, symmetric weights only) or "gptq_v2".
 
     Raises:
-        CheckpointError: the format cannot hold a weight.
+        CheckpointError: nothing is quantized, or the format cannot hold a weight.
     """
-    refuse(model.quantized, lambda w: _why_not(w, format), format)
-    settings = {module: (w.bits, _group_size(w)) for module, w in model.quantized.items()}
+    modules = model.modules
+    refuse(modules, lambda w: _why_not(w, format), format)
+    settings = {module: (w.bits, _group_size(w)) for module, w in modules.items()}
     (bits, group_size), _ = Counter(settings.values()).most_common(1)[0]
     dynamic: dict[str, dict[str, int]] = {}
     for module in model.plain:
@@ -46,19 +44,14 @@ def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
-        "desc_act": any(w.perm is not None for w in model.quantized.values()),
-        "sym": all(is_sym(w) for w in model.quantized.values()),
-        "lm_head": _HEAD in model.quantized,
+        "desc_act": any(w.perm is not None for w in modules.values()),
+        "sym": all(is_sym(w) for w in modules.values()),
+        "lm_head": _HEAD in modules,
         "checkpoint_format": format,
         "pack_dtype": "int32",
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {"quantizer": [f"gptq_ao:{VERSION}"]},
     }
-
-
-def gptq_tensors_of(module: str, weight: GroupTensor, format: str) -> dict[str, Tensor]:
-    tensors = encode_gptq(grouped(weight), version=2 if format == "gptq_v2" else 1)
-    return {f"{module}.{part}": t for part, t in tensors.items()}
 
 
 def _why_not(weight: GroupTensor, format: str) -> str | None:

@@ -19,7 +19,6 @@ Everything that can be wrong with a checkpoint is looked for here, in the JSON a
 tensor is allocated.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from gptq_ao.checkpoint.files.directory import read_json
 from gptq_ao.checkpoint.files.paths import MANIFEST, shard_path
+from gptq_ao.checkpoint.files.shards import NAME_OF, StoredTensor, read_header
 from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.config import BITS
 from gptq_ao.errors import CheckpointError
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 FORMAT_VERSIONS = (1, 2)
-MAX_MANIFEST_BYTES = 256 * 2**20
+Header = tuple[str, list[int]]  # of a tensor: the name safetensors gives its dtype, and its shape
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -98,21 +98,28 @@ class QuantizedEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest: names, sizes and files fit together."""
+    """A checked manifest: names, sizes and files fit together.
+
+    Attributes:
+        quantized: parameter → what is said of it.
+        dense: other parameter or buffer → what its header says.
+        tied: other name of a parameter → its name above.
+        stored: tensor → where it lies.
+    """
 
     quantized: dict[str, QuantizedEntry]
-    dense: dict[str, tuple[str, list[int]]]
+    dense: dict[str, Header]
     tied: dict[str, str]
-    shards: dict[str, str]
+    stored: dict[str, StoredTensor]
 
 
 def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
-    """As it is in the file."""
+    """An entry as the file has it."""
     return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
 def format_version(quantized: Mapping[str, QuantizedEntry]) -> int:
-    """The version a checkpoint with such weights has: the lowest that has them."""
+    """The lowest version that can hold these weights."""
     return 2 if any(len(e.shape) > 2 or e.view_as is not None for e in quantized.values()) else 1
 
 
@@ -124,24 +131,26 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(
             f"{directory} has no {MANIFEST}: not a checkpoint of gptq_ao, or one whose writing was cut off"
         )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not JSON: {e}") from e
-    if not isinstance(content, dict) or content.get("format") != "gptq_ao":
+    content = read_json(path)
+    if content.get("format") != "gptq_ao":
         raise CheckpointError(f"{path} is not a manifest of gptq_ao")
     check_version(content.get("format_version"), path)
     try:
-        manifest = _parse(content)
+        quantized, dense, tied = _parse(content)
+        shards = {str(t): str(f) for t, f in content["shards"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {e}") from e
-    _check_headers(directory, manifest)
-    return manifest
+    expected = dict(dense)
+    for name, entry in quantized.items():
+        expected |= entry.tensors(name)
+    return Manifest(quantized, dense, tied, _find(expected, shards, directory))
 
 
 def check_version(version: object, path: object) -> None:
+    """
+    Raises:
+        CheckpointError: this package does not know the version.
+    """
     if version not in FORMAT_VERSIONS:
         raise CheckpointError(
             f"{path} has format version {version!r}, this gptq_ao reads {FORMAT_VERSIONS}: update gptq_ao"
@@ -152,20 +161,20 @@ def parse_entries(entries: dict[str, Any]) -> dict[str, QuantizedEntry]:
     """The "quantized" of a manifest.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is none.
+        AttributeError, KeyError, TypeError, ValueError: it is damaged.
     """
     return {name: _parse_entry(name, e) for name, e in entries.items()}
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
+def _parse(content: dict[str, Any]) -> tuple[dict[str, QuantizedEntry], dict[str, Header], dict[str, str]]:
+    """`Manifest`'s quantized, dense and tied."""
     quantized = parse_entries(content["quantized"])
     dense = {name: (str(e["dtype"]), [int(s) for s in e["shape"]]) for name, e in content["dense"].items()}
     tied = {str(a): str(b) for a, b in content["tied"].items()}
-    shards = {str(t): str(f) for t, f in content["shards"].items()}
     known = {*quantized, *dense}
     if known & set(tied) or not set(tied.values()) <= known or set(quantized) & set(dense):
         raise ValueError("a name is listed twice, or tied to one that is not there")
-    return Manifest(quantized, dense, tied, shards)
+    return quantized, dense, tied
 
 
 def _parse_entry(name: str, e: dict[str, Any]) -> QuantizedEntry:
@@ -181,31 +190,29 @@ def _parse_entry(name: str, e: dict[str, Any]) -> QuantizedEntry:
     return entry
 
 
-def _expected(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
-    expected = dict(manifest.dense)
-    for name, entry in manifest.quantized.items():
-        expected |= entry.tensors(name)
-    return expected
+def _find(expected: Mapping[str, Header], shards: Mapping[str, str], directory: Path) -> dict[str, StoredTensor]:
+    """Tensor → where it lies.
 
+    Args:
+        expected: tensor → what the manifest says of it.
+        shards: tensor → file.
 
-def _check_headers(directory: Path, manifest: Manifest) -> None:
-    """The shards hold exactly the tensors the manifest speaks of, in the right shapes and dtypes."""
-    expected = _expected(manifest)
-    if set(manifest.shards) != set(expected):
-        odd = sorted(set(manifest.shards) ^ set(expected))[0]
+    Raises:
+        CheckpointError: a tensor is missing, or not what the manifest says.
+    """
+    if set(shards) != set(expected):
+        odd = sorted(set(shards) ^ set(expected))[0]
         raise CheckpointError(f"{directory / MANIFEST} is damaged: no shard, or no entry, for tensor {odd!r}")
-    for file in sorted(set(manifest.shards.values())):
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(shards.values())):
         path = shard_path(directory, file)
-        names = {t for t, f in manifest.shards.items() if f == file}
-        try:
-            with safe_open(path, framework="pt") as shard:
-                missing = sorted(names - set(shard.keys()))
-                if missing:
-                    raise CheckpointError(f"{path} lacks tensor {missing[0]!r} (and {len(missing) - 1} more)")
-                for name in sorted(names):
-                    header = shard.get_slice(name)
-                    found = (header.get_dtype(), list(header.get_shape()))
-                    if found != expected[name]:
-                        raise CheckpointError(f"{path}: tensor {name!r} is {found}, the manifest says {expected[name]}")
-        except SafetensorError as e:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: {e}") from e
+        header, names = read_header(path), sorted(name for name, f in shards.items() if f == file)
+        missing = [name for name in names if name not in header]
+        if missing:
+            raise CheckpointError(f"{path} lacks tensor {missing[0]!r} (and {len(missing) - 1} more)")
+        for name in names:
+            stored[name] = header[name]
+            found = (NAME_OF[header[name].dtype], list(header[name].shape))
+            if found != expected[name]:
+                raise CheckpointError(f"{path}: tensor {name!r} is {found}, the manifest says {expected[name]}")
+    return stored

@@ -25,7 +25,7 @@ NATIVE_PARTS = ("codes", "scale", "zero_point", "perm")
 
 @dataclass(frozen=True)
 class NativeWeight:
-    """A quantized weight in the native format, to the reader of a model a tensor of a file."""
+    """A quantized weight in the native format, which is read like any other tensor (`StoredTensor`)."""
 
     name: str
     entry: QuantizedEntry
@@ -52,6 +52,11 @@ class NativeWeight:
         return sum(part.nbytes for part in self.parts.values())
 
     def read(self, device: torch.device | str = "cpu") -> GroupTensor:
+        """The weight, of the parameter's shape and dtype, on `device`.
+
+        Raises:
+            CheckpointError: the tensors do not make a weight.
+        """
         where = next(iter(self.parts.values())).path
         return from_stored(self.name, self.entry, lambda name: self.parts[name].read(device), where)
 
@@ -61,6 +66,7 @@ def native_config(entries: Mapping[str, Any], version: int) -> dict[str, Any]:
 
     Args:
         entries: the "quantized" of the manifest.
+        version: its format version.
     """
     return {"quant_method": "gptq_ao", "format_version": version, "weights": dict(entries)}
 

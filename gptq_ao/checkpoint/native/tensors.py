@@ -16,7 +16,7 @@ from gptq_ao.codes.bit_stream import pack_bits
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
 from gptq_ao.tensor import GroupTensor, tensor_class
 
-__all__ = ["from_stored", "stored_entry", "stored_parts"]
+__all__ = ["encode_native", "from_stored", "stored_entry"]
 
 
 def stored_entry(weight: GroupTensor) -> QuantizedEntry:
@@ -24,20 +24,25 @@ def stored_entry(weight: GroupTensor) -> QuantizedEntry:
     return QuantizedEntry.of(weight.spec, weight.dtype, weight.transposed, weight.view_as)
 
 
-def stored_parts(name: str, weight: GroupTensor) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU."""
+def encode_native(weight: GroupTensor) -> dict[str, Tensor]:
+    """The tensors of a weight by the last parts of their names, as above, on the CPU."""
     codes = pack_bits(weight.codes().cpu(), weight.bits)
     parts = {"codes": codes, "scale": weight.scale, "zero_point": weight.zero_point}
     if weight.perm is not None:
         parts["perm"] = weight.perm.clone()  # weights solved together share it, files do not share tensors
-    return {f"{name}.{part}": t.detach().cpu().contiguous() for part, t in parts.items()}
+    return {part: t.detach().cpu().contiguous() for part, t in parts.items()}
 
 
 def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], where: object) -> GroupTensor:
-    """The weight whose tensors `get` reads.
+    """The weight, of the parameter's shape and dtype, on the device of its tensors.
+
+    Args:
+        entry: what the manifest says of it.
+        get: reader of a tensor by its name; names, shapes and dtypes are those above.
+        where: place of the files, for messages.
 
     Raises:
-        CheckpointError: the tensors are no such weight.
+        CheckpointError: the tensors do not make a weight.
     """
     k = entry.shape[-1]
     try:

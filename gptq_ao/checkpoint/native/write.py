@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.checkpoint.files.model_card import CARD, model_card
 from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json, has_config
 from gptq_ao.checkpoint.files.paths import MANIFEST
 from gptq_ao.checkpoint.files.shards import NAME_OF
+from gptq_ao.checkpoint.model_card import CARD, model_card
+from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.checkpoint.native.manifest import QuantizedEntry, entry_json, format_version
 from gptq_ao.checkpoint.native.read import native_config
-from gptq_ao.checkpoint.native.tensors import from_stored, stored_entry, stored_parts
+from gptq_ao.checkpoint.native.tensors import encode_native, from_stored, stored_entry
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.inspection import state_names
 from gptq_ao.report import Report
@@ -23,7 +24,7 @@ __all__ = ["CheckpointWriter", "stored_bytes"]
 
 
 def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
-    """What such parameters take in files. Of the tensors, only shape and dtype matter."""
+    """Bytes that parameters and buffers take in files. Of a tensor only shape and dtype matter; it may be on meta."""
     total = 0
     for name, what in contents.items():
         what = stored_entry(what) if isinstance(what, GroupTensor) else what
@@ -47,10 +48,10 @@ class CheckpointWriter(OutputDirectory):
         return name in self._entries or name in self._dense
 
     def add_parameter(self, name: str, value: Tensor) -> None:
-        """Store a parameter or buffer, quantized or not."""
+        """Store a parameter or buffer, quantized or not, of any shape."""
         if isinstance(value, GroupTensor):
             self._entries[name] = stored_entry(value)
-            parts = stored_parts(name, value)
+            parts = {f"{name}.{part}": t for part, t in encode_native(value).items()}
         else:
             self._dense[name] = {"dtype": _dtype_name(name, value), "shape": list(value.shape)}
             # A copy: a view would keep all it is a view of, and a buffer may change.
@@ -84,7 +85,7 @@ class CheckpointWriter(OutputDirectory):
         texts = {MANIFEST: as_json(manifest)}
         if has_config(model):
             weights = [(e.bits, e.spec.group_size) for e in self._entries.values()]
-            texts = {CARD: model_card(model, "native", weights, report), **texts}
+            texts = {CARD: model_card(model, NATIVE, weights, report), **texts}
         self.finish(model, tokenizer, placed, native_config(entries, version), texts)
 
 

@@ -5,41 +5,44 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
+from gptq_ao.checkpoint.exchange.format import Format
 from gptq_ao.report import Report
 from gptq_ao.version import VERSION
 
 __all__ = ["CARD", "model_card"]
 
 CARD = "README.md"
-_LOADERS = {
-    "native": ("gptq_ao", "import gptq_ao  # before the next line: transformers then knows the format\n"),
-    "gptq": ("gptq", ""),
-    "gptq_v2": ("gptq", ""),
-    "compressed-tensors": ("compressed-tensors", ""),
-    "dense": (None, ""),
-}
+_IMPORT = "import gptq_ao  # before the next line: transformers then knows the format"
 
 
-def model_card(model: Any, format: str, weights: Iterable[tuple[int, int]], report: Report | None = None) -> str:
+def model_card(
+    model: Any, format: Format | None, weights: Iterable[tuple[int, int]], report: Report | None = None
+) -> str:
     """The text.
 
     Args:
         model: a Hugging Face model.
-        format: as `save_quantized` calls it.
+        format: that of the files; None: dense.
         weights: bits and group size of every quantized weight.
-        report: of the quantization; without it, the card does not say how it was done.
+        report: what `quantize_` returned; None: the card does not say how it was done.
     """
     base = str(getattr(model.config, "_name_or_path", "") or "")
-    tag, first_line = _LOADERS[format]
+    tags = ["gptq_ao"] if format is None else dict.fromkeys(["gptq_ao", format.quant_method])
+    first = [_IMPORT] if format is not None and not format.needs else []
     loader = next((n for n in ("AutoModelForCausalLM",) if hasattr(model, "generate")), "AutoModel")
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {base}"] if _is_hub_id(base) else []
-    lines += ["tags:", "- gptq_ao", *([f"- {tag}"] if tag and tag != "gptq_ao" else []), "---", ""]
+    lines += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
     lines += [f"# {type(model).__name__}, quantized" + (f" from {base}" if _is_hub_id(base) else ""), ""]
     for (bits, group_size), count in sorted(Counter(weights).items()):
         lines.append(f"- {count} weights of {bits} bits, {group_size} input features to a scale")
-    lines += [f"- format: {format}", *_recipe(report), f"- versions: {_versions()}", ""]
-    lines += ["```python", f"{first_line}from transformers import {loader}", ""]
+    lines += [
+        f"- format: {'dense' if format is None else format.name}",
+        *_recipe(report),
+        f"- versions: {_versions()}",
+        "",
+    ]
+    lines += ["```python", *first, f"from transformers import {loader}", ""]
     lines += [f'model = {loader}.from_pretrained("THIS_REPOSITORY")', "```", ""]
     return "\n".join(lines)
 
