@@ -58,13 +58,13 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
     loaded: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first name of it: others are tied to that
-    for name, (recipe, made) in source.recipes.items():
-        first = placed.setdefault((recipe.target, made), name)
+    for name, (conversion, made) in source.conversions.items():
+        first = placed.setdefault((conversion.target, made), name)
         if first != name:
             tied[name] = first
         elif name not in loaded:
-            made_of = recipe.make(source.model, device)
-            loaded |= {n: made_of[m] for n, (r, m) in source.recipes.items() if r is recipe}
+            made_of = conversion.make(source.model, device)
+            loaded |= {n: made_of[m] for n, (r, m) in source.conversions.items() if r is conversion}
             if device.type != "cpu":
                 return_freed_memory()
     files.rounding.warn()

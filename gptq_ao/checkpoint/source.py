@@ -1,8 +1,8 @@
 """The parameters of a Hugging Face model, quantized or not, read one at a time from the directory that holds them.
 
 transformers renames, merges and splits tensors on loading (a checkpoint's experts become one 3-D parameter, a prefix
-comes or goes). Its own conversions decide here too: they run once on empty tensors, which gives every parameter its
-recipe and shape before anything is read, and again on the tensors of one recipe when its parameter is asked for.
+comes or goes). Its own conversions decide here too: they run once on empty tensors, which tells what every parameter is
+made of, and its shape, before anything is read; and again on the tensors of one parameter when that is asked for.
 """
 
 import copy
@@ -29,7 +29,7 @@ __all__ = ["Source", "open_source", "source_of"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Conversion:
     """What to read, and transformers' transform that makes parameters of it.
 
     Attributes:
@@ -82,16 +82,16 @@ class Source:
     """A model on the meta device and where its values are. Non-persistent buffers are computed, and in the model.
 
     Attributes:
-        recipes: parameter or buffer → the recipe that makes it, and its name there (another one, if it is tied).
+        conversions: parameter or buffer → what makes it, and its name there (another one, if it is tied).
     """
 
     model: nn.Module
-    recipes: Mapping[str, tuple[Recipe, str]]
+    conversions: Mapping[str, tuple[Conversion, str]]
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer, of its shape and dtype in the model, on the CPU."""
-        recipe, made = self.recipes[name]
-        return recipe.make(self.model)[made]
+        conversion, made = self.conversions[name]
+        return conversion.make(self.model)[made]
 
 
 def open_source(directory: Path, dtype: torch.dtype | None = None) -> Source:
@@ -139,24 +139,24 @@ def source_of(
         if (directory / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(str(directory))
         _keep_fp32(model)
-    recipes, unknown = _recipes(model, stored)
+    conversions, unknown = _conversions(model, stored)
     unknown = {name: key for name, key in unknown.items() if not _empty_bias(key, stored)}
-    made: dict[str, tuple[Recipe, torch.Size]] = {}
-    for recipe in recipes:
+    made: dict[str, tuple[Conversion, torch.Size]] = {}
+    for conversion in conversions:
         try:
-            empty = recipe.make(model, empty=True)
+            empty = conversion.make(model, empty=True)
         except CheckpointError as e:
             raise CheckpointError(f"{directory}: {e}") from e
         except Exception as e:  # whatever transformers' operations raise on tensors that do not fit together
-            keys = ", ".join(key for _, key, _ in recipe.inputs[:3])
-            raise CheckpointError(f"{directory}: {recipe.target!r} cannot be made of {keys}, …: {e}") from e
-        made |= {name: (recipe, t.shape) for name, t in empty.items()}
+            keys = ", ".join(key for _, key, _ in conversion.inputs[:3])
+            raise CheckpointError(f"{directory}: {conversion.target!r} cannot be made of {keys}, …: {e}") from e
+        made |= {name: (conversion, t.shape) for name, t in empty.items()}
     shapes = {name: shape for name, (_, shape) in made.items()}
     _check_shapes(model, directory, shapes)
     if strict:
         _check(model, directory, shapes, unknown)
-    source = Source(model, {name: (recipe, name) for name, (recipe, _) in made.items()})
-    return Source(model, {**source.recipes, **_ties(source, ours)})
+    source = Source(model, {name: (conversion, name) for name, (conversion, _) in made.items()})
+    return Source(model, {**source.conversions, **_ties(source, ours)})
 
 
 def _empty_bias(key: str, stored: Mapping[str, Readable]) -> bool:
@@ -181,8 +181,8 @@ def _set_empty(model: nn.Module, name: str, like: nn.Parameter, dtype: torch.dty
     model.get_submodule(prefix)._parameters[leaf] = nn.Parameter(torch.empty_like(like, dtype=dtype))
 
 
-def _recipes(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Recipe], dict[str, str]]:
-    """The recipes, and the tensors that belong to no parameter: their name in the model, if it had them → their key.
+def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conversion], dict[str, str]]:
+    """The conversions, and the tensors that belong to no parameter: the name in the model, if it had them → their key.
     This is what `convert_and_load_state_dict_in_model` of transformers does before it loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -202,20 +202,20 @@ def _recipes(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Recipe], 
             inputs.setdefault(name, []).append((pattern, key, stored[key]))
         else:
             unknown[name] = key
-    recipes = []
+    conversions = []
     for name, parts in inputs.items():
         transform = by_pattern[parts[0][0]] if parts[0][0] else None
-        recipe = Recipe(name, transform, tuple(parts), state[name].dtype, False)
-        if recipe.quantized and transform is None:
+        conversion = Conversion(name, transform, tuple(parts), state[name].dtype, False)
+        if conversion.quantized and transform is None:
             kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
             packed = isinstance(parts[0][2], PackedWeight)
-            recipe = dataclasses.replace(recipe, transposed=packed and kind == "Conv1D")
-        recipes.append(recipe)
-    twice = next((r for r in recipes if r.transform is None and len(r.inputs) > 1), None)
+            conversion = dataclasses.replace(conversion, transposed=packed and kind == "Conv1D")
+        conversions.append(conversion)
+    twice = next((r for r in conversions if r.transform is None and len(r.inputs) > 1), None)
     if twice is not None:
         keys = " and ".join(key for _, key, _ in twice.inputs)
         raise CheckpointError(f"tensors {keys} of the checkpoint are the same parameter {twice.target!r} of the model")
-    return recipes, unknown
+    return conversions, unknown
 
 
 def _check_shapes(model: Any, directory: Path, made: Mapping[str, torch.Size]) -> None:
@@ -248,22 +248,22 @@ def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown:
             )
 
 
-def _ties(source: Source, ours: bool) -> dict[str, tuple[Recipe, str]]:
+def _ties(source: Source, ours: bool) -> dict[str, tuple[Conversion, str]]:
     """Where tied parameters come from: from whichever of their names is stored. If several are, with different values,
     those are not tied any more, and a model that is `ours` is changed accordingly."""
     tied: dict[int, list[str]] = {}
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     for name, p in parameters.items():
         tied.setdefault(id(p), []).append(name)
-    found: dict[str, tuple[Recipe, str]] = {}
+    found: dict[str, tuple[Conversion, str]] = {}
     for names in tied.values():
-        first, *others = [n for n in names if n in source.recipes] or [""]
+        first, *others = [n for n in names if n in source.conversions] or [""]
         if not first:
             continue  # the caller decides whether that is an error
         differ = [other for other in others if not _same(source.read(first), source.read(other))]
         for other in differ if ours else ():
             _set_empty(source.model, other, parameters[other], parameters[other].dtype)
-        found |= {name: source.recipes[first] for name in names if name not in differ}
+        found |= {name: source.conversions[first] for name in names if name not in differ}
     return found
 
 

@@ -108,8 +108,8 @@ class GptqAoQuantizer(HfQuantizer):
         """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, made
         on `device`."""
         assert self._source is not None
-        recipe, _ = self._source.recipes[name]
-        return recipe.make(self._source.model, device)
+        conversion, _ = self._source.conversions[name]
+        return conversion.make(self._source.model, device)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self._files is None:
@@ -135,10 +135,10 @@ class GptqAoQuantizer(HfQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes of an element, for `device_map="auto"`. Going by the files: they hold slightly more than the weight."""
-        if self._source is not None and param_name in self._source.recipes:
-            recipe, _ = self._source.recipes[param_name]
-            if recipe.quantized:
-                tensors = [tensor for _, _, tensor in recipe.inputs]
+        if self._source is not None and param_name in self._source.conversions:
+            conversion, _ = self._source.conversions[param_name]
+            if conversion.quantized:
+                tensors = [tensor for _, _, tensor in conversion.inputs]
                 return sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors)
         return float(param.element_size())
 

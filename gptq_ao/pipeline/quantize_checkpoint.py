@@ -79,7 +79,7 @@ class CheckpointWeights:
         return torch.device("cpu")
 
     def home(self, name: str, *, quantized: bool = False) -> torch.device | None:
-        return torch.device("cpu") if not quantized and name not in self._source.recipes else None
+        return torch.device("cpu") if not quantized and name not in self._source.conversions else None
 
     def check(self, names: Iterable[str], result_bytes: Callable[[], int]) -> None:
         """There is room for the result. The values of weights are checked when they are read."""
@@ -89,7 +89,7 @@ class CheckpointWeights:
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         if name in self._writer:
             value: Tensor = self._writer.weight(name)
-        elif name in self._source.recipes:
+        elif name in self._source.conversions:
             value = self._source.read(name)
         else:
             value = self.model.get_buffer(name)

@@ -59,7 +59,7 @@ def assert_same(directory: Path) -> None:
         assert read.dtype == parameter.dtype == source.model.get_parameter(name).dtype, name
         assert torch.equal(read, parameter), name
     for (name, a), (_, b) in zip(model.named_buffers(), source.model.named_buffers(), strict=True):
-        assert torch.equal(a, source.read(name) if name in source.recipes else b), name
+        assert torch.equal(a, source.read(name) if name in source.conversions else b), name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -73,7 +73,7 @@ def test_experts_are_stored_one_by_one_and_read_as_one(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in keys
     source = open_source(tmp_path)
     assert source.model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").shape == (4, 32, 32)
-    assert len(source.recipes["model.layers.0.mlp.experts.gate_up_proj"][0].inputs) == 8
+    assert len(source.conversions["model.layers.0.mlp.experts.gate_up_proj"][0].inputs) == 8
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
