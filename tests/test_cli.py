@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptq_ao import Int4GroupTensor, cli, save_quantized
+from gptq_ao.config import ACT_ORDERS, EFFORTS, METHODS
 from gptq_ao.tiny_lm.corpus import documents
 
 from .planning.test_plan import mixture
@@ -209,27 +211,25 @@ def test_target_bits(
     assert "bits=3 and target_bits=3.8 contradict each other" in error
 
 
-def options(command: str) -> dict[str, tuple[Any, Any]]:
-    """Name → type and default."""
-    import typer.main
-
-    found = typer.main.get_command(cli.app).commands[command]  # type: ignore[attr-defined]
-    return {p.name: (p.type.name, p.default) for p in found.params}
-
-
 def test_plan_takes_what_decides_the_outcome() -> None:
-    """With the same types and defaults. What remains says where to write, and which text to read."""
-    ours, theirs = options("plan"), options("quantize")
+    """With the same types, defaults and words. What remains says where to write, and which text to read."""
+    ours, theirs = (dict(signature(command).parameters) for command in (cli.plan_, cli.quantize))
+    del ours["model"], theirs["model"]  # for a plan a config is enough
     assert set(theirs) - set(ours) == {"out", "calibration", "column", "seed"}
-    assert set(ours) <= set(theirs)
-    assert {n: theirs[n] for n in ours} == ours
+    assert {name: theirs[name] for name in ours} == ours
+
+
+def test_choices_are_those_of_the_config() -> None:
+    assert [*cli.ActOrder] == [*ACT_ORDERS]
+    assert [*cli.Effort] == [*EFFORTS]
+    assert [*cli.Method] == [*METHODS]
 
 
 @pytest.mark.parametrize(
     ("option", "what"),
     [
         (("--effort", "fast"), lambda facts: facts["seconds"]["solve"]),
-        (("--act-order", "group"), lambda facts: facts["output_bytes"]),
+        (("--asym", "--method", "rtn"), lambda facts: facts["hessians"]),
         (("--bits", "3"), lambda facts: facts["bits_per_weight"]),
         (("--group-size", "32"), lambda facts: facts["bits_per_weight"]),
         (("--expert-min-rows", "0"), lambda facts: [w["fallback"] for w in facts["layers"]]),
