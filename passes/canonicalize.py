@@ -4,8 +4,8 @@ torch.export leaves nodes that only serve its own checks, or that do nothing for
 stand between an activation and the linears that read it, which would then seem to read different values. Removed are
 
 1. assertions on metadata and sizes,
-2. casts to the dtype and device a value already has; alias, detach, dropout in eval mode,
-3. views, expands and slices to the shape a value already has,
+2. copies, casts, reshapes, expands and slices whose result is in all respects what they were given,
+3. dropout in eval mode,
 4. what is left without a user.
 
 No rule changes a number. Devices named in the graph (`arange(device=…)`) become the device that will run it.
@@ -17,25 +17,21 @@ import torch
 from torch import fx
 
 from gptq_ao.errors import PassError
+from gptq_ao.passes.products.operators import (
+    ASSERTIONS,
+    CASTS,
+    COPIES,
+    DATA_ASSERTIONS,
+    DROPOUTS,
+    RESHAPES,
+    RESIZES,
+    op_name,
+)
 from gptq_ao.passes.records import Program
 
 __all__ = ["canonicalize"]
 
-aten = torch.ops.aten
-
-_ASSERTIONS = {
-    aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default,
-    aten._assert_async.msg,
-    aten._assert_async.default,
-    aten.sym_constrain_range.default,
-    aten.sym_constrain_range_for_size.default,
-    torch._check,
-}
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
-_ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
-_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor}
+_PERHAPS_NOTHING = COPIES | CASTS | RESHAPES | RESIZES
 
 
 def canonicalize(program: Program, device: torch.device | None = None) -> Program:
@@ -47,7 +43,7 @@ def canonicalize(program: Program, device: torch.device | None = None) -> Progra
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in _ASSERTIONS and not node.users:
+        if _asserts(node) and not node.users:
             continue
         if _does_nothing(node):
             copies[node] = copies[node.args[0]]
@@ -68,21 +64,27 @@ def canonicalize(program: Program, device: torch.device | None = None) -> Progra
     return result
 
 
+def _asserts(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node) in ASSERTIONS | DATA_ASSERTIONS
+
+
 def _does_nothing(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    x, y = node.args[0].meta.get("val"), node.meta.get("val")
-    if node.target in _DROPOUTS:
+    if op_name(node) in DROPOUTS:
         return bool(node.args[2] is False or node.args[1] == 0)
-    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+    if op_name(node) not in _PERHAPS_NOTHING:
         return False
-    if node.target in _ALIASES:
-        return True
-    if node.target in _CASTS:
-        return bool(x.dtype == y.dtype and x.device == y.device and x.layout == y.layout)
-    if node.target is aten.contiguous.default:
-        return x.is_contiguous()
-    return node.target in _VIEWS and [_expression(s) for s in x.shape] == [_expression(s) for s in y.shape]
+    x, y = node.args[0].meta.get("val"), node.meta.get("val")
+    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and _kind(x) == _kind(y)
+
+
+def _kind(x: torch.Tensor) -> tuple[Any, ...]:
+    """All of a tensor but its numbers. How they lie in memory matters to a later view."""
+    sizes = [_expression(s) for s in x.shape]
+    strides = x.stride() if x.layout is torch.strided else sizes
+    strides = [_expression(s) for s, size in zip(strides, sizes, strict=True) if size != 1]
+    return x.dtype, x.device, x.layout, sizes, strides
 
 
 def _expression(size: int | torch.SymInt) -> Any:
@@ -94,6 +96,6 @@ def _check(before: Program, after: Program) -> None:
     names = [[n.name for n in p.graph.find_nodes(op="placeholder")] for p in (before, after)]
     if names[0] != names[1]:
         raise PassError(f"canonicalize changed the inputs of the graph: {set(names[0]) ^ set(names[1])}")
-    left = next((n.name for n in after.graph.nodes if _does_nothing(n) or n.target in _ASSERTIONS), None)
+    left = next((n.name for n in after.graph.nodes if _does_nothing(n) or _asserts(n)), None)
     if left is not None:
         raise PassError(f"canonicalize left node {left}, which does nothing")

@@ -13,7 +13,18 @@ from collections.abc import Collection
 from torch import fx
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.products.table import MULTIPLYING, Product, multiplies, op_name, products
+from gptq_ao.passes.products.operators import (
+    ATTENTION,
+    CASTS,
+    CHOICES,
+    COPIES,
+    EMBEDDINGS,
+    GATHERS,
+    RESHAPES,
+    is_view,
+    op_name,
+)
+from gptq_ao.passes.products.table import Product, bias_of, multiplies, products
 from gptq_ao.passes.products.token_rows import TokenRows
 from gptq_ao.passes.products.weight_views import read_matrix, trace_parameter
 from gptq_ao.passes.records import Excluded, LinearSite, Program, Rows, dim
@@ -22,20 +33,6 @@ __all__ = ["ROUTER", "find_linears", "left_out_by_name"]
 
 ROUTER = "router: decides which experts run"
 
-_EMBEDDINGS = {"aten::embedding", "aten::embedding_bag"}
-# Ops that keep the rows of an activation: XᵀX is the same before and after.
-_ROW_VIEWS = {
-    "aten::view",
-    "aten::reshape",
-    "aten::_unsafe_view",
-    "aten::unsqueeze",
-    "aten::squeeze",
-    "aten::flatten",
-    "aten::unflatten",
-    "aten::contiguous",
-    "aten::clone",
-}
-_CHOICES = {"aten::topk", "aten::sort", "aten::argmax", "aten::argsort", "aten::multinomial"}
 _HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output_projection)\.weight")
 
 
@@ -92,8 +89,9 @@ def _site(
 
 
 def _before_views(node: fx.Node) -> fx.Node:
-    """Back through ops that keep the last axis and the set of rows."""
-    while node.op == "call_function" and op_name(node) in _ROW_VIEWS:
+    """Back through operators that keep the rows of an activation, in their order: XᵀX is the same before and after.
+    Not through casts: XᵀX is of the numbers that are multiplied, rounded if they are."""
+    while node.op == "call_function" and op_name(node) in COPIES | RESHAPES:
         before = node.args[0]
         if not isinstance(before, fx.Node) or not dim(before) or not dim(node):
             break
@@ -120,7 +118,7 @@ def _with_reasons(sites: list[LinearSite], program: Program, heads: frozenset[st
     embedded = {
         program.parameters[n.args[0].name]
         for n in program.graph.nodes
-        if n.op == "call_function" and op_name(n) in _EMBEDDINGS and n.args[0].name in program.parameters
+        if n.op == "call_function" and op_name(n) in EMBEDDINGS and n.args[0].name in program.parameters
     }
 
     def reason(site: LinearSite) -> str | None:
@@ -145,10 +143,9 @@ def _chooses(node: fx.Node) -> bool:
         if user in seen:
             continue
         seen.add(user)
-        name = op_name(user)
-        if name in _CHOICES:
+        if op_name(user) in CHOICES:
             return True
-        if name in MULTIPLYING or name == "aten::scaled_dot_product_attention":
+        if multiplies(user) or op_name(user) in ATTENTION:
             continue
         if any(i.op == "placeholder" and i not in seen and dim(i) >= 2 for i in user.all_input_nodes):
             continue
@@ -184,7 +181,7 @@ def _excluded(program: Program, found: set[str], problems: dict[str, str]) -> li
             excluded.append(Excluded(name, problems[name], expected=False))
         elif not ops:
             excluded.append(Excluded(name, "not used by the captured forward", expected=True))
-        elif all(op in _EMBEDDINGS for op in ops):
+        elif all(op in EMBEDDINGS for op in ops):
             excluded.append(Excluded(name, "embedding table", expected=True))
         elif name in made_of:
             made = "it" if made_of[name] in ops else f"what {', '.join(ops)} makes of it"
@@ -202,27 +199,27 @@ def _made_of(program: Program) -> dict[str, str]:
     for node in program.graph.nodes:
         if not multiplies(node):
             continue
-        bias = node.args[2] if op_name(node) in _WITH_BIAS and len(node.args) > 2 else None
+        bias, weights = bias_of(node), {product.weight for product in products(node)}
         for operand in node.all_input_nodes:
-            if operand is bias or (op_name(node) in _BIAS_FIRST and operand is node.args[0]):
+            if operand is bias:
                 continue
-            names = _sources(operand, program) or _selected_from(operand, program)
-            for name in names:
+            names = _sources(operand, program)
+            if not names and operand in weights:  # rows of a table that is an activation are no part of a weight
+                names = _selected_from(operand, program)
+            for name in names or ():
                 result.setdefault(name, op_name(node))
     return result
 
 
-_WITH_BIAS = {"aten::linear", *(op for op in MULTIPLYING if "conv" in op)}
-_BIAS_FIRST = {"aten::addmm", "aten::addmv", "aten::baddbmm"}
-
-
 def _selected_from(node: fx.Node, program: Program) -> set[str]:
     """The parameter of which `node` is a part that depends on data (`weight[expert_ids]`)."""
+    by_data = False
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        if op_name(node) not in _ROW_VIEWS | {"aten::index", "aten::index_select", "aten::transpose", "aten::permute"}:
+        if not (is_view(node) or op_name(node) in COPIES | CASTS | RESHAPES | GATHERS):
             return set()
+        by_data |= op_name(node) in GATHERS
         node = node.args[0]
-    return {program.parameters[node.name]} if node.name in program.parameters else set()
+    return {program.parameters[node.name]} if by_data and node.name in program.parameters else set()
 
 
 def _check(program: Program, sites: list[LinearSite], excluded: list[Excluded]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from gptq_ao.errors import ConfigError
-from gptq_ao.passes.products.table import op_name
+from gptq_ao.passes.products.operators import gathered, op_name
 from gptq_ao.passes.records import LinearSite, Program, Rows, dim, static_size
 
 __all__ = ["reach_all_experts", "same_choice"]
@@ -55,11 +55,11 @@ def _all_tokens(graph: fx.Graph, site: LinearSite, sites: tuple[LinearSite, ...]
             f"calibrate_all_experts: {site.weight!r} gets its rows from {op_name(value)}, in no way known to depend on "
             "a router's choice. Leave the setting out, or exclude the weight by a rule"
         )
-    gathered = value
-    while op_name(gathered) == "aten::masked_fill" and isinstance(gathered.args[0], fx.Node):
-        gathered = gathered.args[0]  # rows of experts that are elsewhere (expert parallel): with all tokens, none
-    tokens = gathered.args[0]
-    if op_name(gathered) == "aten::index" and isinstance(tokens, fx.Node) and not _descends(tokens, choice):
+    taken = value
+    while op_name(taken) == "aten::masked_fill" and isinstance(taken.args[0], fx.Node):
+        taken = taken.args[0]  # rows of experts that are elsewhere (expert parallel): with all tokens, none
+    tokens, _ = gathered(taken) or (None, None)
+    if tokens is not None and not _descends(tokens, choice):
         every = Rows(tokens.name, mask=rows.mask, gathers=rows.gathers[:-1])
         return [dataclasses.replace(site, rows=(every,), experts=1)]
 

@@ -345,24 +345,3 @@ class Plan:
     segments: tuple[Segment, ...]
     tail: Segment
     selection: Selection
-
-    def describe(self) -> str:
-        """The plan, readable: one line per stage and per parameter that stays as it is."""
-        inputs = [shared for s in self.stages for shared in s.inputs]
-        weights = sum(len(shared.weights) for shared in inputs)
-        lines = [f"{len(self.stages)} stages, {weights} weights, {len(inputs)} Hessians"]
-        for number, stage in enumerate(self.stages, 1):
-            for shared in stage.inputs:
-                count = f"{shared.experts} of " if shared.experts > 1 else ""
-                sides = f"{count}[{shared.in_features}, {shared.in_features}]"
-                note = " (entangled: a weight is applied more than once)" if stage.entangled else ""
-                values = ", ".join(r.value for r in shared.rows)
-                lines.append(f"  stage {number}: H {sides} of {values}{note}")
-                for weight in shared.weights:
-                    c = self.selection.settings[weight]
-                    grid = "symmetric" if c.sym else "asymmetric"
-                    lines.append(f"    {weight}  {c.bits} bits, group {c.group_size}, {grid}, act_order {c.act_order}")
-        if self.selection.excluded:
-            lines.append(f"  left as they are: {len(self.selection.excluded)}")
-            lines += [f"    {e.weight}: {e.reason}" for e in self.selection.excluded]
-        return "\n".join(lines)

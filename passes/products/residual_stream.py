@@ -2,22 +2,13 @@
 
 from torch import fx
 
-from gptq_ao.passes.products.table import op_name
+from gptq_ao.passes.products.operators import CASTS, COPIES, RESHAPES, op_name
 from gptq_ao.passes.records import dim
 
 __all__ = ["added_to"]
 
-# What keeps every number, and may lie between a product and the sum.
-_SAME = {
-    "aten::view",
-    "aten::reshape",
-    "aten::_unsafe_view",
-    "aten::unsqueeze",
-    "aten::squeeze",
-    "aten::contiguous",
-    "aten::clone",
-    "aten::_to_copy",
-}
+# What may lie between a product and the sum. The rounding of a cast is small beside the error that is made up for.
+_UNCHANGED = COPIES | RESHAPES | CASTS
 
 
 def added_to(product: fx.Node) -> fx.Node | None:
@@ -34,7 +25,7 @@ def added_to(product: fx.Node) -> fx.Node | None:
                 return other
             if dim(other) != 1:  # of a bias, go on
                 return None
-        elif op_name(user) not in _SAME or user.args[0] is not node:
+        elif op_name(user) not in _UNCHANGED or user.args[0] is not node:
             return None
         node = user
     return None

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from gptq_ao.passes.products import activation_rows
+from gptq_ao.passes.products.operators import op_name
 from gptq_ao.passes.records import dim
 
-__all__ = ["DEPTHWISE", "MULTIPLYING", "Product", "multiplies", "op_name", "products"]
+__all__ = ["DEPTHWISE", "MULTIPLYING", "Product", "bias_of", "multiplies", "products"]
 
 DEPTHWISE = "depthwise convolution: a filter sees one channel only"
 Arrange = tuple[Callable[..., Tensor], tuple[Any, ...]]
@@ -56,11 +57,13 @@ def multiplies(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) in MULTIPLYING
 
 
-def op_name(node: fx.Node) -> str:
-    """`namespace::name` without the overload, or a Python function's name. Names, since an operator may be registered
-    after this module is imported."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema is not None else str(getattr(node.target, "__name__", node.target))
+def bias_of(node: fx.Node) -> Any:
+    """The operand of a product that is added to it, if it has one."""
+    if _OPERATORS.get(op_name(node)) is _addmm:
+        return node.args[0]
+    schema: Any = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    return (dict(zip(names, node.args, strict=False)) | node.kwargs).get("bias")
 
 
 def _same(view: Tensor) -> Tensor:
@@ -209,7 +212,6 @@ _OPERATORS: dict[str, Callable[[fx.Node], Iterator[Product]]] = {
     "aten::addmv": _addmm,
     "aten::baddbmm": _addmm,
     "aten::_grouped_mm": _grouped_mm,
-    "aten::grouped_mm": _grouped_mm,
     "transformers::grouped_mm_fallback": _grouped_mm,
     "aten::einsum": _einsum,
     "aten::convolution": _general_convolution,

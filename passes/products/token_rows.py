@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from gptq_ao.passes.products.table import op_name
+from gptq_ao.passes.products.operators import GATHERS, gathered, op_name
 from gptq_ao.passes.records import Program, dim
 
-__all__ = ["TokenRows"]
+__all__ = ["MASKS", "TokenRows"]
 
-_MASKS = ("decoder_attention_mask", "attention_mask")
-_GATHERS = {"aten::index", "aten::index_select"}
+MASKS = ("decoder_attention_mask", "attention_mask")
 
 
 class TokenRows:
@@ -30,7 +29,7 @@ class TokenRows:
         self._batches = {_size(i.meta["val"].shape[0]) for i in inputs}
         self._masks = [
             (i.name, _size(i.meta["val"].shape[1]), self._about(program, i.name))
-            for mask in _MASKS
+            for mask in MASKS
             for i in inputs
             if i.name == mask and dim(i) == 2
         ]
@@ -69,9 +68,9 @@ class TokenRows:
         """The value whose rows `node` has, and by which numbers it gathered them, if it did."""
         if node.op != "call_function" or dim(node) != 2:
             return None
-        if op_name(node) in _GATHERS:
-            x, numbers = _gather(node)
-            return (x, numbers.name) if numbers is not None and dim(x) == 2 else None
+        if op_name(node) in GATHERS:
+            found = gathered(node)
+            return (found[0], found[1].name) if found is not None and dim(found[0]) == 2 else None
         rows = _size(node.meta["val"].shape[0])
         inputs = node.all_input_nodes
         if node.target is operator.getitem:  # of chunk or split
@@ -87,15 +86,6 @@ class TokenRows:
             if any(i in reached for i in node.all_input_nodes):
                 reached.add(node)
         return reached if mask == "decoder_attention_mask" else set(program.graph.nodes) - reached
-
-
-def _gather(node: fx.Node) -> tuple[Any, fx.Node | None]:
-    """x and the row numbers of x[numbers] or index_select(x, 0, numbers)."""
-    if op_name(node) == "aten::index_select":
-        return node.args[0], node.args[2] if node.args[1] == 0 else None  # type: ignore[return-value]
-    numbers: Any = node.args[1]
-    one = len(numbers) == 1 and isinstance(numbers[0], fx.Node) and dim(numbers[0]) == 1
-    return node.args[0], numbers[0] if one and numbers[0].meta["val"].dtype != torch.bool else None
 
 
 def _size(size: int | torch.SymInt) -> Any:

@@ -12,23 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gptq_ao.passes.products.operators import CASTS, COPIES, RESHAPES, is_view, op_name
 from gptq_ao.passes.records import Layout, Program
 
 __all__ = ["ParameterView", "read_matrix", "same_storage", "trace_parameter"]
 
-aten = torch.ops.aten
-
-# Ops that may copy but leave each element where it was: they do not matter to what is read.
-_COPIES = {
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten._to_copy.default,
-}
+# These leave each element where it was, seen as a tensor, and may copy: what is read is the same without them.
+_SKIPPED = COPIES | CASTS
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,7 @@ def trace_parameter(node: Any, program: Program) -> ParameterView | None:
     """The parameter of two or more dimensions that `node` is a view of, or None."""
     chain: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if not (node.target in _COPIES or node.target is operator.getitem or _is_view(node)):
+        if not (node.target is operator.getitem or op_name(node) in _SKIPPED | RESHAPES or is_view(node)):
             return None
         chain.append(node)
         node = node.args[0]
@@ -56,11 +46,17 @@ def trace_parameter(node: Any, program: Program) -> ParameterView | None:
     parameter = torch.empty(shape, device="meta")
     view: Any = parameter
     for step in reversed(chain):
-        if step.target in _COPIES:
+        if op_name(step) in _SKIPPED:
             continue
-        if any(isinstance(i, fx.Node) for i in step.all_input_nodes[1:]):
-            return None  # which elements are read depends on data
-        view = step.target(view, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+        try:
+            if op_name(step) in RESHAPES:
+                view = view.view(step.meta["val"].shape)
+            elif len(step.all_input_nodes) > 1:
+                return None  # which elements are read depends on data
+            else:
+                view = step.target(view, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+        except RuntimeError:
+            return None  # not without a copy, or of a copy that was skipped and whose elements lie in another order
     if not isinstance(view, Tensor) or not same_storage(view, parameter):
         return None
     return ParameterView(program.parameters[node.name], shape, view)
@@ -103,10 +99,3 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable or not schema.arguments:
-        return False
-    return schema.arguments[0].alias_info is not None

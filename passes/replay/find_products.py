@@ -9,20 +9,17 @@ from collections.abc import Collection
 from typing import Any
 
 import networkx as nx
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_ao.calibration.batches import Batch
+from gptq_ao.passes.products.operators import ATTENTION, CHOICES, EMBEDDINGS
 from gptq_ao.passes.records import Excluded, LinearSite, Part, Rows
-from gptq_ao.passes.replay.products import Parameters, Problem, Use, Watch, multiplies
+from gptq_ao.passes.replay.products import Parameters, Problem, Use, Watch, multiplies, operator_name
 
 __all__ = ["ProductFinder"]
 
-F = torch.nn.functional
-_CHOICES = {"topk", "sort", "argmax", "argsort", "multinomial"}
-_EMBEDDINGS = {F.embedding, F.embedding_bag, torch.embedding, torch.embedding_bag}
 _NONE: frozenset[str] = frozenset()
 
 
@@ -62,7 +59,7 @@ class ProductFinder(Watch):
 
     def before(self, func: Any, args: Any, kwargs: Any) -> None:
         self._found = self._parameters.find(func, args, kwargs)
-        if func in _EMBEDDINGS:
+        if operator_name(func) in EMBEDDINGS:
             self.embedded |= self._names((args, kwargs))
         if isinstance(self._found, Use):
             self._note(self._found)
@@ -78,7 +75,8 @@ class ProductFinder(Watch):
         data = any(t in self._data for t in inputs)
         static = _NONE.union(*map(self._static, inputs))
         product = _NONE.union(*(self._product_of.get(t, _NONE) for t in inputs))
-        if _name(func) in _CHOICES:
+        operator = operator_name(func)
+        if operator in CHOICES:
             self.routers |= product
         if isinstance(self._found, Use):
             product = frozenset((self._found.part.weight,))
@@ -86,9 +84,9 @@ class ProductFinder(Watch):
             if multiplies(func):
                 for name in _NONE.union(*(self._made_of.get(t, _NONE) for t in inputs)):
                     self._exclude(Problem(name, f"{_name(func)} multiplies by what is computed from it"))
-            if static or multiplies(func) or func is F.scaled_dot_product_attention:
+            if static or multiplies(func) or operator in ATTENTION:
                 product = _NONE
-            if func not in _EMBEDDINGS:
+            if operator not in EMBEDDINGS:
                 for name in self._names(inputs) - self._names(results):
                     self._read_by.setdefault(name, set()).add(_name(func))
         for t in results:

@@ -7,23 +7,22 @@ or flattened to one. What a mixture of experts gathers from them, `tokens[number
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_ao.calibration.batches import Batch
+from gptq_ao.passes.products.operators import GATHERS
+from gptq_ao.passes.products.token_rows import MASKS
+from gptq_ao.passes.replay.products import operator_name
 
 __all__ = ["Padding"]
-
-_MASKS = ("attention_mask", "decoder_attention_mask")
-_GATHERS = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
 
 
 class Padding:
     """`of(x)`: zero where a row of x is padding."""
 
     def __init__(self, batch: Batch) -> None:
-        given = [batch.kwargs.get(name) for name in _MASKS]
+        given = [batch.kwargs.get(name) for name in MASKS]
         self._masks = [m for m in given if isinstance(m, Tensor) and m.dim() == 2]
         self._gathered: Any = WeakTensorKeyDictionary()
 
@@ -40,7 +39,8 @@ class Padding:
         """Note which rows a result has: those that it gathered, or those of an operand that has as many."""
         if not self._masks or not isinstance(out, Tensor) or out.dim() != 2:
             return
-        if func in _GATHERS:
+        name = operator_name(func)
+        if name in GATHERS and (name == "aten::index" or args[1:2] in ((0,), (-2,))):  # index_select of rows
             x, numbers = args[0], args[-1]
             mask = self.of(x) if x.dim() == 2 else None
             if mask is not None and isinstance(numbers, Tensor) and numbers.dim() == 1:

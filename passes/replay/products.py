@@ -16,11 +16,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from gptq_ao.passes.products.operators import ATTENTION, CHOICES, EMBEDDINGS, GATHERS
 from gptq_ao.passes.products.table import MULTIPLYING, Product, products
 from gptq_ao.passes.products.weight_views import ParameterView, read_matrix
 from gptq_ao.passes.records import Layout, Part
 
-__all__ = ["Parameters", "Problem", "Use", "Watch", "multiplies"]
+__all__ = ["Parameters", "Problem", "Use", "Watch", "multiplies", "operator_name"]
 
 F = torch.nn.functional
 Arrange = tuple[Callable[..., Tensor], tuple[Any, ...]]
@@ -184,12 +185,16 @@ def _opened(func: types.FunctionType) -> Callable[..., Any]:
     return copy
 
 
+# Functions of torch that are an operator of another name.
+_ALSO_CALLED = {"aten::_grouped_mm": "grouped_mm", "aten::index": "__getitem__", "aten::matmul": "__matmul__"}
+
+
 def _names() -> dict[Any, str]:
-    """Function of torch → the operator of `passes/products/table.py` that it is. Modules and tensors call these."""
+    """Function of torch → the operator of `passes/products/` that it is. Modules and tensors call these."""
     found = {}
-    for name in sorted(MULTIPLYING):
+    for name in sorted(MULTIPLYING | ATTENTION | CHOICES | EMBEDDINGS | GATHERS):
         short = name.partition("::")[2]
-        for owner, each in itertools.product((F, torch, Tensor), (short, f"__{short}__")):
+        for owner, each in itertools.product((F, torch, Tensor), (short, _ALSO_CALLED.get(name, short))):
             function = getattr(owner, each, None)
             if name.startswith("aten::") and callable(function):
                 found[function] = name
@@ -199,13 +204,21 @@ def _names() -> dict[Any, str]:
 _NAMES = _names()
 
 
+def operator_name(func: Any) -> str:
+    """`namespace::name` of the operator that a function of torch is, where the tables of `passes/products/` know it;
+    else an empty string."""
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func._schema.name)
+    return str(func._qualified_op_name if isinstance(func, torch._ops.OpOverloadPacket) else _NAMES.get(func, ""))
+
+
 def _operator(func: Any) -> Any:
     """The operator that a function is, if it multiplies."""
-    if isinstance(func, torch._ops.OpOverload):
-        return func if func._schema.name in MULTIPLYING else None
-    name = func._qualified_op_name if isinstance(func, torch._ops.OpOverloadPacket) else _NAMES.get(func)
+    name = operator_name(func)
     if name not in MULTIPLYING:
         return None
+    if isinstance(func, torch._ops.OpOverload):
+        return func
     namespace, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), short)
     return getattr(packet, packet.overloads()[0])

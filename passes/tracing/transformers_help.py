@@ -14,10 +14,9 @@ import torch
 from torch import fx, nn
 
 from gptq_ao.errors import CaptureError
+from gptq_ao.passes.products.operators import DATA_ASSERTIONS, op_name
 
 __all__ = ["check_no_assumption", "eager_formulas", "transformers_help"]
-
-aten = torch.ops.aten
 
 
 @contextlib.contextmanager
@@ -84,7 +83,6 @@ def check_no_assumption(graph: fx.Graph) -> None:
     Raises:
         CaptureError: the graph has one.
     """
-    asserts = (aten._assert_async.msg, aten._assert_async.default, aten._assert_scalar.default)
-    found = next((n for n in graph.nodes if n.target in asserts), None)
+    found = next((n for n in graph.nodes if op_name(n) in DATA_ASSERTIONS), None)
     if found is not None:
         raise CaptureError(f"transformers can export this model only for data of which {found.args[-1]!r} holds")

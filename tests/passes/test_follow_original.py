@@ -25,8 +25,8 @@ from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.follow_original import follow_original, last_reads
 from gptq_ao.passes.observe import observe, uncompensated
 from gptq_ao.passes.products.activation_rows import patches
+from gptq_ao.passes.products.operators import op_name
 from gptq_ao.passes.products.residual_stream import added_to
-from gptq_ao.passes.products.table import op_name
 from gptq_ao.passes.records import Plan, Program, twin, twin_of
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.pipeline import run_plan
