@@ -27,7 +27,7 @@ def run_segment(segment: Segment, values: Values, statics: list[Any]) -> tuple[A
 def calibrate(
     segment: Segment, stage: Stage, store: ActivationStore, static: Callable[[str], Any]
 ) -> tuple[tuple[Hessian, ...], ...]:
-    """Run every batch, in order.
+    """Run every batch, in order, through a segment with observers (see `observe.py`).
 
     Args:
         store: per batch the live values by name; updated in place.

@@ -36,7 +36,7 @@ from gptq_ao.passes.tracing.explain import explain
 from gptq_ao.passes.tracing.functional import make_functional
 from gptq_ao.passes.tracing.known_values import known_values
 from gptq_ao.passes.tracing.stand_in import first_names, running_device, stand_in
-from gptq_ao.passes.tracing.transformers_help import check_no_assumption, eager_formulas, transformers_help
+from gptq_ao.passes.tracing.transformers_help import check_no_assumption, own_formulas, transformers_help
 
 __all__ = ["calibration_mode", "capture"]
 
@@ -64,6 +64,8 @@ def capture(
     device = running_device(model) if device is None else torch.device(device)
     fixed, is_transformers = _geometry(batch), hasattr(getattr(model, "config", None), "to_dict")
     rigid = _rigid_axes(batch, others)
+    # From the most general graph to the most special: any data; then the same geometry in every batch; then functions
+    # of transformers replaced and sequences limited. If all fail, the user reads of the model's code, not of those.
     try:
         return _captured(model, batch, device, rigid)
     except CaptureError as e:
@@ -100,7 +102,7 @@ def _captured(
     with (
         calibration_mode(model),
         stand_in(model, device, mode),
-        eager_formulas(model),
+        own_formulas(model),
         _plain_signature(model, sample, fixed, device) as (args, kwargs),
         _uncollected(),
         warnings.catch_warnings(),
@@ -108,7 +110,7 @@ def _captured(
     ):
         # "… assigned in forward": taken back by stand_in.
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
-        args, kwargs = _elsewhere((args, kwargs), device)
+        args, kwargs = _elsewhere((args, kwargs), device)  # the trace needs shapes; nothing is copied to a GPU for it
         leaves, spec = pytree.tree_flatten((args, kwargs))
         axes = spec.unflatten([_dynamic(leaf, i, rigid) for i, leaf in enumerate(leaves)])
         shapes = {**{f"arg{i}": a for i, a in enumerate(axes[0])}, **axes[1]}
@@ -124,7 +126,8 @@ def _captured(
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Python does not look for garbage: among all the nodes of a graph that takes a tenth of the time to trace it."""
+    """Python does not look for garbage: searching the nodes of a growing graph again and again is a tenth of a trace's
+    time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -187,7 +190,8 @@ def _two_rows(batch: Batch) -> Batch:
 
 
 def _geometry(batch: Batch) -> frozenset[int]:
-    """Positions of the integer inputs that are not as long as the largest one: no token ids, masks or positions."""
+    """Positions, among the flattened inputs, of the integer ones whose values may decide sizes (grids of images). Those
+    as long as the largest are left out: they are token ids, masks or positions, whose values vary."""
     integers = {i: t for i, t in enumerate(pytree.tree_leaves((batch.args, batch.kwargs))) if _is_integer(t)}
     largest = max(integers.values(), key=torch.Tensor.numel, default=None)
     return frozenset(i for i, t in integers.items() if largest is not None and t.shape[-1:] != largest.shape[-1:])
@@ -304,5 +308,6 @@ def _up_to(program: Program, batch: Batch, longest: float) -> Program:
 def _guards(env: ShapeEnv, inputs: list[Any]) -> tuple[Any, ...]:
     """The conditions for the branches that the model took, over the symbols in the shapes of its inputs."""
     known = {symbol for t in inputs for s in t.shape if static_size(s) is None for symbol in s.node.expr.free_symbols}
+    # Conditions over other symbols are of sizes inside of the graph, which a batch cannot be asked for.
     conditions = dict.fromkeys(env.replace(guard.expr) for guard in env.guards)
     return tuple(c for c in conditions if c.free_symbols and c.free_symbols <= known)

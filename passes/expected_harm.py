@@ -1,14 +1,15 @@
 """Program, errors of its weights → how much each of them would harm the model, as gradients tell.
 
-A loss L is drawn so that its gradient has mean zero, and as its covariance the curvature of what quantization should
-keep. An error E of a weight then does the harm ½·⟨∂L/∂W, E⟩², to second order and in the mean over draws. Errors of
-different rows n are rounded independently of each other, so that rows can be told apart, which takes fewer draws:
+The harm is a quadratic form of the errors, whose matrix (the curvature) is far too large to compute. But one can draw a
+random loss L whose gradient has mean zero and that matrix as its covariance. Then an error E of a weight does the harm
+½·⟨∂L/∂W, E⟩², to second order and in the mean over draws. Since the rows n of a weight are rounded independently of
+each other, their errors are taken one by one, which needs fewer draws for the same accuracy:
 
     harm = ½ · Σ_sequences Σ_n ( Σ_k ∂L/∂W_nk · E_nk )² / tokens
 
-∂L/∂W adds up all that the weight does in a sequence: errors that tokens have in common are not taken for independent
-ones. (With the squares of ∂L/∂y_tn alone, as if every token's error were independent, early layers seem two or three
-times less important than they are.)
+∂L/∂W sums over all tokens of a sequence before the square is taken, so errors that push all tokens the same way add up.
+(If every token's ∂L/∂y_tn were squared on its own, as if their errors were independent, early layers would seem two or
+three times less important than they are.)
 
 * Class scores: L is −log p of classes drawn at every token from the model's own distribution, not the data's. The
   curvature is then the Fisher information, and the harm the KL divergence from the original model, nats per token.
@@ -53,7 +54,7 @@ def expected_harm(
     and no parameter has a gradient afterwards.
 
     Args:
-        errors: of the weights to judge, W − Ŵ [rows, in_features] as `layouts` reads them, on any device.
+        errors: W − Ŵ [rows, in_features] of the weights to judge, as `layouts` reads them, on any device.
         batches: by placeholder name.
         static: a parameter, buffer or constant by placeholder name, on `device`.
 
@@ -72,12 +73,13 @@ def expected_harm(
         assert weight.grad is not None
         per_row = (layouts[name].matrix(weight.grad).float() * errors[name].to(device)).sum(1)
         totals[name] = totals.get(name, 0) + per_row.double().square().sum()
-        weight.grad = None
+        weight.grad = None  # or the next sequence's would be added to it before the square
 
     for placeholder, name in program.parameters.items():
         statics[placeholder] = statics[placeholder].detach()  # another tensor of the same memory
         if name in errors:
             statics[placeholder].requires_grad_()
+            # Each gradient becomes one number as soon as it is complete: all of them at once would take a second model.
             statics[placeholder].register_post_accumulate_grad_hook(lambda weight, name=name: add(name, weight))
 
     outputs, generator, tokens = _Outputs(program), torch.Generator(device).manual_seed(0), 0
@@ -87,7 +89,7 @@ def expected_harm(
             with torch.inference_mode(False), torch.enable_grad():
                 values = fx.Interpreter(program.module).run(*(given[name] for name in program.placeholders))
                 loss, count = outputs.loss(values, sequence, generator)
-                del values
+                del values  # outputs that the loss does not need: freed before the backward
                 loss.backward()
         except torch.OutOfMemoryError as e:
             raise ConfigError(
@@ -115,7 +117,8 @@ def _sequences(program: Program, batches: Sequence[Values]) -> Iterator[Values]:
 
 
 def _apart(program: Program, batch: Values) -> list[Values]:
-    """The rows of a batch, if all inputs have as many and the graph is valid for one; else none."""
+    """The rows of a batch, each as a batch of one; none if inputs differ in their number of rows, or if the graph is
+    not valid for a single row. (Draws of different sequences are independent, so each is squared on its own.)"""
     counts = {t.shape[0] if t.dim() else 0 for t in batch.values()}
     rows = [{name: t[i : i + 1] for name, t in batch.items()} for i in range(max(counts))] if len(counts) == 1 else []
     placeholders = program.placeholders
@@ -144,7 +147,7 @@ def _check(errors: Mapping[str, Tensor], totals: Mapping[str, Tensor]) -> None:
 
 
 class _Outputs:
-    """What the graph returns, as a loss."""
+    """Turns what the graph returns into a loss."""
 
     def __init__(self, program: Program) -> None:
         nodes = list(next(n for n in program.graph.nodes if n.op == "output").args[0])
@@ -186,15 +189,16 @@ class _Outputs:
 
 
 def _drawn(scores: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
-    """−log p of one class for each row of `scores` [T, V], drawn from their own distribution."""
+    """−log p of one class for each row of `scores` [T, V] fp32, drawn from the distribution that they are; and T."""
     log_p = scores.log_softmax(-1)
     classes = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
     return -log_p.gather(1, classes).sum(), len(scores)
 
 
 def _projected(outputs: list[Tensor], generator: torch.Generator) -> tuple[Tensor, int]:
-    """Σ v·y with Gaussian v over all rows, and over the root of the mean energy of a row, for each output y [T, N].
-    Those of another number of rows count as if they had that of the first."""
+    """Σ v·y over all rows of each output y [T, N] fp32, with Gaussian v, divided by the root mean energy of a row, so
+    that outputs of any scale count the same. An output with more or fewer rows than the first is weighted as if it had
+    as many. Also returns T of the first."""
     count = len(outputs[0])
     loss = outputs[0].new_zeros(())
     for y in outputs:

@@ -45,6 +45,7 @@ def find_linears(
         heads: parameter names of output heads that the model itself declares.
     """
     tokens = TokenRows(program)
+    # Parameter → why it cannot be quantized. One use that is not supported rules out all others.
     sites: list[LinearSite] = []
     problems: dict[str, str] = {}
     for node in program.graph.nodes:
@@ -75,7 +76,9 @@ def _site(
         problems[found.weight] = f"{op_name(node)} reads it across its rows and input features"
         return None
     layout, part, experts = read
+    # Linears that read reshapes of one value share its Hessian. Arrangements and offsets are for the shape as it is.
     value = product.activation if product.arrange or product.offsets else _before_views(product.activation)
+    # Only plain rows are tokens: an arranged activation has patches or other axes in their place.
     mask, gathers = tokens.of(product.activation) if product.arrange is None else (None, ())
     return LinearSite(
         weight=found.weight,
@@ -102,7 +105,8 @@ def _before_views(node: fx.Node) -> fx.Node:
 
 
 def _refuse_contradictions(sites: list[LinearSite], problems: dict[str, str]) -> None:
-    """A parameter has one layout. Experts' ranges are those of every product with it."""
+    """All uses of a parameter have to agree on its layout, and on whether it holds experts: it is stored once, in one
+    form."""
     first: dict[str, LinearSite] = {}
     for s in sites:
         other = first.setdefault(s.weight, s)
@@ -147,6 +151,7 @@ def _chooses(node: fx.Node) -> bool:
             return True
         if multiplies(user) or op_name(user) in ATTENTION:
             continue
+        # Another matrix or input takes part. (Parameters of one dimension are biases and scales: routers have those.)
         if any(i.op == "placeholder" and i not in seen and dim(i) >= 2 for i in user.all_input_nodes):
             continue
         todo.extend(user.users)
@@ -193,8 +198,8 @@ def _excluded(program: Program, found: set[str], problems: dict[str, str]) -> li
 
 
 def _made_of(program: Program) -> dict[str, str]:
-    """Parameter → a multiplying operator that has an operand which is made of parameters, this one among them, or which
-    is selected from it by data."""
+    """Parameter → an operator that multiplies by something computed from this parameter (and perhaps others), or by a
+    part of it that data selects. Such a weight matters, so the report says which operator does not support it."""
     result: dict[str, str] = {}
     for node in program.graph.nodes:
         if not multiplies(node):

@@ -9,7 +9,7 @@ __all__ = ["linear_modules"]
 
 
 def linear_modules(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...]]:
-    """Without data there is no graph: the weights of nn.Linear, in the form in which `find_linears` gives them."""
+    """A site for each weight of an nn.Linear, with rows that name nothing; and all other matrices with the reason."""
     heads = output_heads(model)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {id(p): name for name, p in model.named_parameters()}

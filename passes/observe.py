@@ -37,8 +37,8 @@ def observe(plan: Plan) -> Plan:
 
 
 def uncompensated(plan: Plan) -> tuple[str, ...]:
-    """The weights that cannot be compensated although they should be: which rows reach them, the original model may
-    have decided otherwise (experts)."""
+    """The weights whose settings ask for compensation that is impossible: of experts, since the original model may send
+    other tokens to them, and there is no row to compare with."""
     names: dict[str, None] = {}
     for segment, stage in zip(plan.segments, plan.stages, strict=True):
         nodes = {n.name: n for n in segment.module.graph.nodes}
@@ -53,8 +53,8 @@ def _wants_compensation(plan: Plan, weight: str) -> bool:
 
 
 def _with_differing_residuals(segment: Segment, stage: Stage) -> Stage:
-    """Only those residual streams stay that are otherwise in the original model: each is then one of
-    `Hessian.residuals`, in order."""
+    """Drop the residual streams that are the same in the original model, for which there is nothing to correct. Those
+    that stay are `Hessian.residuals`, in order."""
     names = {n.name for n in segment.module.graph.nodes}
     inputs = (
         dataclasses.replace(shared, residuals=tuple((part, r) for part, r in shared.residuals if twin(r) in names))
@@ -93,7 +93,8 @@ def _insert(
     inputs = [*(by_name[v] for v in rows.values), *(n for pair in streams for n in pair)]
     inputs += [original] if original is not None else []
     place = {n: i for i, n in enumerate(graph.nodes)}
-    last_input = list(graph.find_nodes(op="placeholder"))[-1]
+    last_input = list(graph.find_nodes(op="placeholder"))[-1]  # nothing may stand between placeholders
+    # As early as possible: an activation that only the observer still needs is freed right after it.
     with graph.inserting_after(max((*inputs, last_input), key=place.__getitem__)):
         call = graph.call_module(observer, (by_name[rows.value],))
     with graph.inserting_before(call):
@@ -111,7 +112,8 @@ def _insert(
 
 
 def _same_rows(value: fx.Node, rows: Rows) -> bool:
-    """Whether row i is that of the same token in the original model, whatever a router chose there."""
+    """Whether row i is that of the same token in the original model, whatever a router chose there. Not if rows were
+    gathered, sorted by expert, or are as many as the data decides (an unbacked size)."""
     return rows.offsets is None and not rows.gathers and not free_unbacked_symbols(value.meta["val"])
 
 

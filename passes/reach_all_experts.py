@@ -22,7 +22,7 @@ __all__ = ["reach_all_experts", "same_choice"]
 
 
 def same_choice(choice: Tensor, first: int) -> Tensor:
-    """A router's choice [T, k] replaced by the experts `first` … `first` + k − 1 for every token."""
+    """In place of a router's choice, integers [T, k]: the experts `first` … `first` + k − 1 for every token."""
     experts = torch.arange(first, first + choice.shape[1], dtype=choice.dtype, device=choice.device)
     return experts.expand_as(choice).contiguous()
 

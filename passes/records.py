@@ -195,7 +195,7 @@ class Rows:
 
     Attributes:
         value: the node that holds them.
-        arrange: a function of `products/activation_rows.py` and its arguments after the value, which brings the rows
+        arrange: function of `products/activation_rows.py`, with its arguments after the value, that brings the rows
             into the form [..., in_features] or, for experts, [experts, ..., in_features]; None where they have it.
         offsets: node with the cumulative number of rows per expert, if the rows are sorted by expert.
         mask: input [batch, position] that is zero where there is padding, or None.
@@ -224,10 +224,11 @@ class LinearSite:
         node: the name of the multiplication.
         layout: how the product reads the parameter.
         part: (start, stop), the rows of the layout's matrix that it multiplies.
-        rows: the activation rows that its Hessian is made of: those that it multiplies, as a rule. Sites that name the
-            same ones share a Hessian.
-        experts: into how many equal ranges `part` falls, each with rows of its own; 1 for an ordinary product.
-        left_out: why it is not quantized unless a rule asks for it, or None.
+        rows: activation rows that its Hessian is made of: those that it multiplies, as a rule. Sites with the same rows
+            share a Hessian.
+        experts: number of equal ranges that `part` consists of, each of which multiplies other rows; 1 for an ordinary
+            product.
+        left_out: reason why it is not quantized unless a rule asks for it, or None.
     """
 
     weight: str
@@ -241,7 +242,11 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A parameter that stays as it is. `expected`: by default or by a rule, rather than for want of support."""
+    """A parameter that stays as it is.
+
+    Attributes:
+        expected: whether that is so by default or by a rule; if not, it should be quantized and cannot.
+    """
 
     weight: str
     reason: str
@@ -272,15 +277,16 @@ class Part:
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Parts of weights that multiply exactly the same rows, hence share a Hessian; or, with `experts` > 1, as many
-    Hessians, one for each of the equal ranges that every part falls into.
+    """Parts of weights that multiply exactly the same rows, hence share a Hessian. With `experts` > 1 every part is
+    made of that many equal ranges, and there is one Hessian for each.
 
     Attributes:
         name: of the observer, unique in the plan.
-        rows: several if the weights are applied several times.
-        parts: of weights, whole ones as a rule.
-        in_features: a Hessian is [in_features, in_features].
-        residuals: of parts whose output is added to a residual stream that is to be corrected, the node of the latter.
+        rows: what the weights multiply; several if they are applied several times.
+        parts: rows of weights, all of a weight's as a rule.
+        in_features: size of a Hessian, [in_features, in_features].
+        residuals: (part, node) for each part whose output is added to the residual stream `node`, whose error it should
+            correct.
     """
 
     name: str
@@ -310,8 +316,12 @@ class SharedInput:
 
 @dataclass(frozen=True)
 class Stage:
-    """Weights that are solved together, because no one's input depends on another's output (unless entangled: some
-    weight of the stage is applied again to what comes out of it, so it has to be solved on unquantized inputs)."""
+    """Weights that are solved together, because none of their inputs depends on an output of another of them.
+
+    Attributes:
+        entangled: whether some input does, since a weight is applied again to what comes out of it. Then the stage is
+            solved on inputs that its own, unquantized weights made.
+    """
 
     inputs: tuple[SharedInput, ...]
     entangled: bool = False

@@ -8,14 +8,14 @@ So segment k begins with the freshly quantized products of stage k−1 and ends 
 sees inputs made by already quantized layers ("true sequential"), although each node runs once. Nodes run as late as
 possible.
 
-A weight that is applied several times is solved once: the uses, and all that lies between them, form one stage. What
-that stage computed with unquantized weights is stale afterwards and is computed again.
+A weight that is applied several times is solved once: its uses, and everything between them, form one stage. What that
+stage computed with unquantized weights is stale afterwards, so the next segment computes it again.
 
 Values that depend on no parameter of two or more dimensions (masks, positions, rotary tables) are cheap: each segment
 makes its own instead of storing them for every batch.
 
-Invariants: a segment reads only inputs and what earlier segments wrote; every other node is in one segment only, unless
-it is stale; each stage's activations are computed in its segment, or live.
+Invariants: a segment reads only inputs and what earlier segments wrote; a node that is neither cheap nor stale runs in
+one segment only; each stage's activations are computed in its segment, or kept from an earlier one.
 """
 
 import itertools
@@ -32,7 +32,7 @@ __all__ = ["schedule"]
 
 
 def schedule(program: Program, selection: Selection) -> Plan:
-    """Pure: the program is not changed; segments are graphs of their own."""
+    """The stages of the selected weights, and the graphs that run between them. The program is not changed."""
     nodes = {n.name: n for n in program.graph.nodes}
     level = _levels(program, selection.sites, nodes)
     last = max(level[nodes[s.node]] for s in selection.sites)
@@ -55,6 +55,7 @@ def schedule(program: Program, selection: Selection) -> Plan:
     for k, wanted in enumerate(targets, 1):
         known.append(set(live))
         bodies.append(_needed(program.graph, wanted, live | static))
+        # The rest is not kept: level k is about to become stale, and cheap values are made again where they are needed.
         live |= {n for n in bodies[-1] if level[n] < k and n not in cheap}
     segments: list[Segment] = []
     keep: set[fx.Node] = set()
@@ -62,7 +63,7 @@ def schedule(program: Program, selection: Selection) -> Plan:
         used = {i for n in body for i in n.all_input_nodes} | set(wanted)
         reads = [n for n in program.graph.nodes if n in before and n in used]
         segments.append(_segment(program, body, reads, static, keep, wanted if not segments else None))
-        keep = (keep - set(body)) | set(reads)
+        keep = (keep - set(body)) | set(reads)  # what the segment before this one has to hand on
     segments.reverse()
     plan = Plan(stages, tuple(segments[:-1]), segments[-1], selection)
     _check(program, plan, level, cheap, nodes)
@@ -77,11 +78,11 @@ def _levels(program: Program, sites: Iterable[LinearSite], nodes: dict[str, fx.N
     for s in sites:
         uses.setdefault(s.weight, []).append(nodes[s.node])
     for first, *more in uses.values():
-        for other in more:  # a cycle: the uses, and all paths between them, become one component
+        for other in more:  # edges in both directions: the uses, and all paths between them, become one component
             graph.add_edges_from([(first, other), (other, first)])
     multiplied = {n for names in uses.values() for n in names}
 
-    components = nx.condensation(graph)
+    components = nx.condensation(graph)  # without cycles, so that levels can be counted along it
     level: dict[int, int] = {}
     for c in nx.topological_sort(components):
         before = max((level[p] for p in components.predecessors(c)), default=0)
@@ -104,17 +105,19 @@ def _stage(
     for uses in by_weight.values():
         for part, rows, experts in _parts(uses):
             parts_of.setdefault((rows, experts), []).append(part)
+    # An activation of this stage that depends on a weight of this stage: one that is applied again.
     entangled = any(level[nodes[v]] >= number for s in sites for r in s.rows for v in r.values)
 
     def residuals(rows: tuple[Rows, ...], experts: int, parts: list[Part]) -> Iterator[tuple[Part, str]]:
+        # Row i of the activation has to be row i of the stream, so no experts, convolutions or second uses.
         if len(rows) > 1 or experts > 1 or rows[0].arrange or rows[0].offsets or rows[0].gathers:
             return
         for part in parts:
             uses = by_weight[part.weight]
             if len(uses) == 1 and selection.settings[part.weight].compensate == "residual":
                 stream = added_to(nodes[uses[0].node])
-                # An input or a parameter is what it is. The sum may be of two products that are solved together: what
-                # the other will be is not known then.
+                # Inputs and parameters are the same in the original model: they have no error to correct. And if the
+                # stream holds a product of this very stage, its quantized value is not known yet.
                 if stream is not None and stream.op == "call_function" and level[stream] < number:
                     yield part, stream.name
 
@@ -135,7 +138,8 @@ def _stage(
 
 
 def _parts(uses: list[LinearSite]) -> list[tuple[Part, tuple[Rows, ...], int]]:
-    """A weight cut where the parts that its uses multiply begin and end: each piece with all rows that reach it."""
+    """A weight's rows, cut wherever the part of some use begins or ends, so that no piece is multiplied in part only.
+    Each piece comes with all activation rows that it multiplies, and the number of experts in it."""
     cuts = sorted({c for s in uses for c in s.part})
     pieces = []
     for start, stop in itertools.pairwise(cuts):
@@ -148,7 +152,7 @@ def _parts(uses: list[LinearSite]) -> list[tuple[Part, tuple[Rows, ...], int]]:
 
 
 def _cheap(program: Program, static: set[fx.Node], inputs: set[fx.Node]) -> set[fx.Node]:
-    """Computed values that depend on no matrix parameter."""
+    """Nodes that do not depend on any parameter of two or more dimensions: no product, and little to compute."""
     heavy = {n for n in static if n.name in program.parameters and n.meta["val"].dim() >= 2}
     for n in program.graph.nodes:
         if any(i in heavy for i in n.all_input_nodes):
@@ -181,7 +185,7 @@ def _segment(
     writes = [n for n in body if n in keep] if outputs is None else outputs
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    attributes = [n for n in static if n.op == "get_attr" and n in used]
+    attributes = [n for n in static if n.op == "get_attr" and n in used]  # the branches of torch.cond
     for n in (*reads, *statics, *attributes, *body):
         copies[n] = graph.placeholder(n.name) if n in reads or n in statics else graph.node_copy(n, copies.__getitem__)
         copies[n].name, copies[n].meta = n.name, dict(n.meta)
@@ -203,6 +207,7 @@ def _check(
             raise PassError(f"segment {k} reads {sorted(missing)}, which no earlier segment keeps")
         inside = {n.name for n in segment.module.graph.nodes}
         for name in (n.name for n in segment.module.graph.nodes if n.op == "call_function"):
+            # Level k or higher, yet already here: between two uses of a weight of stage k, before that is solved.
             stale = level[nodes[name]] >= k
             if name in ran and nodes[name] not in cheap and not stale and level[nodes[name]] < ran[name]:
                 raise PassError(f"node {name} runs in segments {ran[name]} and {k}")

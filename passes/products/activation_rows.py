@@ -1,7 +1,7 @@
 """Bring the rows that a product multiplies into the form [..., in_features] (or [experts, ..., in_features]).
 
 A matrix product contracts the last axis of its activation, and then there is nothing to do. These are the other cases.
-Pure functions; K = in_features.
+Pure functions of any dtype, which stays; K = in_features.
 """
 
 import torch.nn.functional as F
@@ -11,12 +11,12 @@ __all__ = ["channels_last", "columns", "experts_first", "patches", "permuted"]
 
 
 def columns(x: Tensor) -> Tensor:
-    """W·x with x [..., K, T]: its columns."""
+    """The columns of x [..., K, T] or [K], which W·x multiplies: [..., T, K] or [K]."""
     return x.mT if x.dim() > 1 else x
 
 
 def experts_first(x: Tensor) -> Tensor:
-    """x·W with x [..., E, T, K] and a stack W of E matrices."""
+    """What x·W multiplies, with x [..., E, T, K] and a stack W of E matrices: [E, ..., T, K]."""
     return x.movedim(-3, 0)
 
 

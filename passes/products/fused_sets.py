@@ -40,7 +40,7 @@ def mixed_sets(sites: Iterable[LinearSite], selection: Selection) -> tuple[str, 
     """One line per set.
 
     Args:
-        sites: all that were found, those that a rule or a filter leaves dense included.
+        sites: all that were found, also those that a rule or a filter leaves dense.
     """
     lines = []
     for names in fused_sets(sites):

@@ -99,7 +99,7 @@ def is_view(node: fx.Node) -> bool:
 def gathered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """x and the row numbers, a vector, of `x[numbers]` or `index_select(x, 0, numbers)`; None for all other nodes.
 
-    A boolean mask is no such vector: how many rows it selects only the data says.
+    A boolean mask does not count: only the data says how many rows it selects, so they cannot be told apart by size.
     """
     name = op_name(node)
     if name not in GATHERS:

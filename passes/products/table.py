@@ -25,9 +25,9 @@ class Product:
     """A candidate: it is one if `weight` turns out to be a parameter.
 
     Attributes:
-        matrix: from the weight's operand to [out, in] or [experts, out, in], a view; None if the operator reads the
-            weight in no such way.
-        any_shape: whether the operator reads a weight that is no matrix (a convolution, einsum).
+        matrix: function from the weight's operand to a view of it, [out, in] or [experts, out, in]; it returns None if
+            there is no such view.
+        any_shape: whether the operator may read a weight that is neither a matrix nor a stack (a convolution, einsum).
         arrange, offsets: see `records.Rows`.
         experts: False if a stack's matrices all multiply the same rows.
         note: why such a product is not quantized unless a rule asks for it, or None.
@@ -44,8 +44,7 @@ class Product:
 
 
 def products(node: fx.Node) -> Iterator[Product]:
-    """Candidates, the likelier first. At most one of them is real: a parameter times a parameter is no product with an
-    activation."""
+    """Candidates, the likelier first. At most one of them is real: only one operand can be the activation."""
     if node.op == "call_function":
         find = _OPERATORS.get(op_name(node))
         if find is not None:
@@ -188,7 +187,7 @@ def _read_equation(
 
     if not batch and len(outer) == 2 and len(inner) == 1 and w.index(inner[0]) == 1:
 
-        def stack(view: Tensor) -> Tensor | None:  # [out₁, in, out₂]: as many matrices as out₁, one activation
+        def stack(view: Tensor) -> Tensor | None:  # [out₁, in, out₂]: out₁ matrices, which multiply the same rows
             return view.mT
 
         return stack, axes, 0, len(inner), True
@@ -218,7 +217,7 @@ _OPERATORS: dict[str, Callable[[fx.Node], Iterator[Product]]] = {
     **{f"aten::conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"aten::conv_transpose{n}d": _transposed_convolution for n in (1, 2, 3)},
 }
-# Operators that multiply by a weight inside, in no form that could be given another weight.
+# Operators that multiply by weights inside, and cannot be given quantized ones.
 _CLOSED = {
     "aten::bilinear",
     "aten::_trilinear",

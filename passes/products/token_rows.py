@@ -25,7 +25,7 @@ class TokenRows:
     def __init__(self, program: Program) -> None:
         placeholders = program.placeholders
         inputs = [placeholders[name] for name in program.inputs if name is not None and dim(placeholders[name])]
-        # Every input has a symbol of its own for the size of the batch.
+        # torch.export gives each input its own symbol for the size of the batch, although all are equal.
         self._batches = {_size(i.meta["val"].shape[0]) for i in inputs}
         self._masks = [
             (i.name, _size(i.meta["val"].shape[1]), self._about(program, i.name))
@@ -39,7 +39,9 @@ class TokenRows:
         """(mask, gathers) as in `records.Rows`; (None, ()) if no mask speaks of these rows."""
         if not self._masks:
             return None, ()
-        chain = []  # back along the first operand of the same number of rows, without recursion
+        # Back along the first operand of the same number of rows. A loop: a chain of nodes may be deeper than Python
+        # lets functions call themselves.
+        chain = []
         while node not in self._known:
             direct = self._positions(node)
             before = None if direct else self._before(node)
@@ -59,13 +61,17 @@ class TokenRows:
         shape = [_size(s) for s in node.meta["val"].shape]
         for name, position, about in self._masks:
             apart = len(shape) > 2 and shape[0] in self._batches and shape[1] == position
+            # Sizes are expressions, so that other rows are not mistaken for positions because they are as many today.
             flat = len(shape) == 2 and any(shape[0] == batch * position for batch in self._batches)
             if (apart or flat) and node in about:
                 return name
         return None
 
     def _before(self, node: fx.Node) -> tuple[fx.Node, str | None] | None:
-        """The value whose rows `node` has, and by which numbers it gathered them, if it did."""
+        """The operand whose rows `node` has, and the numbers by which it gathered them, if it did.
+
+        It does not matter what the operator computes: if it gives as many rows as it gets, it is taken to keep their
+        order, as all operators do between the gather of a mixture of experts and the product."""
         if node.op != "call_function" or dim(node) != 2:
             return None
         if op_name(node) in GATHERS:
@@ -79,7 +85,8 @@ class TokenRows:
         return next(((i, None) for i in same), None)
 
     def _about(self, program: Program, mask: str) -> set[fx.Node]:
-        """A decoder's own mask speaks of what its ids lead to, an encoder's of the rest."""
+        """The nodes that a mask speaks of, in a model with an encoder and a decoder: the decoder's mask of all that
+        depends on the decoder's ids, the encoder's of everything else."""
         ids = program.placeholders.get("decoder_input_ids")
         reached = {ids} if ids is not None else set()
         for node in program.graph.nodes:

@@ -45,11 +45,13 @@ def trace_parameter(node: Any, program: Program) -> ParameterView | None:
         return None
     parameter = torch.empty(shape, device="meta")
     view: Any = parameter
+    # From the parameter to the product. On meta nothing is computed: only strides and offsets change.
     for step in reversed(chain):
         if op_name(step) in _SKIPPED:
             continue
         try:
             if op_name(step) in RESHAPES:
+                # Not by the operator itself: that of `view_as` takes the shape from another tensor.
                 view = view.view(step.meta["val"].shape)
             elif len(step.all_input_nodes) > 1:
                 return None  # which elements are read depends on data
@@ -66,8 +68,8 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
     """How a parameter of `shape` is read by a product with `view`, [out, in] or [experts, out, in].
 
     Returns:
-        The layout, the rows of its matrix that are read, and how many experts they are; None if `view` has gaps, reads
-        only some input features, or is otherwise no run of rows.
+        The layout, the rows of its matrix that are read, and how many experts they hold; None if they are not
+        consecutive rows with all input features.
     """
     if view.dim() == 3 and (view.shape[0] == 1 or view.stride(0) == 0):
         view = view[0]  # one matrix, or one that is expanded over a batch
@@ -77,6 +79,7 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
             return None
         layout, part, _ = first
         experts, n, k = view.shape
+        # All matrices of the parameter, in order and without gaps: then expert e has rows e·n to (e+1)·n.
         in_a_row = part[0] == 0 and experts * n == layout.rows and view.stride(0) == n * k
         aligned = layout.stack == experts if layout.transposed else True
         return (layout, (0, layout.rows), experts) if in_a_row and aligned else None
@@ -85,10 +88,12 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
     (n, k), (down, right) = view.shape, view.stride()
     total, offset = torch.Size(shape).numel(), int(view.storage_offset())
     if (right == 1 or k == 1) and (down == k or n == 1) and offset % k == 0 and total % k == 0:
+        # Each row lies in one piece, k elements from the one before: a matrix stored as [out, in].
         stack = shape[0] if len(shape) == 3 and shape[2] == k else 1
         start = offset // k
         return Layout(shape, stack, total // k // stack, k, False), (start, start + n), 1
     if down == 1 or n == 1:  # stored as [in, out]
+        # Here `right` is the distance between input features, hence all outputs of one matrix, those not read included.
         expert, column = divmod(offset, k * right)
         if total % (k * right) or column + n > right:
             return None
@@ -98,4 +103,5 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether one is a view of the other, on any device. On meta addresses are all zero; storages still differ."""
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata

@@ -44,8 +44,8 @@ class ProductFinder(Watch):
         self._activations: Any = WeakTensorKeyDictionary()  # tensor → version → number
         self._count = itertools.count(1)
         self._found: Use | list[Problem] = []  # in the call that is being made
-        # Of tensors: whether the batch has a part in it; the weight whose product it follows from; the parameters that
-        # it was computed from, if the batch has no part in it.
+        # Tensor → whether it depends on the batch; → the weights whose product it follows from, with nothing multiplied
+        # since; → the parameters that it was computed from, if it does not depend on the batch.
         self._data: Any = WeakTensorKeyDictionary()
         self._product_of: Any = WeakTensorKeyDictionary()
         self._made_of: Any = WeakTensorKeyDictionary()
@@ -71,6 +71,7 @@ class ProductFinder(Watch):
         results = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
         if not results or getattr(func, "__name__", "") == "__get__":
             return
+        # Three facts pass from operands to results, as in a graph they would along its edges: see `__init__`.
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         data = any(t in self._data for t in inputs)
         static = _NONE.union(*map(self._static, inputs))
@@ -84,6 +85,7 @@ class ProductFinder(Watch):
             if multiplies(func):
                 for name in _NONE.union(*(self._made_of.get(t, _NONE) for t in inputs)):
                     self._exclude(Problem(name, f"{_name(func)} multiplies by what is computed from it"))
+            # Another weight takes part: what is chosen from here on is chosen by more than the first product.
             if static or multiplies(func) or operator in ATTENTION:
                 product = _NONE
             if operator not in EMBEDDINGS:
@@ -98,12 +100,13 @@ class ProductFinder(Watch):
                 self._product_of[t] = product
 
     def sites(self) -> tuple[LinearSite, ...]:
-        """In the order to solve them in: a weight comes after those that any batch met before it. Where batches
+        """In the order in which to solve them: a weight comes after all that some batch met before it. Where batches
         disagree (experts, in an order that depends on the data), the first batch decides."""
         first = {part: i for i, part in enumerate(self._uses)}
-        groups = nx.condensation(self._order)
-        members = {n: sorted(data["members"], key=first.__getitem__) for n, data in groups.nodes(data=True)}
-        order = nx.lexicographical_topological_sort(groups, key=lambda n: first[members[n][0]])
+        # Batches that disagree make a cycle of parts. Condensed, each cycle is one node, and the rest can be sorted.
+        cycles = nx.condensation(self._order)
+        members = {n: sorted(data["members"], key=first.__getitem__) for n, data in cycles.nodes(data=True)}
+        order = nx.lexicographical_topological_sort(cycles, key=lambda n: first[members[n][0]])
         return tuple(self._uses[p] for n in order for p in members[n] if p.weight not in self._problems)
 
     def excluded(self, found: Collection[str]) -> tuple[Excluded, ...]:
@@ -155,7 +158,8 @@ class ProductFinder(Watch):
         self._problems.setdefault(problem.weight, problem.reason)
 
     def _activation(self, x: Tensor) -> str:
-        """A name: the same for the same values."""
+        """A name for a tensor's values: another one once it was written to. Tensors of inference mode do not count
+        writes, so each use of one gets a new name."""
         versions = self._activations.setdefault(x, {})
         version = None if x.is_inference() else x._version
         if version is None or version not in versions:

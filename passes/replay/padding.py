@@ -1,8 +1,8 @@
 """Which rows of an activation are padding, in a model that just runs.
 
-Rows are positions of the model's `attention_mask` [batch, position] if an activation has its leading axes, as they are
-or flattened to one. What a mixture of experts gathers from them, `tokens[numbers]`, is followed from result to result.
-(For a graph, `passes/products/token_rows.py` finds the same.)
+Rows are positions of the model's `attention_mask` [batch, position] if an activation begins with the axes of the mask,
+as they are or flattened to one. What a mixture of experts gathers from them, `tokens[numbers]`, is followed from result
+to result. (For a graph, `passes/products/token_rows.py` finds the same.)
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ __all__ = ["Padding"]
 
 
 class Padding:
-    """`of(x)`: zero where a row of x is padding."""
+    """`of(x)`: zero where a row of x is padding, in the dtype of the mask: [batch, position], or one number for each
+    row of x that was gathered."""
 
     def __init__(self, batch: Batch) -> None:
         given = [batch.kwargs.get(name) for name in MASKS]
@@ -36,7 +37,7 @@ class Padding:
         return fit[0] if len(fit) == 1 else None
 
     def follow(self, func: Any, args: Any, out: Any) -> None:
-        """Note which rows a result has: those that it gathered, or those of an operand that has as many."""
+        """Note which rows a result has: those that it gathered, or those of an operand with the same number of rows."""
         if not self._masks or not isinstance(out, Tensor) or out.dim() != 2:
             return
         name = operator_name(func)

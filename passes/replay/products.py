@@ -90,7 +90,8 @@ class Parameters:
                 self._at.setdefault(p.untyped_storage().data_ptr(), []).append(place)
 
     def name_of(self, value: Any) -> str | None:
-        """The parameter in whose memory a tensor lies."""
+        """The parameter in whose memory a tensor lies: a view of it, then, since computed tensors have memory of their
+        own. Subclasses are not asked, they may have no memory at all."""
         if type(value) not in (Tensor, nn.Parameter):
             return None
         for start, stop, name, p in self._at.get(value.untyped_storage().data_ptr(), ()):
@@ -140,7 +141,8 @@ class Parameters:
         )
 
     def _on_meta(self, name: str, value: Tensor) -> ParameterView:
-        """As if the parameter had a storage of its own."""
+        """The operand as a view of a parameter that starts its own storage, which is what `read_matrix` takes. (In the
+        model several parameters may lie in one storage.)"""
         places = self._at[value.untyped_storage().data_ptr()]
         begin = next(start for start, _, other, _ in places if other == name)
         whole = torch.empty(self.shapes[name], device="meta")
@@ -154,7 +156,8 @@ def multiplies(func: Any) -> bool:
 
 
 class Watch(TorchFunctionMode):
-    """Tells what functions are called, in the Python functions of torch that call others too."""
+    """A mode whose `before` and `after` are told of every function that is called, also inside of Python functions of
+    torch that would hide what they call."""
 
     def before(self, func: Any, args: Any, kwargs: Any) -> None:
         """What is about to be computed."""
@@ -178,7 +181,8 @@ _OPENED = {F.multi_head_attention_forward}
 
 
 def _opened(func: types.FunctionType) -> Callable[..., Any]:
-    """The same function, without asking modes whether they want to take over. What it calls does ask."""
+    """The same function, but one that does not ask modes first whether they take over. What it calls still asks."""
+    # With other globals, rather than patched: nothing changes for other threads.
     inside = {**func.__globals__, "has_torch_function": lambda _: False}
     copy = types.FunctionType(func.__code__, inside, func.__name__, func.__defaults__, func.__closure__)
     copy.__kwdefaults__ = func.__kwdefaults__
@@ -232,7 +236,7 @@ def _node(operator: Any, args: Any, kwargs: Any) -> tuple[fx.Node, dict[Any, Ten
     kwargs, args = dict(kwargs), list(args)
     while len(args) < len(names) and names[len(args)] in kwargs:  # operands are looked up by position
         args.append(kwargs.pop(names[len(args)]))
-    graph = fx.Graph()
+    graph = fx.Graph()  # the tables take nodes; what they need of a tensor is its shape
     tensors: dict[Any, Tensor] = {}
 
     def placeholder(t: Tensor) -> fx.Node:

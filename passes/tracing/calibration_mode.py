@@ -1,4 +1,4 @@
-"""The state in which a model is captured, and run beside the capture: so the graph computes what eager does."""
+"""The state in which a model is captured, and in which it runs: so that the graph computes what the model does."""
 
 import contextlib
 from collections.abc import Iterator

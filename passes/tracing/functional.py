@@ -82,6 +82,9 @@ def _replace_writes(graph: fx.Graph) -> bool:
     owner: dict[fx.Node, fx.Node] = {}  # what a write returns is the tensor it wrote to
     sharing: dict[Any, list[fx.Node]] = {}
     chains: dict[fx.Node, list[fx.Node]] = {}
+    # First only look. A write may be replaced if from then on its memory is read through names that are known here: the
+    # tensor that was written to, and the wholes that it is a part of. They become new values below; any other view of
+    # the memory would still show the old ones.
     for node in graph.nodes:
         owner[node] = node
         if _writes(node):
@@ -103,7 +106,7 @@ def _replace_writes(graph: fx.Graph) -> bool:
             part, *wholes = chains[node]
             with graph.inserting_before(node):
                 now[part] = _written(graph, node)
-                for whole in wholes:
+                for whole in wholes:  # the part is written: so is what contains it, outwards
                     before = now.get(whole, whole)
                     now[whole] = graph.call_function(
                         _PARTS[part.target], (before, now[part], *part.args[1:]), part.kwargs
@@ -127,7 +130,8 @@ def _memory(node: fx.Node) -> Any:
 
 
 def _out_of_place(node: fx.Node) -> OpOverload | None:
-    """`add` for `add_`, `__or__` for `__ior__`; None if the operator writes to anything but its first argument."""
+    """`add` for `add_`, `__or__` for `__ior__`; None if there is none, or if the operator writes to anything but its
+    first argument."""
     target, first = node.target, node.args[0] if node.args else None
     assert isinstance(target, OpOverload)
     written = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
@@ -142,7 +146,8 @@ def _out_of_place(node: fx.Node) -> OpOverload | None:
 
 
 def _written(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """The value that a write leaves in its first argument: as `add_` does, of that argument's dtype."""
+    """The value that a write leaves in its first argument. `add_` keeps the dtype of that argument; `add` may promote,
+    and then a cast brings it back."""
     target, kept = _out_of_place(node), node.meta["val"]
     assert target is not None
     value = graph.call_function(target, node.args, node.kwargs)

@@ -27,8 +27,8 @@ def running_device(model: nn.Module) -> torch.device:
 def first_names(model: nn.Module) -> dict[str, str]:
     """Every name of every parameter → the first name of the same parameter, in the model's order.
 
-    Hooks that offload weights put a meta tensor of its own under each name of a tied parameter. Then the model's
-    `all_tied_weights_keys` (transformers) tells.
+    Hooks that offload weights put a separate meta tensor under each name of a tied parameter, so that identity does not
+    show that it is one. Then `all_tied_weights_keys` of the model (transformers) does.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
@@ -48,7 +48,7 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
     that modules hold are there too; the wrappers with which Accelerate moves weights around a forward are off.
 
     Also undone on exit is what the forward itself stores on its modules (rotary tables, masks): under a trace these are
-    fakes, which would break the next eager forward.
+    fakes, which would break the next forward.
 
     Raises:
         CaptureError: a lazy parameter has no shape yet.

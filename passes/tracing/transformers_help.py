@@ -16,11 +16,11 @@ from torch import fx, nn
 from gptq_ao.errors import CaptureError
 from gptq_ao.passes.products.operators import DATA_ASSERTIONS, op_name
 
-__all__ = ["check_no_assumption", "eager_formulas", "transformers_help"]
+__all__ = ["check_no_assumption", "own_formulas", "transformers_help"]
 
 
 @contextlib.contextmanager
-def eager_formulas(model: nn.Module) -> Iterator[None]:
+def own_formulas(model: nn.Module) -> Iterator[None]:
     """Some modules compute the same by another formula while they are exported: linear attention in a loop over
     positions, for lack of a triangular solve in other export formats. The graph shall do what the model does."""
     files = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ in sys.modules}

@@ -28,7 +28,7 @@ class Entry:
     """`build` gives a small model and calibration batches for it."""
 
     name: str
-    group: str
+    kind: str
     build: Callable[[], tuple[nn.Module, list[Any]]]
 
 
@@ -51,7 +51,7 @@ class Row:
     """
 
     name: str
-    group: str
+    kind: str
     path: str = ""
     reason: str = ""
     quantized: int = 0
@@ -78,7 +78,7 @@ class Row:
 def run(entry: Entry) -> Row:
     """Never raises: an exception becomes the row's problem."""
     start = time.perf_counter()
-    facts: dict[str, Any] = {"name": entry.name, "group": entry.group}
+    facts: dict[str, Any] = {"name": entry.name, "kind": entry.kind}
     try:
         _try(entry, facts)
     except CaptureError as e:

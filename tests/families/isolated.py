@@ -42,7 +42,7 @@ def run_isolated(entries: list[Entry], jobs: int, timeout: float) -> Iterator[Ro
                     problem = f"the process died (exit code {process.exitcode})"
             if problem:
                 process.kill()
-                yield Row(entry.name, entry.group, problem=problem, seconds=round(time.monotonic() - start, 1))
+                yield Row(entry.name, entry.kind, problem=problem, seconds=round(time.monotonic() - start, 1))
             process.join()
             running.remove(item)
 

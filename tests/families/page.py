@@ -29,24 +29,24 @@ CPU; the table is written by `make families` ({versions}).
 
 
 def page(rows: Iterable[Row]) -> str:
-    """The whole page; groups in the order in which they first appear."""
+    """The whole page; kinds in the order in which they first appear."""
     rows = list(rows)
-    groups = list(dict.fromkeys(r.group for r in rows))
+    kinds = list(dict.fromkeys(r.kind for r in rows))
     lines = [_HEAD.format(versions=_versions())]
     lines += [
         "| | tried | built | captured as one graph | all weights quantized | exact |",
         "|---|---|---|---|---|---|",
     ]
-    for group in groups:
-        lines.append(f"| {group} | {_counts([r for r in rows if r.group == group])} |")
+    for kind in kinds:
+        lines.append(f"| {kind} | {_counts([r for r in rows if r.kind == kind])} |")
     lines.append(f"| together | {_counts(rows)} |")
-    for group in groups:
-        lines += [f"\n## {group[0].upper()}{group[1:]}\n"]
+    for kind in kinds:
+        lines += [f"\n## {kind[0].upper()}{kind[1:]}\n"]
         lines += [
             "| | weights | Hessians | stages | exact | generates | path | notes |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        lines += [_line(r) for r in rows if r.group == group]
+        lines += [_line(r) for r in rows if r.kind == kind]
     return "\n".join(lines) + "\n"
 
 

@@ -61,7 +61,7 @@ def test_stages_of_a_decoder_layer() -> None:
         [{"mlp.gate_proj", "mlp.up_proj"}],
         [{"mlp.down_proj"}],
     ]
-    expected = [[{f"model.layers.{i}.{n}" for n in g} for g in groups] for i in range(2) for groups in layer]
+    expected = [[{f"model.layers.{i}.{n}" for n in names} for names in inputs] for i in range(2) for inputs in layer]
     assert stages(plan) == expected
     assert not any(s.entangled for s in plan.stages)
 
