@@ -326,7 +326,7 @@ def _limits(text: str | None) -> dict[str | int, int | str] | None:
     for part in text.split(","):
         place, equals, amount = part.partition("=")
         if not equals:
-            raise ConfigError(f"--max-memory {text}: {part!r} is no DEVICE=AMOUNT; an example: cuda=8GiB,cpu=32GiB")
+            raise ConfigError(f"--max-memory {text}: {part!r} is not DEVICE=AMOUNT, such as cuda=8GiB,cpu=32GiB")
         limits[int(place) if place.isdecimal() else place.strip()] = amount
     return limits
 

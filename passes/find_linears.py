@@ -209,7 +209,7 @@ def _made_of(program: Program) -> dict[str, str]:
             if operand is bias:
                 continue
             names = _sources(operand, program)
-            if not names and operand in weights:  # rows of a table that is an activation are no part of a weight
+            if not names and operand in weights:  # rows looked up as an activation are not part of a weight
                 names = _selected_from(operand, program)
             for name in names or ():
                 result.setdefault(name, op_name(node))

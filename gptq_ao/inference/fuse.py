@@ -44,7 +44,7 @@ def fuse_projections_(model: nn.Module, batch: Any) -> Fusion:
         batch: an input of the model, as one batch of calibration data: a tensor, a tuple or a dict.
 
     Raises:
-        CalibrationError, CaptureError: the batch is no input, or the model cannot be captured as one graph.
+        CalibrationError, CaptureError: the batch is not an input of the model, or the model cannot be captured as one graph.
     """
     (sample,) = read_batches([batch])
     program = capture(model, sample)
@@ -94,7 +94,7 @@ def _unfit(layer: nn.Linear) -> str | None:
     if not isinstance(layer.weight, GroupTensor):
         return "it is not quantized"
     if layer.out_features % TILE_ROWS:
-        return f"its {layer.out_features} output features are no multiple of {TILE_ROWS}"
+        return f"its {layer.out_features} output features are not a multiple of {TILE_ROWS}"
     return None
 
 

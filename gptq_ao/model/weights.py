@@ -43,11 +43,11 @@ class Weights(Protocol):
         """
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
-        """A parameter or buffer, perhaps quantized, on `device`, or where it is kept if that is None."""
+        """A parameter or buffer, of its shape and dtype, perhaps quantized, on `device`; None: where it is kept."""
         ...
 
     def replace(self, name: str, new: Tensor) -> None:
-        """Put a quantized tensor in place of a parameter, under all its names."""
+        """Put a quantized tensor in place of a parameter of the same shape and dtype, under all its names."""
 
 
 class ModelWeights:

@@ -87,6 +87,11 @@ class CheckpointWeights:
         self._writer.check_space(result_bytes())
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
+        """See `Weights`.
+
+        Raises:
+            NonFiniteError: it is to be quantized, and has an element that is NaN or infinite.
+        """
         if name in self._writer:
             value: Tensor = self._writer.weight(name)
         elif name in self._source.conversions:
@@ -98,4 +103,5 @@ class CheckpointWeights:
         return value.to(device or value.device)
 
     def replace(self, name: str, new: Tensor) -> None:
+        """See `Weights`. It goes to a file, and is read from there when a later segment needs it."""
         self._writer.add_parameter(name, new)

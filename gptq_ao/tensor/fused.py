@@ -46,6 +46,7 @@ class Projection(nn.Module):
         self.fused, self.index = fused, index
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., out_features] of x [..., in_features]."""
         return self.fused.part(x, self.index)
 
     def layer(self) -> nn.Linear:

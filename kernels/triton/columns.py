@@ -142,7 +142,7 @@ def _walk(
 def round_columns(
     x: Tensor, follow: Tensor, scale: Tensor, zero_point: Tensor, bits: int, before: Tensor | None = None
 ) -> Tensor:
-    """See `columns.round_columns`."""
+    """See `round_columns` in `kernels/columns.py`, also for shapes and dtypes."""
     columns, rows = x.shape
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=x.device)
     inputs = [t.contiguous() for t in (x, follow, scale, zero_point)]
@@ -163,7 +163,7 @@ def round_columns(
 
 
 def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """See `columns.score_grids`."""
+    """See `score_grids` in `kernels/columns.py`, also for shapes and dtypes."""
     columns, rows = x.shape
     loss = torch.empty_like(scale, memory_format=torch.contiguous_format)
     _walk[(triton.cdiv(rows, ROWS), len(scale))](

@@ -26,8 +26,8 @@ _lock = threading.Lock()
 
 
 def zeroed_counters(device: int, count: int, stream: int) -> Tensor | None:
-    """At least `count` int32 zeros for a launch on `stream`, the current one of the current device; None if a graph is
-    being captured and the supply is used up."""
+    """Zeros, int32 [at least `count`], for a launch on `stream`, the current one of the current device; None if a graph
+    is being captured and the supply is used up."""
     count = -(-count // 4) * 4  # whole 16 bytes: for others Triton would compile another kernel
     with _lock:
         if torch.cuda.is_current_stream_capturing():

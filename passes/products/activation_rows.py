@@ -27,8 +27,8 @@ def channels_last(x: Tensor, spatial: int) -> Tensor:
 
 
 def permuted(x: Tensor, axes: tuple[int, ...], batch: int, contracted: int) -> Tensor:
-    """An operand of einsum: its axes in the order batch, others, contracted; the first `batch` of them flattened to one
-    (if there are any), and the last `contracted`."""
+    """An operand of einsum, of any shape: its axes in the order batch, others, contracted; the first `batch` of them
+    flattened to one (if there are any), and the last `contracted`."""
     x = x.permute(axes)
     x = x.flatten(x.dim() - contracted) if contracted > 1 else x
     return x.flatten(0, batch - 1) if batch > 1 else x

@@ -103,5 +103,6 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
 
 
 def same_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether one is a view of the other, on any device. On meta addresses are all zero; storages still differ."""
+    """Whether one is a view of the other, whatever their shapes and device. On meta addresses are all zero; storages
+    still differ."""
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata

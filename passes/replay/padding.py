@@ -28,7 +28,7 @@ class Padding:
         self._gathered: Any = WeakTensorKeyDictionary()
 
     def of(self, x: Tensor) -> Tensor | None:
-        """None if no mask speaks of these rows, or if two could."""
+        """The mask of the rows of x [..., K], zero where a row is padding; None if no mask fits, or if two could."""
         if not self._masks:
             return None
         if x in self._gathered:

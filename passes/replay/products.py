@@ -48,7 +48,7 @@ class Use:
 
     @property
     def rows(self) -> Tensor:
-        """The activation as a Hessian takes it."""
+        """The activation as a Hessian takes it: [..., in_features], or [experts, ..., in_features]."""
         if self.arrange is None:
             return self.activation
         function, arguments = self.arrange

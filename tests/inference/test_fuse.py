@@ -144,7 +144,7 @@ def test_what_is_not_alike_stays_apart() -> None:
     assert fusion.left == {
         "eight": "no other layer with its activation has such a weight",
         "dense": "it is not quantized",
-        "odd": "its 24 output features are no multiple of 16",
+        "odd": "its 24 output features are not a multiple of 16",
     }
     close(model(x), expected)
 

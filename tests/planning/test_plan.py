@@ -323,7 +323,7 @@ def test_from_the_command_line_a_config_is_enough(tmp_path: Path, monkeypatch: p
         (
             ("--max-memory", "8GiB"),
             ConfigError,
-            r"--max-memory 8GiB: '8GiB' is no DEVICE=AMOUNT; an example: cuda=8GiB",
+            r"--max-memory 8GiB: '8GiB' is not DEVICE=AMOUNT, such as cuda=8GiB",
         ),
         (("--max-memory", "cuda=8GiB"), ConfigError, r"max_memory names 'cuda'"),
         (("--group-size", "100"), ConfigError, r"group_size does not divide"),
