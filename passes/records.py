@@ -181,7 +181,7 @@ class Layout:
         return (stack.mT if self.transposed else stack).reshape(self.rows, self.in_features)
 
     def views(self, parameter: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
-        """Rows `start` to `stop` of the matrix, as views [n, in_features] of a contiguous parameter: one for each of the
+        """Rows `start` to `stop` of the matrix as views [n, in_features] of a contiguous parameter: one for each of the
         stacked matrices that they are in."""
         stack = parameter.view(self.stack, *self._matrix)
         stack = stack.mT if self.transposed else stack

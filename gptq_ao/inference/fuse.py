@@ -44,7 +44,7 @@ def fuse_projections_(model: nn.Module, batch: Any) -> Fusion:
         batch: an input of the model, as one batch of calibration data: a tensor, a tuple or a dict.
 
     Raises:
-        CalibrationError, CaptureError: the batch is not an input of the model, or the model cannot be captured as one graph.
+        CalibrationError, CaptureError: the batch does not fit the model, or that cannot be captured as one graph.
     """
     (sample,) = read_batches([batch])
     program = capture(model, sample)
