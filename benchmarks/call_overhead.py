@@ -17,12 +17,12 @@ import torch.nn.functional as F
 
 from gptq_ao.tensor import Int4GroupTensor
 
-CALLS, ROUNDS = 200, 100
+CALLS = 200
 
 
-def microseconds(call: Callable[[], object], device: torch.device) -> float:
+def microseconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
     best = float("inf")
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -36,11 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=100)
     args = parser.parse_args()
     device, n = torch.device(args.device), args.size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}, [{n}, {n}] bf16, one row")
-    torch.set_num_threads(1)
     codes = torch.randint(0, 16, (n, n), dtype=torch.uint8)
     scale, zero_point = torch.ones(n, n // 128).half(), torch.full((n, n // 128), 8, dtype=torch.uint8)
     weight = Int4GroupTensor.from_codes(codes, scale, zero_point, dtype=torch.bfloat16).to(device)
@@ -54,7 +54,7 @@ def main() -> None:
     }
     with torch.no_grad():
         for what, call in calls.items():
-            print(f"{what:22} {microseconds(call, device):8.2f} µs")
+            print(f"{what:22} {microseconds(call, device, args.rounds):8.2f} µs")
 
 
 if __name__ == "__main__":

@@ -120,3 +120,11 @@ def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("original: perplexity")
     assert lines[2].startswith("round to nearest, group 128  gptq_ao")
+
+
+def test_call_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "call_overhead.py"))
+    monkeypatch.setattr(sys, "argv", ["x", "--size", "128", "--rounds", "1"])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:22].rstrip() for line in lines[1:]] == ["F.linear, dense", "F.linear, quantized", "gptq_ao::linear"]
