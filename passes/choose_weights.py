@@ -74,7 +74,7 @@ def _check_orders(sites: tuple[LinearSite, ...], settings: dict[str, GPTQConfig]
     """One order of the columns is stored per weight, so one with several Hessians cannot follow "group" order."""
     for s in sites:
         whole = s.part == (0, s.layout.rows) and s.experts == 1
-        if s.weight in settings and settings[s.weight].act_order == "group" and not whole:
+        if s.weight in settings and settings[s.weight].recipe.permutes and not whole:
             raise ConfigError(
                 f"{s.weight!r} {list(s.layout.shape)} has several Hessians (experts, or parts that read different "
                 'activations), so act_order="group" cannot order its columns: use "static", or give it a rule, '

@@ -267,3 +267,14 @@ def test_experts_without_a_router_s_choice_cannot_all_be_reached() -> None:
     )
     with pytest.raises(ConfigError, match=r"calibrate_all_experts: 'stack' gets its rows from .*Leave the setting out"):
         quantize_(seeded(Sorted()), config)
+
+
+def test_experts_have_no_common_order_of_columns() -> None:
+    """Each has a Hessian of its own, and a weight stores one order. Rounding to nearest needs none."""
+    data = token_batches()
+    message = r"experts.gate_up_proj' \[5, 48, 32\] has several Hessians .* so act_order=\"group\" cannot order its"
+    with pytest.raises(ConfigError, match=message):
+        quantize_(mixture(), gptq_config(4, -1, act_order="group", calibration=data))
+    report = quantize_(mixture(), gptq_config(4, -1, act_order="group", method="rtn", calibration=data))
+    assert report is not None
+    assert {w.method for w in report.weights} == {"rtn"}
