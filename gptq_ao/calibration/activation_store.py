@@ -75,6 +75,7 @@ class ActivationStore:
         self.used = {"device": 0, "host": 0, "disk": 0}
         self.peak = dict(self.used)
         self._device, self._budget = device, budget or Budget()
+        # Copies run in a stream of their own, beside the segment that is being computed.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._number = itertools.count()
@@ -110,7 +111,7 @@ class ActivationStore:
         names = list(names)
         coming = self._fetch(0, names) if self._batches else {}
         for index in range(len(self)):
-            values = coming
+            values = coming  # one batch ahead, never more: this is what `plan` counts as being on its way
             if self._side is not None:
                 compute = torch.cuda.current_stream(self._device)
                 compute.wait_stream(self._side)

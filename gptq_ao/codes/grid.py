@@ -85,6 +85,7 @@ def candidate_grids(group: Tensor, bits: int, sym: bool, signed: bool, count: in
         return scale, torch.full_like(scale, half, dtype=torch.uint8)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _stored(shares * ((high - low) / levels))
+    # Of a narrower grid it is not known on which side it should cut: either neighbour of the zero point may be better.
     origin = shares * -low / scale.float()
     zero_point = torch.cat([origin.floor(), origin.ceil()]).clamp(0, levels).to(torch.uint8)
     return torch.cat([scale, scale]), zero_point

@@ -43,6 +43,7 @@ class Forward(threading.Thread):
         self.waits_for: Any = None
         self._call, self._state, self._own = call, state, _no_changes()
         self._context, self._settings = contextvars.copy_context(), _settings_of_this_thread()
+        # Two semaphores pass the turn: only the side that was given it runs, so no lock is needed anywhere else.
         self._go, self._halt = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._stopping = False
@@ -50,7 +51,7 @@ class Forward(threading.Thread):
     def step(self) -> None:
         """Raises what the call raises."""
         self.waits_for = None
-        self._state.give(self._own)
+        self._state.give(self._own)  # what this forward had stored on the modules when it was left
         try:
             self._go.release()
             while not self._halt.acquire(timeout=1):
@@ -100,7 +101,7 @@ def forwards(model: nn.Module, calls: Sequence[Callable[[Forward], object]]) -> 
     state = ModuleState(model)
     made = [Forward(i, call, state) for i, call in enumerate(calls)]
     started: list[Forward] = []
-    before = threading.stack_size(_STACK)
+    before = threading.stack_size(_STACK)  # of threads that start from here on; a setting of the process
     try:
         try:
             for forward in made:
@@ -136,7 +137,7 @@ class ModuleState:
             changed = {k: v for k, v in table.items() if before.get(k, _GONE) is not v}
             changed |= dict.fromkeys(before.keys() - table.keys(), _GONE)
             changes.append((table, changed))
-            table.clear()
+            table.clear()  # not only what changed: the order of attributes is part of the state
             table.update(before)
         return changes
 

@@ -103,6 +103,7 @@ def _units(
     assert prepared.found is not None
     sets = [tuple(n for n in names if n in settings) for names in fused_sets(prepared.found.sites)]
     together = {name: names for names in sets for name in names}
+    # In the order of first use, each set once, however many of its weights follow.
     units = dict.fromkeys(together.get(name, (name,)) for name in settings)
 
     def size(name: str, bits: int) -> int:
@@ -126,6 +127,7 @@ def _units(
 def _budget(config: GPTQConfig, units: Sequence[Unit], count: int) -> int:
     """Bytes for `count` weights."""
     assert config.target_bits is not None
+    # Exactly: the product in floating point may be a byte more than what was asked for.
     budget = math.floor(Fraction(config.target_bits) * count / 8)
     smallest = sum(min(choice.size for choice in unit.choices) for unit in units)
     least = 8 * smallest / count
@@ -167,7 +169,8 @@ def _costs(job: Job, prepared: Prepared, selection: Selection) -> dict[tuple[str
         lambda name: static_value(job, program, name),
         job.device,
     )
-    # Of a weight that no data reached, all are zero.
+    # Measured at `typical` bits only, since a backward for every width would cost as much again: the errors of other
+    # widths point in the same directions and differ in size. Of a weight that no data reached, all are zero.
     return {(name, b): harm[name] * e / (energies[name, typical] or 1.0) for (name, b), e in energies.items()}
 
 
@@ -189,6 +192,7 @@ def _round(job: Job, measured: Prepared, typical: int) -> tuple[dict[tuple[str, 
     calibrated, settings, layouts = measured.calibrated, measured.selection.settings, measured.selection.layouts
     assert calibrated is not None
     weights, program, plan = job.weights, calibrated.program, calibrated.plan
+    # All widths are solved on the same Hessian, which is collected once.
     by_bits = {
         bits: {name: dataclasses.replace(c, bits=bits, target_bits=None) for name, c in settings.items()}
         for bits in job.config.candidates

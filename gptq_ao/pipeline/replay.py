@@ -150,6 +150,7 @@ class _Stops(Watch):
         self._forward.check()
         use = self._run.parameters.find(func, args, kwargs)
         if isinstance(use, Use) and self._run.wants(use.part, self._forward.number):
+            # Rows that are taken out of the activation in another arrangement have no place in the mask any more.
             counts = self._padding.of(use.activation) if use.arrange is None else None
             self._forward.pause(_Product(use, counts))
 
@@ -186,6 +187,7 @@ class _Run:
         """Whether a product with it has to wait."""
         if part in self.expected and part not in self.solved_on:
             return True
+        # It has its final values already. Nothing is left to do but to remember what its Hessian has missed.
         if batch in self.solved_on.get(part, ()):
             self._again[part.weight] += 1
         elif part.weight in self._selection.settings:
@@ -202,6 +204,8 @@ class _Run:
                 parts = [f.waits_for.use.part for f in under_way if f.waits_for is not None]
                 if not parts:
                     return
+                # The earliest in the order of use that any forward waits for: no forward can still come to it with
+                # rows that were not counted, unless its own path is another one. Those that wait for others stay.
                 part = min(parts, key=self.expected.__getitem__)
                 waiting = [f for f in under_way if f.waits_for is not None and f.waits_for.use.part == part]
                 with steps.step(part.weight.removesuffix(".weight")), torch.no_grad():

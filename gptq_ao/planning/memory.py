@@ -33,6 +33,7 @@ def choose_budget(limits: Limits, footprint: Footprint, device: torch.device) ->
     allowed = limits.device
     if allowed is None:
         free = free_bytes(device)
+        # What is resident is taken already, and so not among what is free.
         allowed = None if free is None else footprint.resident + int(DEVICE_SHARE * free)
     host = limits.host
     if host is None:
@@ -55,6 +56,7 @@ def waiting_budget(job: Job, prepared: Prepared) -> Budget:
 def free_bytes(device: torch.device) -> int | None:
     """What this process could still allocate there; None: unknown, or there is no such device."""
     if device.type == "cuda" and torch.cuda.is_available():
+        # PyTorch keeps memory that it has freed: the driver does not count it as free, and it is.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + cached)
     if device.type != "cpu":

@@ -201,6 +201,7 @@ def _peak(job: Job, prepared: Prepared, footprint: Footprint) -> dict[str, int]:
     """Where the predicted bytes will be."""
     limits, device = job.limits, job.device
     waiting, originals = footprint.activations, footprint.originals
+    # On a CPU the device is the host: what waits can only go to files, and originals are in `footprint.peak`.
     if device.type == "cpu":
         on_disk = 0 if limits.host is None else max(0, waiting - limits.host)
         peak = min(footprint.peak, footprint.working + waiting - on_disk)

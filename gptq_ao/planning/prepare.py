@@ -97,10 +97,13 @@ def prepare(job: Job) -> Prepared:
         return Prepared(selection, job.weights.device, mixed_sets(sites, selection), None)
 
     with clock("capture"):
+        # Captured where the weights say that the model is, since it may look at their device; then moved in the graph
+        # to the one that computes.
         program = canonicalize(capture(model, batches[0], job.weights.device, batches[1:]), job.device)
     with clock("plan"):
         sites, excluded = find_linears(program, output_heads(model))
         found = Found(program, sites)
+        # For the Hessians only: `found` keeps the graph that computes what the model does.
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
         selection = choose_weights(sites, excluded, config, job.wanted)

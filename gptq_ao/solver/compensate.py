@@ -48,6 +48,7 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
     diagonal = hessian.matrix.diagonal()
     live = diagonal > 0
     mean = diagonal.sum() / live.sum().clamp(min=1)
+    # More than for rounding: there H weighs errors, here its inverse multiplies an estimate from the same few rows.
     damp = min(max(k / max(hessian.rows, 1), SMALLEST_DAMPING), 1.0)
     H = hessian.matrix.clone()
     H.diagonal().add_(

@@ -105,6 +105,7 @@ class HessianObserver(nn.Module):
         for total, rows in zip(self._sum, parts, strict=True):
             self._add_square(total, rows)
         self._add_differences(x, keep, original, streams)
+        # Counts of a mask stay on the device until `finish`: to read them here would make the host wait in every batch.
         known = torch.tensor([p.shape[0] for p in parts])
         self._rows.append(known if counts is None else torch.stack(counts))
 

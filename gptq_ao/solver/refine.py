@@ -38,6 +38,7 @@ def refine(solution: Solution, target: Tensor, hessian: Hessian, factor: Factor)
     recipe = factor.recipe
     if not recipe.refine_sweeps:
         return solution
+    # The same H as in `factor`: dead columns have the mean as their diagonal, and all have the damping.
     H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) * factor.mean + factor.added)
     W = target.float()
     if solution.perm is not None:
@@ -95,6 +96,7 @@ class _Sweep:
         """
         steps, g = self._steps(group), group.start // self.columns
         old = self.scale[g].float()
+        # A group whose codes all equal the zero point has no steps: curvature 0, and `new` is NaN, so nothing changes.
         slope = (steps * gradient).sum(0)
         curvature = (steps * (self.H[group, group] @ steps)).sum(0)
         new = (old + slope / curvature).to(torch.float16).float()
