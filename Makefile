@@ -43,7 +43,7 @@ conformance: $(STAMP)
 	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	-$(PEERS)/bin/python -m pip install --quiet compressed-tensors transformers accelerate
 	-$(PEERS)/bin/python -m pip install --quiet --no-build-isolation gptqmodel
-	$(BIN)/python -m tests.peers $(CURDIR)/$(PEERS)/bin/python
+	$(BIN)/python -m tests.checkpoint.peers $(CURDIR)/$(PEERS)/bin/python
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info

@@ -64,17 +64,28 @@ def test_links_lead_somewhere() -> None:
             assert (path.parent / target).exists(), f"{page}: {target}"
 
 
+NAMED = re.compile(r"`([\w/]+\.py)`|\b((?:gptq_ao|passes|kernels|tests|benchmarks|examples)/[\w/]+\.py)")
+
+
 def test_files_that_prose_names_exist() -> None:
-    """In Markdown and in Python: a file is beside the one that names it, or below one of the roots."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
+    """In Markdown, Python and the Makefile: a file is beside the one that names it, or below one of the roots."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]
     sources = [p for folder in ("gptq_ao", "kernels", "passes", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
     missing = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in [*pages, *sources]
-        for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8"))
+        for name in map("".join, NAMED.findall(path.read_text(encoding="utf-8")))
         if name != "__init__.py" and not any((root / name).is_file() for root in (path.parent, ROOT, ROOT / "gptq_ao"))
     ]
     assert missing == []
+
+
+def test_modules_that_the_makefile_runs_exist() -> None:
+    modules = re.findall(r"-m (tests[\w.]*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert modules
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 def test_every_option_of_quantize_is_documented() -> None:

@@ -1,6 +1,6 @@
 """`make conformance`: files that gptq_ao writes, read by the libraries whose formats they are.
 
-    python -m tests.peers PYTHON      PYTHON: of an environment with gptqmodel and compressed-tensors
+    python -m tests.checkpoint.peers PYTHON      PYTHON: of an environment with gptqmodel and compressed-tensors
 
 Each checkpoint is read in a process that does not import gptq_ao, by the peer's own loader, and its logits are compared
 with those of the same weights, dense. compressed-tensors has two: the library, and transformers with it. llm-compressor
@@ -92,7 +92,7 @@ def main(python: str) -> int:
     ids = token_batches(1, rows=1, length=12)[0]["input_ids"]
     with tempfile.TemporaryDirectory() as folder:
         print("| checkpoint | format | reader | largest difference of a logit | |\n|---|---|---|---|---|")
-        with tarfile.open(Path(__file__).parent / "formats" / "peers.tar.xz") as archive:
+        with tarfile.open(Path(__file__).with_name("peers.tar.xz")) as archive:
             archive.extractall(folder, filter="data")
         cannot: dict[bool, set[str]] = {True: set(), False: set()}  # symmetric → who does not read llm-compressor's own
         for sym in (True, False):
