@@ -48,10 +48,14 @@ def fuse_projections_(model: nn.Module, batch: Any) -> Fusion:
     """
     (sample,) = read_batches([batch])
     program = capture(model, sample)
+    # The graph knows which products have one activation. The modules that own their weights are then replaced in the
+    # model.
     sites, _ = find_linears(canonicalize(program, next(model.parameters()).device))
+    # `type(m) is`, not isinstance: a subclass may compute something else.
     layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     fused, left = [], {}
     for names in _sharing(sites, layers):
+        # q may differ from k and v (bits by a rule, say): those that agree are still fused.
         alike: dict[Any, list[str]] = {}
         for name in names:
             why = _unfit(layers[name])
@@ -72,6 +76,7 @@ def fuse_projections_(model: nn.Module, batch: Any) -> Fusion:
 
 def unfuse_projections_(model: nn.Module) -> None:
     """Undo `fuse_projections_`. The layers' weights are then views of what was one weight."""
+    # A list first: the modules are replaced while they are gone through.
     for name, module in list(model.named_modules()):
         if isinstance(module, Projection):
             model.set_submodule(name, module.layer())
@@ -84,7 +89,9 @@ def _sharing(sites: Sequence[LinearSite], layers: dict[str, nn.Linear]) -> list[
         places.setdefault(site.weight.removesuffix(".weight"), []).append(site)
     shared: dict[Any, list[str]] = {}
     for name, [site, *more] in places.items():
+        # A site may multiply only some rows of a weight, or be one of several experts.
         whole = site.part == (0, site.layout.rows) and site.experts == 1
+        # `more`: the layer is called in several places, perhaps with another activation each time.
         if name in layers and whole and not more and site.left_out is None:
             shared.setdefault(site.rows, []).append(name)
     return [names for names in shared.values() if len(names) > 1]
@@ -93,6 +100,7 @@ def _sharing(sites: Sequence[LinearSite], layers: dict[str, nn.Linear]) -> list[
 def _unfit(layer: nn.Linear) -> str | None:
     if not isinstance(layer.weight, GroupTensor):
         return "it is not quantized"
+    # Parts have to be whole tiles for the fused weight to be cut again without a copy.
     if layer.out_features % TILE_ROWS:
         return f"its {layer.out_features} output features are not a multiple of {TILE_ROWS}"
     return None
@@ -101,5 +109,6 @@ def _unfit(layer: nn.Linear) -> str | None:
 def _kind(layer: nn.Linear) -> Any:
     """Layers that agree in this can be one."""
     w: Any = layer.weight
+    # The values of `perm`: one weight has one order of columns.
     order = None if w.perm is None else tuple(w.perm.tolist())
     return type(w), w.group_size, w.dtype, w.device, order, layer.bias is None

@@ -38,6 +38,7 @@ def tune(model: nn.Module, rows: Sequence[int] = (1, 16, 64, 256), path: Path | 
     weights: dict[Product, list[GroupTensor]] = {}
     for parameter in model.parameters():
         if isinstance(parameter, GroupTensor) and parameter.is_cuda and parameter.qdata.dim() == 3:
+            # The kernel looks up the bucket of a number of rows, so each bucket is measured once.
             for count in sorted({cuda.bucket(r) for r in rows}):
                 weights.setdefault(_product(parameter, count), []).append(parameter)
     if not weights:
@@ -45,11 +46,14 @@ def tune(model: nn.Module, rows: Sequence[int] = (1, 16, 64, 256), path: Path | 
     device = next(iter(weights.values()))[0].device
     name = torch.cuda.get_device_name(device)
     file = measured.default_path(name) if path is None else Path(path)
+    # What was measured for other models stays in the file.
     entries = measured.load(file)
+    # Kernels launch on the current device, which need not be that of the weights.
     with torch.cuda.device(device), torch.no_grad():
         for product, same in weights.items():
             entries[product] = _fastest(product, same)
     measured.save(file, name, entries)
+    # This process has chosen configurations already and would keep them.
     cuda.forget()
     return file
 
@@ -62,12 +66,16 @@ def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
     from gptq_ao.kernels.tuning.timing import BEYOND_CACHE, microseconds
 
     size = weights[0].qdata.nbytes + weights[0].scale_zero.nbytes
+    # As many weights as it takes to exceed the cache: in a model, too, other weights are read in between.
     count = -(-BEYOND_CACHE // size)
     # Few of a shape: more in memory, of the same values, so that none is still in the cache.
+    # `Product` says nothing of an order of columns, so none is timed.
     ring = [Packed(*w.packed())._replace(perm=None) for w in weights[:count]]
     ring += [ring[0].each(torch.clone) for _ in range(count - len(ring))]
     x = torch.randn(1, p.rows, p.in_features, device="cuda", dtype=torch.bfloat16)
+    # A configuration of None means: dequantize, then a dense product.
     best = Tuned(None, float("inf"))
+    # For few rows the dense way is never the faster one; the time to measure it is saved.
     if p.rows > min(FUSED_ROWS.values()):
 
         def dense(i: int) -> Tensor:
@@ -75,6 +83,7 @@ def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
 
         best = Tuned(None, microseconds(dense, count, calls=24))
     weight = cuda.dequantize(ring[0], torch.float32)
+    # In fp32, so that a wrong kernel is not compared with rounding errors of the reference.
     expected = x[0].float() @ weight.T
     # Rounding to bf16 of weights (when multiplied by their scales) and of the result, with room to spare.
     tolerance = 2.0**-6 * (x[0].float().abs() @ weight.abs().T)

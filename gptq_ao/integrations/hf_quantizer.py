@@ -64,6 +64,7 @@ class GptqAoConfig(CheckpointConfig):
     """
 
     def __init__(self, bits: int = 4, group_size: int = 128, *, calibration: Any = None, **settings: Any) -> None:
+        # Only the method goes into config.json; after loading, it is replaced by what the quantized model holds.
         super().__init__({"quant_method": "gptq_ao"})
         if calibration is None:
             settings.setdefault("method", "rtn")
@@ -91,6 +92,7 @@ class GptqAoQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and getattr(self.quantization_config, "recipe", None) is None:
             raise ConfigError("the model is not quantized: give quantization_config=GptqAoConfig(calibration=…)")
+        # accelerate writes offloaded tensors as plain arrays, which a tensor subclass is not.
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ConfigError("quantized weights cannot be offloaded to the disk: leave 'disk' out of device_map")
 
@@ -100,7 +102,10 @@ class GptqAoQuantizer(HfQuantizer):
         directory = _directory(model, checkpoint_files or [])
         with torch.device("cpu"):  # transformers calls this where new tensors are on meta
             self._files = open_quantized(directory)
+            # Not strict: a new head that the checkpoint lacks is for transformers to initialize and report.
             self._source = source_of(directory, self._files.tensors, model, strict=False)
+        # transformers would otherwise warn of codes and zero points that it has not used: it is told to read the scales
+        # only.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, self._files.format.others}
 
@@ -115,6 +120,7 @@ class GptqAoQuantizer(HfQuantizer):
         if self._files is None:
             return []
         format = self._files.format
+        # One converter for each last part of a parameter's name ("weight"); its pattern matches the scale beside it.
         leaves = sorted({name.rpartition(".")[2] for name in self._files.weights})
         scales = {leaf: format.scale if format.hub_names else f"{leaf}.{format.scale}" for leaf in leaves}
         return [WeightConverter([scale], [leaf], operations=[_Read(self)]) for leaf, scale in scales.items()]
@@ -124,15 +130,19 @@ class GptqAoQuantizer(HfQuantizer):
         are named as the dense ones are in a hub checkpoint."""
         ours = []
         if self._files is not None and self._files.format.hub_names:
+            # The same conversion once more, with scales as its sources: the files name experts' scales as they name
+            # their weights.
             for c in weight_conversions:
                 if isinstance(c, WeightConverter) and all(s.endswith(".weight") for s in c._original_source_patterns):
                     scale = self._files.format.scale
                     sources = [s.removesuffix("weight") + scale for s in c._original_source_patterns]
                     same = WeightConverter(sources, list(c._original_target_patterns), operations=[_Read(self, c)])
+                    # They limit to which submodels a conversion applies, so the copy has to have the same.
                     same.scope_prefix, same.base_model_prefix = c.scope_prefix, c.base_model_prefix
                     ours.append(same)
         return [*ours, *weight_conversions, *self.get_weight_conversions()]
 
+    # `device_map="auto"` is decided before anything is loaded, when parameters still look dense.
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes of an element, for `device_map="auto"`. Going by the files: they hold slightly more than the weight."""
         if self._source is not None and param_name in self._source.conversions:
@@ -154,6 +164,7 @@ class GptqAoQuantizer(HfQuantizer):
         model._weight_conversions = []
         if self._files is not None:
             self._files.rounding.warn()
+        # They hold the headers of all files.
         self._files = self._source = None
         recipe = getattr(self.quantization_config, "recipe", None)
         if not self.pre_quantized and recipe is not None:
@@ -163,11 +174,15 @@ class GptqAoQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the format that was loaded, or the native one."""
         state = model.state_dict(keep_vars=True)
+        # Of tied parameters one name is written, as transformers does.
         values = {first: state[first].detach() for first, *_ in state_names(model)}
         settings = self.quantization_config.to_dict()
+        # A model of a gptq checkpoint is saved as one, so that whatever reads the original reads this too.
         format = format_in(settings, type(model).__name__)
         if format.name == "gptq" and not settings.get("sym", True):
             format = FORMATS["gptq_v2"]  # version 1 is ambiguous for asymmetric weights
+        # `export` needs transformers' conversions to split experts again; afterwards `save_pretrained` must not do it
+        # twice.
         model._weight_conversions = self._conversions
         try:
             exported = format.export(model, values)
@@ -177,6 +192,7 @@ class GptqAoQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config = CheckpointConfig(content)
         return tensors, {}
 
+    # Properties and methods that transformers asks before it saves, trains (adapters) or compiles a model.
     def is_serializable(self) -> bool:
         return True
 
@@ -195,6 +211,7 @@ class GptqAoQuantizer(HfQuantizer):
                 if isinstance(parameter, GroupTensor):
                     dense = parameter.dequantize(wanted or parameter.dtype)
                     module._parameters[name] = nn.Parameter(dense, requires_grad=False)
+        # The model is dense now: when it is saved, transformers itself reverts its conversions.
         model._weight_conversions = self._conversions
         return model
 
@@ -210,9 +227,11 @@ class _Read(ConversionOps):
         return _Read(self.hf_quantizer)  # transformers copies the operation for each parameter
 
     def convert(self, input_dict: Any, *args: Any, full_layer_name: str = "", **kwargs: Any) -> dict[str, Tensor]:
+        # One tensor, or a list of several (all experts of a layer): only the device is taken from it.
         scales = next(iter(input_dict.values()))
         device = (scales[0] if isinstance(scales, list) else scales).device
         made = self.hf_quantizer.read(full_layer_name, device)
+        # What was read on the host is free again once it is on the device.
         if device.type != "cpu":
             return_freed_memory()
         return {name: nn.Parameter(t, requires_grad=False) for name, t in made.items()}
@@ -220,6 +239,7 @@ class _Read(ConversionOps):
 
 def _directory(model: Any, checkpoint_files: list[str]) -> Path:
     """Where the files are that transformers found by joining the index's names, which may be anything."""
+    # A local directory, or a hub id: then the files lie in one snapshot of the hub's cache.
     local = Path(str(model.config._name_or_path))
     folders = {Path(file).parent for file in checkpoint_files}
     directory = local if local.is_dir() else min(folders, default=local)

@@ -14,6 +14,7 @@ def when_imported(module: str, then: Callable[[], object]) -> None:
     if module in sys.modules:
         then()
     else:
+        # In front, so that it is asked before the finder that has the module.
         sys.meta_path.insert(0, _Watch(module, then))
 
 
@@ -28,15 +29,18 @@ class _Watch(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.module:
             return None
+        # Not `importlib.util.find_spec`, which would ask this finder again, without end.
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((s for finder in others if (s := finder.find_spec(fullname, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
+            # After the module's own code: what `then` needs from it does not exist before.
             spec.loader.exec_module = self._then_too(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
         return spec
 
     def _then_too(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
         def execute_and_more(module: ModuleType) -> None:
             execute(module)
+            # A module may be executed again (importlib.reload).
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
                 self.then()

@@ -24,6 +24,7 @@ def register() -> None:
 def _quantize_module(module: nn.Module, config: GPTQConfig, *, parameter_name: str = "weight") -> nn.Module:
     if config.calibration is None:
         quantize_parameter_(module, parameter_name, config)
+    # Without a filter torchao hands over each Linear by itself. Rounding it silently would not be what was asked for.
     elif isinstance(module, nn.Linear):
         raise ConfigError(
             "torchao handed over a single Linear, but GPTQ has to see the whole model: call "

@@ -39,9 +39,11 @@ def register() -> None:
     Importing this module does that; importing gptq_ao imports it as soon as transformers' models are there.
     """
     for format in FORMATS.values():
+        # No loader of transformers is displaced.
         if not format.needs:
             auto.AUTO_QUANTIZER_MAPPING[format.quant_method] = GptqAoQuantizer
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[format.quant_method] = CheckpointConfig
+        # transformers has a loader but it would only raise: a package it needs is not installed.
         elif any(importlib.util.find_spec(package) is None for package in format.needs):
             load_with_gptq_ao(format.quant_method)
 
@@ -55,6 +57,7 @@ def load_with_gptq_ao(*quant_methods: str) -> None:
     """
     for method in _known(quant_methods):
         own = (auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method])
+        # Not overwritten by a second call, which would find this package's classes there.
         _replaced.setdefault(method, own)
         auto.AUTO_QUANTIZER_MAPPING[method] = GptqAoQuantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CheckpointConfig
@@ -96,10 +99,13 @@ def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.
     directory = Path(source)
     if directory.is_dir():
         if format_of(directory) is not None:
+            # `.to`, since buffers that are in no file were computed on the CPU.
             return load_quantized(directory, device=device).to(device)
+        # Before transformers opens anything: it would follow an index that names files elsewhere.
         check_weight_map(directory)
     try:
         with _bars_on_a_terminal_only():
+            # Safetensors only: other weight files are pickles, which can run code.
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
             )

@@ -34,6 +34,7 @@ def empty_model(
         )
     config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     names = getattr(config, "architectures", None) or []
+    # Only a class of transformers itself: a name in a config must not lead to code that came with the checkpoint.
     kind: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(kind, type) and hasattr(kind, "_from_config")):
         raise CheckpointError(
@@ -49,10 +50,13 @@ def empty_model(
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters that modules create meanwhile take no memory. Buffers do: some are computed, not loaded."""
+    # Not `torch.device("meta")`, which would also take the buffers: rotary frequencies are in no file, they must be
+    # computed.
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
+        # Each parameter's memory is freed as soon as it is registered, so the model never takes more than one of them.
         if parameter is not None and parameter.device.type != "meta":
             empty = torch.empty_like(parameter, device="meta")
             module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)

@@ -19,6 +19,7 @@ def check_unquantized(model: nn.Module) -> None:
     """
     if next(model.parameters(), None) is None:
         raise NoLinearError(f"the model ({type(model).__name__}) has no parameters: nothing to quantize")
+    # The base class of torchao, so that weights quantized by torchao are recognized as well.
     done = [name for name, p in model.named_parameters() if isinstance(p, TorchAOBaseTensor)]
     if done:
         raise ConfigError(
@@ -46,8 +47,10 @@ def check_values(parameters: Iterable[tuple[str, Tensor]]) -> None:
 def name_filter(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> Callable[[str], bool]:
     """A condition on modules as one on parameter names. A shared parameter is wanted if one of its modules is."""
     chosen = set()
+    # A shared module has several names, and the filter may want it by any of them.
     for prefix, module in model.named_modules(remove_duplicate=False):
         if filter_fn(module, prefix):
+            # By identity: a tied parameter has another name in each module.
             chosen |= {id(p) for p in module._parameters.values() if p is not None}
     return lambda name: id(model.get_parameter(name)) in chosen
 
@@ -56,6 +59,7 @@ def output_heads(model: nn.Module) -> frozenset[str]:
     """The output head of a Hugging Face model, by the model's own word."""
     declared = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(declared, "weight", None)
+    # All names of the tensor: a head that is tied to the embedding also has the embedding's.
     return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p is weight)
 
 
@@ -66,7 +70,9 @@ def state_names(model: nn.Module) -> list[list[str]]:
         CheckpointError: the model has state that is not a tensor.
     """
     names: dict[int, list[str]] = {}
+    # `keep_vars`: without it each name gets a detached copy, and tied parameters could not be recognized by identity.
     for name, value in model.state_dict(keep_vars=True).items():
+        # A module may put anything into its state_dict, through `get_extra_state`.
         if not isinstance(value, Tensor):
             raise CheckpointError(f"state {name!r} is a {type(value).__name__}, not a tensor: it cannot be saved")
         names.setdefault(id(value), []).append(name)

@@ -59,11 +59,13 @@ class ModelWeights:
     @property
     def device(self) -> torch.device:
         """Where the model computes, going by its first parameter; on the CPU, if that has no values yet."""
+        # An offloaded parameter itself is on meta, so its hook is asked where it computes.
         device = self._execution_device(next(self.model.named_parameters())[0])
         return torch.device("cpu") if device.type == "meta" else device
 
     def home(self, name: str, *, quantized: bool = False) -> torch.device:
         """See `Weights`. What accelerate offloads counts as in host memory, wherever it is."""
+        # A quantized weight is not offloaded again (see `replace`): it stays where it computes.
         device = self._execution_device(name) if quantized else _tensor(self.model, name).device
         return torch.device("cpu") if device.type == "meta" else device
 
@@ -79,6 +81,7 @@ class ModelWeights:
         """
         value = _tensor(self.model, name)
         if value.device.type == "meta":
+            # What accelerate offloads is on meta between two forwards; the hook has a map from names to values.
             _, hook, key = _offloaded(self.model, name)
             if hook is None:
                 raise ConfigError(f"{name!r} is on the meta device, it has no values: load the weights first")
@@ -93,6 +96,7 @@ class ModelWeights:
         """
         for each in replace_parameter(self.model, name, new.to(self._execution_device(name))):
             module, hook, _ = _offloaded(self.model, each)
+            # Otherwise the hook would put the old values back at the next forward.
             if hook is not None:
                 _keep(module, hook)
 
@@ -113,9 +117,11 @@ def _offloaded(model: nn.Module, name: str) -> tuple[nn.Module, Any, str]:
     """The module whose hook brings in the tensor `name`, the hook, and the tensor's name there; hook None if none does.
     It is the module that has the tensor, or one around it that brings in all its submodules at once."""
     parts = name.split(".")
+    # From the tensor's own module outwards.
     for depth in reversed(range(len(parts))):
         module = model.get_submodule(".".join(parts[:depth]))
         for hook in _hooks(module):
+            # The hook of a module around it counts only if it places submodules too (`place_submodules`).
             if hook.offload and (hook.place_submodules or depth == len(parts) - 1):
                 return module, hook, ".".join(parts[depth:])
     return model, None, name
@@ -124,6 +130,7 @@ def _offloaded(model: nn.Module, name: str) -> tuple[nn.Module, Any, str]:
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """Accelerate's hooks that place a module's tensors, recognized by what they have: accelerate may be missing."""
     hook = getattr(module, "_hf_hook", None)
+    # Accelerate wraps several hooks of one module into one, which has them as `hooks`.
     yield from (h for h in getattr(hook, "hooks", (hook,)) if hasattr(h, "weights_map"))
 
 
@@ -131,6 +138,7 @@ def _keep(module: nn.Module, hook: Any) -> None:
     """Bring in what a hook offloads, for good."""
     recurse = hook.place_submodules
     for name, value in [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]:
+        # Already in place: the quantized weight itself.
         if value.device.type != "meta":
             continue
         prefix, _, leaf = name.rpartition(".")
@@ -140,6 +148,7 @@ def _keep(module: nn.Module, hook: Any) -> None:
             owner._buffers[leaf] = real
         else:
             owner._parameters[leaf] = nn.Parameter(real, requires_grad=value.requires_grad)
+    # Last: with it the hook would send everything to meta again after the next forward.
     hook.offload = False
 
 
@@ -155,8 +164,10 @@ def replace_parameter(model: nn.Module, name: str, value: Tensor) -> tuple[str, 
     old = model.get_parameter(name)
     new = nn.Parameter(value, requires_grad=False)
     replaced = []
+    # Duplicates included: a shared module is met once under each of its names, and all names are returned.
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module._parameters.items():
+            # `is new`: a shared module that has been met under another name before.
             if parameter is old or parameter is new:
                 module._parameters[leaf] = new
                 replaced.append(f"{prefix}.{leaf}" if prefix else leaf)

@@ -23,17 +23,21 @@ class FusedProjections(nn.Module):
         biases = tuple(layer.bias for layer in layers if layer.bias is not None)
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
         self.sizes = [layer.out_features for layer in layers]
+        # x, and the parts computed from it; None in place of a part that has been taken.
         self._waiting: tuple[Tensor, list[Tensor | None]] | None = None
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """[..., out_features] from x [..., in_features]: what layer number `index` computes."""
         waiting = self._waiting
+        # Compared by identity: equal values would have to be read. A part that was taken is None, so asking twice
+        # computes again.
         if waiting is None or waiting[0] is not x or waiting[1][index] is None:
             fresh: list[Tensor | None] = [*F.linear(x, self.weight, self.bias).split(self.sizes, -1)]
             waiting = x, fresh
         parts = waiting[1]
         mine, parts[index] = parts[index], None
         assert mine is not None
+        # When the last part is taken, x and the product are let go: they would be kept until the next call.
         self._waiting = None if all(p is None for p in parts) else waiting
         return mine
 
@@ -54,6 +58,7 @@ class Projection(nn.Module):
         start = sum(self.fused.sizes[: self.index])
         rows = slice(start, start + self.fused.sizes[self.index])
         weight, bias = self.fused.weight, self.fused.bias
+        # On meta: the weight that the constructor makes is replaced at once.
         layer = nn.Linear(weight.shape[1], rows.stop - start, bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight.detach()[rows], requires_grad=False)
         if bias is not None:

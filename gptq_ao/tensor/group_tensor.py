@@ -69,10 +69,12 @@ class GroupTensor(TorchAOBaseTensor):
         high_plane: Tensor | None = None,
         perm: Tensor | None = None,
     ) -> "GroupTensor":
+        # `qdata` has tile row, tile column and word last; what is in front of them is a stack's.
         shape = torch.Size(view_as or (*qdata.shape[:-3], out_features, in_features))
         strides = [1]  # as the dense weight has them
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
+        # With `view_as` the shape is given as it is seen; `transposed` then only says how the matrix within is stored.
         if transposed and view_as is None:
             shape = torch.Size((*shape[:-2], in_features, out_features))
             strides[-1], strides[-2] = strides[-2], strides[-1]
@@ -128,6 +130,7 @@ class GroupTensor(TorchAOBaseTensor):
         if codes.dtype != torch.uint8:
             raise ConfigError(f"{cls.__name__} takes codes as uint8, got {codes.dtype}")
         _check_parts(cls, codes.shape, scale, zero_point, perm, view_as)
+        # A larger code would spill into the bits of its neighbour.
         _check_range(cls, "codes", codes)
         planes = pack_codes(codes, cls.bits)
         return cls._of_planes(planes, codes.shape[-1], scale, zero_point, dtype, perm, transposed, view_as)
@@ -151,6 +154,7 @@ class GroupTensor(TorchAOBaseTensor):
             words: [..., N, ⌈K·bits/32⌉] int32, each row a stream of bits (see `codes/tiles.py`).
             in_features: K.
         """
+        # Rounded up: the last word of a row may be partly filled.
         width = -(-in_features * cls.bits // 32)
         if words.dtype != torch.int32 or words.dim() < 2 or words.shape[-1] != width:
             raise ConfigError(
@@ -199,11 +203,13 @@ class GroupTensor(TorchAOBaseTensor):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in the shape of this tensor."""
         weight = ops.dequantize(*self.packed(), output_dtype or self.dtype)
+        # First the matrix as the model stores it, then its shape: `view_as` has the elements of that matrix in order.
         weight = weight.mT if self.transposed else weight
         return weight if self.view_as is None else weight.reshape(self.view_as)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # An operator of another library may come here as a packet (all its overloads) or as one overload.
         name = None
         if isinstance(func, torch._ops.OpOverloadPacket):
             name = func._qualified_op_name
@@ -216,9 +222,11 @@ class GroupTensor(TorchAOBaseTensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Under inference_mode composite operators (`.to`, `.T`, `matmul`) arrive whole: take them apart first.
+        # "Composite" operators are those that torch defines by other operators.
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if func not in cls._ATEN_OP_TABLE[cls] and func.has_kernel_for_dispatch_key(composite):
             return func.decompose(*args, **(kwargs or {}))
+        # By name, not by object: such an operator may not have existed when the table of torchao was filled.
         by_name = cls.implemented_by_name.get(func._schema.name)
         if by_name is not None:
             return by_name(func, types, args, kwargs)
@@ -248,6 +256,7 @@ class GroupTensor(TorchAOBaseTensor):
 
     def replace(self, **attributes: Any) -> "GroupTensor":
         """The same weight with other inner tensors or attributes, without a copy."""
+        # The order of the constructor's parameters.
         names = [*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names]
         return type(self)(*(attributes.get(n, getattr(self, n)) for n in names))
 
@@ -262,6 +271,7 @@ class GroupTensor(TorchAOBaseTensor):
 
     def expanded(self, lead: tuple[int, ...]) -> "GroupTensor":
         """The matrix as a stack of `lead` equal ones (or, for `()`, the first matrix of a stack), without a copy."""
+        # All equal matrices lie on top of each other, so the first one stands for them.
         first = (0,) * (self.dim() - 2)
         return self.each(lambda t: t.expand(*lead, *t.shape) if lead else t[first])
 
@@ -277,6 +287,7 @@ class GroupTensor(TorchAOBaseTensor):
 
     def _stable_hash_for_caching(self) -> str:
         """For torch.compile's cache, which must recognize a weight of the same kind in another process."""
+        # Shapes of the inner tensors tell what the repr does not: whether there is a `perm`, and a stack's tiles.
         parts = [f"{n}:{tuple(t.shape)}" for n in self.__tensor_flatten__()[0] for t in (getattr(self, n),)]
         return f"{self!r} transposed={self.transposed} {' '.join(parts)}"
 
@@ -296,6 +307,7 @@ def _check_parts(
             f"{name} takes zero_point as uint8 and scale as float16, got {zero_point.dtype}, {scale.dtype}"
         )
     shapes = f"codes {tuple(codes)}, scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}"
+    # Shapes before values: the checks below that read values rely on them.
     if len(codes) < 2 or scale.shape != zero_point.shape or codes[:-1] != scale.shape[:-1]:
         raise ConfigError(f"{name} takes codes [..., N, K] with scale and zero_point [..., N, G], got {shapes}")
     if codes.numel() == 0 or scale.shape[-1] == 0 or codes[-1] % scale.shape[-1]:
@@ -305,11 +317,13 @@ def _check_parts(
     _check_range(cls, "zero_point", zero_point)
     if not torch.isfinite(scale).all():
         raise NonFiniteError(f"{name}: a scale is NaN or infinite")
+    # An index that occurs twice or is out of range would read wrong activations, or memory that is not there.
     if perm is not None and not torch.equal(perm.long().sort().values, torch.arange(codes[-1], device=perm.device)):
         raise ConfigError(f"{name}: perm is not a permutation of the {codes[-1]} input features")
 
 
 def _check_range(cls: type[GroupTensor], what: str, t: Tensor) -> None:
+    # The maximum is enough: uint8 has nothing below 0.
     if int(t.max()) > max_code(cls.bits):
         raise ConfigError(
             f"{cls.__name__}: {what} reach {int(t.max())}, {cls.bits} bits hold at most {max_code(cls.bits)}"

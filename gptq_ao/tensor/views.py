@@ -30,6 +30,7 @@ def transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     """
     weight = args[0]
     d = weight.dim()
+    # All three operators as one list of axes; `t` takes none, it is the transpose of dimensions 0 and 1.
     if func is aten.permute.default:
         axes = [a % d for a in args[1]]
     else:
@@ -40,6 +41,7 @@ def transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     if axes not in (identity, [*identity[:-2], d - 1, d - 2]):
         raise NotImplementedError(f"{weight!r}: only the last two dimensions can be exchanged, got {axes}")
     with torch.inference_mode(False):  # a view of an ordinary tensor is an ordinary tensor, also under inference_mode
+        # The codes stay where they are; a flag says which way they are read.
         flipped = weight.replace(transposed=weight.transposed != (axes != identity))
     return _aliased(func, args, kwargs, flipped)
 
@@ -54,6 +56,7 @@ def expand(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     weight, size = args
     *lead, n, k = size
     if tuple(size) == tuple(weight.shape):
+        # Nothing to expand: another tensor object of the same weight.
         lead = []
     elif weight.dim() != 2 or (n, k) not in (tuple(weight.shape), (-1, -1)):
         raise NotImplementedError(f"{weight!r} cannot be expanded to {tuple(size)}")
@@ -73,6 +76,7 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     # `matmul` expands a matrix over the batch and flattens that: the matrices of such a stack lie on top of each other.
     one_matrix = weight.qdata.stride()[:-3] == (0,) * (weight.dim() - 2)
     with torch.inference_mode(False):
+        # A view must be a new tensor object even if nothing changes.
         if tuple(size) == tuple(weight.shape):
             return _aliased(func, args, kwargs, weight.replace())
         if one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:]):
@@ -86,11 +90,14 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 def _restacked(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
     """The same rows as another stack: a view where every matrix is made of whole tiles, else dense."""
+    # What −1 stands for: all rows, divided by the sizes that are given.
     rows = weight.shape[:-1].numel()
     known = torch.Size(s for s in size[:-1] if s != -1).numel()
+    # n is the number of rows of each matrix of the new stack.
     *lead, n = (rows // known if s == -1 else s for s in size[:-1])
     if (*lead, n) == weight.shape[:-1]:
         return weight.replace()
+    # A tile of 16 rows lies in one piece, so a matrix can begin only where a tile does.
     if n % TILE_ROWS or weight.out_features % TILE_ROWS:
         return weight.dequantize().view(size)
     return weight.each(lambda t: t.reshape(*lead, n // TILE_ROWS, *t.shape[-2:]), out_features=n)
@@ -98,9 +105,11 @@ def _restacked(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
 
 def _rows(weight: GroupTensor, start: int, stop: int) -> Tensor:
     """Rows of every matrix: a view where whole tiles are meant, else dense, with the same values."""
+    # The end may lie within a tile only where the weight itself ends there: the rest of that tile is padding.
     if start % TILE_ROWS or (stop % TILE_ROWS and stop != weight.out_features):
         dense = weight.replace(transposed=False).dequantize()[..., start:stop, :]
         return dense.mT if weight.transposed else dense
+    # The end is rounded up, to include a last tile that is partly filled.
     tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
     return weight.each(lambda t: t[..., tiles, :, :], out_features=stop - start)
 
@@ -108,12 +117,16 @@ def _rows(weight: GroupTensor, start: int, stop: int) -> Tensor:
 def _narrowed(weight: GroupTensor, dim: int, start: int, stop: int) -> Tensor:
     """`weight[start:stop]` along `dim`."""
     size, dim = weight.shape[dim], dim % weight.dim()
+    # Python's rules for slices: negative numbers count from the end, and what is out of range is cut off.
     start, stop = (min(max(i + size if i < 0 else i, 0), size) for i in (start, stop))
     if weight.view_as is None and start < stop:
+        # Output features: cut between tiles.
         if dim == weight.dim() - (1 if weight.transposed else 2):
             return _rows(weight, start, stop)
+        # A stack's own dimension: whole matrices are taken.
         if dim < weight.dim() - 2:
             return weight.experts((slice(None),) * dim + (slice(start, stop),))
+    # Columns would be cut (groups stay whole), or a convolution's shape, or nothing is left.
     return weight.dequantize().narrow(dim, start, max(stop - start, 0))
 
 
@@ -136,6 +149,7 @@ def split(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
     def parts(w: GroupTensor, sizes: int | list[int], dim: int = 0) -> list[Tensor]:
         total = w.shape[dim]
+        # One size: the last part is what remains. As `torch.split` does it.
         each = [min(sizes, total - i) for i in range(0, total, sizes)] if isinstance(sizes, int) else sizes
         ends = itertools.accumulate(each)
         return [_narrowed(w, dim, end - size, end) for size, end in zip(each, ends, strict=True)]
@@ -150,6 +164,7 @@ def select(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     weight, dim, index = args
     dim %= weight.dim()
     with torch.inference_mode(False):
+        # Only whole matrices can be taken by number; a single row of one lies within a tile.
         stacked = dim < weight.dim() - 2 and weight.view_as is None
         part = weight.experts((slice(None),) * dim + (index,)) if stacked else weight.dequantize().select(dim, index)
     return _aliased(func, args, kwargs, part)
@@ -166,7 +181,9 @@ def squeeze(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     dims = [d % weight.dim() for d in given] or [d for d in range(weight.dim()) if weight.shape[d] == 1]
     if weight.view_as is not None or any(d > weight.dim() - 3 for d in dims):
         raise NotImplementedError(f"{weight!r}: only dimensions in front of the matrices' can be removed, not {dims}")
+    # From the last one on: removing a dimension would renumber those behind it.
     for dim in sorted(dims, reverse=True):
+        # A dimension of another size stays, as `torch.squeeze` leaves it.
         weight = weight.select(dim, 0) if weight.shape[dim] == 1 else weight
     return weight
 
@@ -183,11 +200,13 @@ def index(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     """`weight[numbers]`, a copy: quantized where leading dimensions are indexed by integers, else dense."""
     weight, numbers = args
     lead = weight.dim() - 2
+    # A boolean index may span several dimensions, so the count of indices would not tell which ones it takes.
     if weight.view_as is None and len(numbers) <= lead and all(n is None or n.dtype != torch.bool for n in numbers):
         return weight.experts(tuple(slice(None) if n is None else n for n in numbers))
     return weight.dequantize()[tuple(slice(None) if n is None else n for n in numbers)]
 
 
+# Kept before the registration below replaces it in the table.
 _torchao_detach = GroupTensor._ATEN_OP_TABLE[GroupTensor][aten.detach.default]
 
 
