@@ -124,9 +124,11 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     own = signature(command).parameters
 
     @functools.wraps(command)
+    # typer passes everything by name, so the shared options can be picked out.
     def run(**given: Any) -> None:
         command(config=_settings(**{name: given.pop(name) for name in shared}), **given)
 
+    # Where the command has `config`, all shared parameters; its other parameters stay where they are.
     parameters = [q for p in own.values() for q in (shared.values() if p.name == "config" else (p,))]
     # typer reads the one for the order and the defaults, the other for the types.
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -157,6 +159,7 @@ def quantize(
     """Quantize MODEL and write it to OUT."""
     if calibration is None and config.method == "gptq":
         raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
+    # First: a mistyped option is to fail before a model is loaded.
     limits = _limits(max_memory)
     tokenizer = load_tokenizer(model)
     if calibration is not None:
@@ -199,11 +202,14 @@ def plan_(
 ) -> None:
     """What `quantize` would do to MODEL, and the memory, disk and time it would take."""
     limits = _limits(max_memory)
+    # bf16 where the config names no dtype: without the files nothing else says what is stored.
     frame = empty_model(config_directory(model), _dtype(dtype), otherwise=torch.bfloat16)
     if config.method == "gptq":
+        # Only shapes count for a plan, so no text is read and no tokenizer loaded.
         ids = torch.empty(num_samples, seq_len, dtype=torch.int64, device="meta")
         config = config.with_calibration([{"input_ids": rows} for rows in ids.split(batch_size)])
     weights = StreamedWeights(frame) if stream else ModelWeights(frame)
+    # `quantize_checkpoint` holds one file of its result in memory, of at most 2^30 bytes.
     made = plan_weights(weights, config, device=device, max_memory=limits, shard_bytes=2**30 if stream else 0)
     _print({"model": model, **made.to_dict()}, str(made), as_json)
 
@@ -216,6 +222,7 @@ def evaluate_(
     column: Annotated[str, typer.Option(help="Field of the data that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")] = 2048,
+    # 10^9 stands for all of them.
     max_chunks: Annotated[int, typer.Option(min=1, help="Score at most this many, evenly spaced.")] = 10**9,
     batch_size: Annotated[int, typer.Option(min=1, help="Chunks that run together.")] = 4,
     device: Device = "cpu",
@@ -243,6 +250,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a quantized checkpoint holds. Reads its configs and headers, no weight."""
+    # A native checkpoint has a manifest, which says more than the other formats can.
     if path.is_dir() and not (path / MANIFEST).is_file() and format_of(path) is not None:
         _inspect_foreign(path, as_json)
         return
@@ -309,6 +317,7 @@ def main() -> None:
     try:
         app()
     except GPTQError as e:
+        # Added on the way with `add_note`: where it happened, and what it means for the model.
         notes = "".join(f"\n{note}" for note in getattr(e, "__notes__", ()))
         print(f"error: {e}{notes}", file=sys.stderr)
         sys.exit(1)
@@ -327,6 +336,7 @@ def _limits(text: str | None) -> dict[str | int, int | str] | None:
         place, equals, amount = part.partition("=")
         if not equals:
             raise ConfigError(f"--max-memory {text}: {part!r} is not DEVICE=AMOUNT, such as cuda=8GiB,cpu=32GiB")
+        # A number is that of a GPU.
         limits[int(place) if place.isdecimal() else place.strip()] = amount
     return limits
 

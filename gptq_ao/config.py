@@ -57,11 +57,13 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "compensate": "residual",
     },
 }
+# "act" stands for the classic activation order, in which the activation is permuted at run time.
 PRESETS: dict[str, dict[str, Any]] = {
     "4bit-128": {"bits": 4, "group_size": 128},
     "4bit-32-act": {"bits": 4, "group_size": 32, "act_order": "group"},
     "3bit-128-act": {"bits": 3, "group_size": 128, "act_order": "group"},
 }
+# What a rule may set: the settings that decide how one weight is solved.
 OVERRIDABLE = tuple(f.name for f in dataclasses.fields(Recipe))
 
 Override = dict[str, Any] | None
@@ -96,6 +98,7 @@ class GPTQConfig(AOBaseConfig):
         _one_of("bits", self.bits, BITS)
         _one_of("act_order", self.act_order, ACT_ORDERS)
         _one_of("method", self.method, METHODS)
+        # `type(…) is`, here and below: True is an int for isinstance.
         if type(self.group_size) is not int or (self.group_size < 2 and self.group_size != -1):
             raise ConfigError(
                 f"group_size is {self.group_size!r}: give a number of input features that share a scale, "
@@ -131,6 +134,7 @@ class GPTQConfig(AOBaseConfig):
 
     def _check_target(self) -> None:
         allowed = (*BITS, UNCHANGED)
+        # The class is frozen. Sorted, so that the first is the smallest and the last the largest.
         object.__setattr__(self, "candidates", _ascending(self.candidates, allowed))
         target, low, high = self.target_bits, self.candidates[0], self.candidates[-1]
         if target is None:
@@ -140,6 +144,7 @@ class GPTQConfig(AOBaseConfig):
                 f"target_bits is {target!r}: give a number between the smallest and the largest of candidates, "
                 f"{low} and {high}"
             )
+        # 4 is the default: whether it was given cannot be told, any other value was.
         if self.bits != 4:
             raise ConfigError(
                 f"bits={self.bits} and target_bits={target} contradict each other: target_bits chooses the bits of "
@@ -165,6 +170,7 @@ class GPTQConfig(AOBaseConfig):
 
     def rule_for(self, weight: str) -> str | None:
         """The first rule whose pattern matches the parameter name `weight` or the name of its module."""
+        # A rule may name the module that has the weight, which is what users see in a printed model.
         module = weight.rpartition(".")[0]
         return next((p for p in self.rules if _matches(p, weight) or _matches(p, module)), None)
 
@@ -256,6 +262,7 @@ def gptq_config(
         ConfigError: a value is not one of those above, or two of them contradict each other.
     """
     _one_of("effort", effort, tuple(EFFORTS))
+    # What a preset sets; compared below with the defaults, to notice what was given beside it.
     values: dict[str, Any] = {"bits": bits, "group_size": group_size, "act_order": act_order}
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
@@ -279,6 +286,7 @@ def gptq_config(
         "refine_sweeps": refine_sweeps,
         "compensate": compensate,
     }
+    # None is "not given": then the recipe of `effort` decides.
     given = {name: value for name, value in {**values, **recipe}.items() if value is not None}
     return GPTQConfig(
         **{**EFFORTS[effort], **given},
@@ -297,6 +305,7 @@ def gptq_config(
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    # The type too: True equals 1, and 4.0 equals 4.
     if type(value) not in {type(a) for a in allowed} or value not in allowed:
         raise ConfigError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
 
@@ -314,6 +323,7 @@ def _ascending(candidates: Any, allowed: tuple[int, ...]) -> list[int]:
 
 def _overridden(config: GPTQConfig, override: dict[str, Any]) -> GPTQConfig:
     """Bits given by a rule are not up to automatic precision."""
+    # Otherwise the two would contradict each other in `_check_target`.
     fixed = {"target_bits": None} if "bits" in override else {}
     return dataclasses.replace(config, **{**fixed, **override})
 
@@ -330,6 +340,7 @@ def _check_rule(config: GPTQConfig, pattern: str, override: Override) -> None:
     if unknown:
         raise ConfigError(f"rule {pattern!r} sets {unknown[0]!r}: a rule may set {', '.join(OVERRIDABLE)}, or be None")
     try:
+        # Builds the result only to have it checked. Without the rules, which would be checked again, without end.
         _overridden(dataclasses.replace(config, rules={}), override)
     except ConfigError as e:
         raise ConfigError(f"rule {pattern!r}: {e}") from e

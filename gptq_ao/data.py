@@ -45,19 +45,23 @@ def text_batches(
         CalibrationError: the source cannot be read, or holds less than one chunk.
     """
     chunks = token_chunks(tokenizer, read_documents(source, split=split, column=column), seq_len)
+    # A generator of its own, on the CPU: the same seed draws the same chunks anywhere.
     order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))[:num_samples]
     return [{"input_ids": rows} for rows in chunks[order].split(batch_size)]
 
 
 def token_chunks(tokenizer: Callable[..., Any], documents: Iterable[str], seq_len: int) -> Tensor:
     """All chunks of `documents`, int64 [chunks, seq_len]; the remainder is left out."""
+    # Asked for None, not for truth: a token may have the number 0.
     separator = getattr(tokenizer, "bos_token_id", None)
     separator = getattr(tokenizer, "eos_token_id", None) if separator is None else separator
     tokens: list[int] = []
     for text in documents:
         if separator is not None:
             tokens.append(separator)
+        # The separator is placed by hand, so the tokenizer must add none. Not verbose: it would warn of long documents.
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # What does not fill a chunk is dropped: padding would be calibrated on.
     count = len(tokens) // seq_len
     if count == 0:
         raise CalibrationError(
@@ -78,6 +82,7 @@ def read_documents(source: Source, *, split: str = "train", column: str = "text"
         documents = list(source)
     elif Path(source).is_file():
         documents = _read_file(Path(source), column)
+    # A mistyped file name must not be looked up as a dataset on the hub.
     elif Path(source).suffix in _READERS:
         raise CalibrationError(f"there is no file {str(source)!r}")
     else:
@@ -98,6 +103,7 @@ def _read_file(path: Path, column: str) -> list[Any]:
     try:
         return [_text(row, column, path) for row in _READERS[path.suffix](path, column)]
     except (ValueError, OSError) as e:
+        # It is a ValueError itself, with a message that needs no more.
         if isinstance(e, CalibrationError):
             raise
         raise CalibrationError(f"{path} cannot be read: {e}") from e
@@ -110,6 +116,7 @@ def _jsonl(path: Path, column: str) -> Iterator[Any]:
 
 def _json(path: Path, column: str) -> Iterator[Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
+    # An object either has a list of texts under the name of the column, or is a single record.
     content = content.get(column, [content]) if isinstance(content, dict) else content
     yield from content if isinstance(content, list) else [content]
 
@@ -119,6 +126,7 @@ def _txt(path: Path, column: str) -> Iterator[Any]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:
+    # Imported only when it is needed: other files can be read without it.
     import pyarrow.parquet
 
     if column not in pyarrow.parquet.read_schema(path).names:
@@ -137,6 +145,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Any]]] = {
 def _read_dataset(name: str, split: str, column: str) -> list[Any]:
     import datasets
 
+    # "name:configuration".
     path, _, configuration = name.partition(":")
     try:
         rows = datasets.load_dataset(path, configuration or None, split=split)

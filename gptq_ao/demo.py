@@ -69,9 +69,11 @@ def run_demo() -> DemoResult:
     generated = {"original": _generate(original, tokenizer)}
     for bits in (4, 3):
         for method in ("rtn", "gptq"):
+            # `quantize_` works in place, and every row starts from the same weights.
             model = copy.deepcopy(original)
             report = quantize_(model, gptq_config(bits, 128, method=method, calibration=batches))
             assert report is not None
+            # The first report tells which weights are quantized, and so what the original's take.
             if not rows:
                 dense = sum(w.original_bytes for w in report.weights)
                 rows.append(DemoRow("original", dense, evaluate(original, chunks).perplexity, None))
@@ -87,6 +89,7 @@ def _generate(model: nn.Module, tokenizer: Any) -> str:
     """A sampled continuation of PROMPT; the same seed for every model, and the global random state restored."""
     ids: Tensor = tokenizer(tokenizer.bos_token + PROMPT, return_tensors="pt")["input_ids"]
     generate: Any = model.generate
+    # The model is on the CPU, so no GPU's random state has to be kept.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         out = generate(

@@ -74,6 +74,7 @@ class Unit:
         if not self.choices:
             raise ValueError(f"unit {self.names} has no choices")
         for choice in self.choices:
+            # Written so that NaN, for which every comparison is false, is refused.
             if choice.size < 0 or not 0 <= choice.cost < math.inf:
                 raise ValueError(f"unit {self.names}: {choice} needs a size >= 0 and a finite cost >= 0")
 
@@ -164,6 +165,7 @@ class Report:
         }
 
     def __str__(self) -> str:
+        # Columns line up: the longest name decides.
         width = max(len(w.name) for w in self.weights)
         lines = [f"{'weight':{width}}  {'shape':>14}  bits  group  method  stage     rows    damp      error"]
         for w in self.weights:
@@ -193,11 +195,13 @@ def _table(decisions: tuple[Decision, ...]) -> list[str]:
     """A line for each decision: expected harm by bits, the chosen one marked."""
     if not decisions:
         return []
+    # A unit is shown by its first weight, and how many more there are.
     names = [d.unit.names[0] + (f" +{len(d.unit.names) - 1}" if len(d.unit.names) > 1 else "") for d in decisions]
     width, bits = max(map(len, names)), sorted({c.bits for d in decisions for c in d.unit.choices})
     lines = [f"{'expected harm, at bits:':{width}}  {'weights':>10}" + "".join(f"{b:>10} " for b in bits)]
     for name, d in zip(names, decisions, strict=True):
         costs = {c.bits: c.cost for c in d.unit.choices}
+        # A candidate that was not considered for a unit leaves its cell (11 characters) empty.
         cells = (f"{costs[b]:>10.2e}{'*' if b == d.chosen.bits else ' '}" if b in costs else " " * 11 for b in bits)
         lines.append(f"{name:{width}}  {d.weights:>10}{''.join(cells)}")
     size, weights = sum(d.chosen.size for d in decisions), sum(d.weights for d in decisions)
@@ -218,4 +222,5 @@ class Clock:
         try:
             yield
         finally:
+            # Added up: a phase may be entered many times. In `finally`, so that time before an error counts too.
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

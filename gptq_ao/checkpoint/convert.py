@@ -33,6 +33,8 @@ def convert_checkpoint(source: Path, out: Path, format: str) -> str:
     save_quantized(load_quantized(source), out, format=format)
     for pattern in _SIDE_FILES:
         for file in sorted(source.glob(pattern)):
+            # The patterns are wide: code (*.py) of a checkpoint is never taken over, nor is what `save_quantized` has
+            # written.
             if file.suffix in (".json", ".txt", ".model", ".jinja") and not (out / file.name).exists():
                 try:
                     shutil.copyfile(confined(source, file.name), out / file.name)

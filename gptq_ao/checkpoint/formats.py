@@ -67,11 +67,13 @@ def format_in(config: Mapping[str, Any], where: object) -> Format:
     Raises:
         CheckpointError: it is one that cannot be read.
     """
+    # "gptq" names its version here. compressed-tensors has "format" for something else, which is no name of a format.
     method, version = config.get("quant_method"), config.get("checkpoint_format") or config.get("format")
     formats = [f for f in FORMATS.values() if f.quant_method == method]
     if not formats:
         known = ", ".join(dict.fromkeys(f.quant_method for f in FORMATS.values()))
         raise CheckpointError(f"{where} is quantized with {method!r}, which cannot be read, only {known}")
+    # Without a version: the first format of the method (for gptq, version 1).
     return next((f for f in formats if f.name == version), formats[0])
 
 
@@ -83,6 +85,7 @@ def format_of(directory: Path) -> Format | None:
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: download the model first (`hf download`)")
+    # Before config.json: a native checkpoint of a model that is not of Hugging Face has none.
     if (directory / MANIFEST).is_file():
         return NATIVE
     config = quantization_config(directory)
@@ -101,6 +104,7 @@ def open_quantized(directory: Path) -> QuantizedFiles:
         raise CheckpointError(f"{directory} is not a quantized checkpoint: its config.json has no quantization_config")
     format = format_in(config, directory)
     stored, rounding = stored_tensors(directory), Rounding()
+    # What is not named as a part of a quantized weight.
     dense = {name: t for name, t in stored.items() if name.rpartition(".")[2] not in format.parts}
     weights: dict[str, QuantizedWeight] = {}
     try:

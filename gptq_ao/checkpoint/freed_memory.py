@@ -20,6 +20,7 @@ def return_freed_memory() -> None:
 def _trim() -> Callable[[int], object]:
     try:
         trim: Callable[[int], object] = ctypes.CDLL(None).malloc_trim
+    # Not glibc: malloc_trim is missing there, or the program itself cannot be opened as a library.
     except (AttributeError, OSError, TypeError):
         return lambda _: 0
     return trim

@@ -63,10 +63,12 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
         if first != name:
             tied[name] = first
         elif name not in loaded:
+            # One conversion may make several parameters; all of them are taken now, so nothing is read twice.
             made_of = conversion.make(source.model, device)
             loaded |= {n: made_of[m] for n, (r, m) in source.conversions.items() if r is conversion}
             if device.type != "cpu":
                 return_freed_memory()
+    # Rounded scales are known only when all weights have been read.
     files.rounding.warn()
     _assign(source.model, loaded, tied)
     return source.model
@@ -74,6 +76,7 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
 
 def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
     state = model.state_dict(keep_vars=True)
+    # Names and shapes are compared before anything is read: loading then cannot fail for the model's sake.
     names = {*manifest.quantized, *manifest.dense, *manifest.tied}
     if set(state) != names:
         lacks, extra = sorted(set(state) - names), sorted(names - set(state))
@@ -114,8 +117,10 @@ def _assign(model: nn.Module, loaded: dict[str, Tensor], tied: Mapping[str, str]
         if leaf in module._buffers:
             module._buffers[leaf] = loaded[target]
         else:
+            # Tied names get one Parameter object, so that they stay tied.
             if target not in made:
                 value = loaded[target]
+                # Codes are integers: a quantized weight has no gradient.
                 trains = module._parameters[leaf].requires_grad and not isinstance(value, GroupTensor)  # type: ignore[union-attr]
                 made[target] = nn.Parameter(value, requires_grad=trains)
             module._parameters[leaf] = made[target]

@@ -28,7 +28,9 @@ def model_card(
     """
     base = str(getattr(model.config, "_name_or_path", "") or "")
     tags = ["gptq_ao"] if format is None else dict.fromkeys(["gptq_ao", format.quant_method])
+    # Formats that transformers has a loader for are loaded without this package.
     first = [_IMPORT] if format is not None and not format.needs else []
+    # Whatever can generate is taken for a causal language model.
     loader = next((n for n in ("AutoModelForCausalLM",) if hasattr(model, "generate")), "AutoModel")
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {base}"] if _is_hub_id(base) else []

@@ -46,6 +46,7 @@ def save_quantized(
         ConfigError: there is no such format; a parameter is on the meta device, without values.
     """
     target = target_format(format)
+    # Its layers have no weight of their own, so the names in the files would fit no other model.
     fused = next((name for name, m in model.named_modules() if isinstance(m, FusedProjections)), None)
     if fused is not None:
         raise CheckpointError(
@@ -58,6 +59,7 @@ def save_quantized(
     state = model.state_dict(keep_vars=True)
     firsts = [first for first, *_ in state_names(model)]
     with CheckpointWriter(Path(directory), max_shard_bytes) as writer:
+        # Before anything is written: a full disk is best noticed at the start.
         writer.check_space(stored_bytes({first: state[first] for first in firsts}))
         writer.add_rest(model, ModelWeights(model).get)
         writer.finish_checkpoint(model, tokenizer, report)

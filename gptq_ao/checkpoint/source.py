@@ -48,10 +48,12 @@ class Conversion:
 
     def make(self, model: Any, device: torch.device | str = "cpu", *, empty: bool = False) -> dict[str, Tensor]:
         """Name → tensor, on `device`, where all the work is done; if `empty`, on meta, with nothing read."""
+        # On meta the operations give shapes and names, and compute nothing.
         read = [torch.empty(s.shape, device="meta") if empty else s.read(device) for _, _, s in self.inputs]
         tensors = [t.to(self.dtype) for t in read]
         if self.transform is None:
             return {self.target: tensors[0].mT if self.transposed else tensors[0]}
+        # A WeightConverter collects the tensors it is given, so each use needs a fresh one.
         transform = copy.deepcopy(self.transform)
         for (pattern, key, _), tensor in zip(self.inputs, tensors, strict=True):
             transform.add_tensor(self.target, key, pattern, tensor)
@@ -60,6 +62,7 @@ class Conversion:
             made = transform.convert(self.target, model=model, config=model.config)
         except (NotImplementedError, ValueError) as e:  # of quantized weights that cannot be put together
             raise CheckpointError(f"{self.target!r} cannot be put together: {e}") from e
+        # Operations may return a list with one tensor.
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
     @property
@@ -134,14 +137,18 @@ def source_of(
     """
     ours = model is None
     if ours:
+        # For a config that names no dtype: the dtype of the first floating-point tensor.
         floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
         model = empty_model(directory, dtype, otherwise=next(floating, None))
         if (directory / "generation_config.json").is_file():
+            # Saved with the model again; a model built from its config does not have it.
             model.generation_config = type(model.generation_config).from_pretrained(str(directory))
         _keep_fp32(model)
     conversions, unknown = _conversions(model, stored)
+    # Such a bias belongs to no parameter, and changes nothing.
     unknown = {name: key for name, key in unknown.items() if not _empty_bias(key, stored)}
     made: dict[str, tuple[Conversion, torch.Size]] = {}
+    # A rehearsal on empty tensors: it finds what does not fit before a weight is read.
     for conversion in conversions:
         try:
             empty = conversion.make(model, empty=True)
@@ -171,6 +178,7 @@ def _keep_fp32(model: Any) -> None:
     """Give the parameters that the model wants in fp32 that dtype, as `from_pretrained` does."""
     plan = model._get_dtype_plan(model.config.dtype)
     for name, parameter in model.named_parameters():
+        # The plan's keys are parts of names, with "*" for anything.
         kept = next((dtype for part, dtype in plan.items() if re.search(part.replace("*", ".*"), name)), None)
         if kept is not None:
             _set_empty(model, name, parameter, kept)
@@ -190,12 +198,15 @@ def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conve
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    # The WeightConverter of a pattern is what `rename_source_key` says a tensor belongs to.
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
     inputs: dict[str, list[tuple[str | None, str, Readable]]] = {}
     unknown: dict[str, str] = {}
+    # In transformers' order, where expert 10 comes after expert 9: experts are stacked as they come.
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        # It has the model's own name already, and must not be renamed.
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name in state:
@@ -207,10 +218,12 @@ def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conve
         transform = by_pattern[parts[0][0]] if parts[0][0] else None
         conversion = Conversion(name, transform, tuple(parts), state[name].dtype, False)
         if conversion.quantized and transform is None:
+            # Conv1D (GPT-2) has [in, out]; other libraries store quantized weights as [out, in] all the same.
             kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
             packed = isinstance(parts[0][2], PackedWeight)
             conversion = dataclasses.replace(conversion, transposed=packed and kind == "Conv1D")
         conversions.append(conversion)
+    # Without a transform there is nothing that could merge two tensors.
     twice = next((r for r in conversions if r.transform is None and len(r.inputs) > 1), None)
     if twice is not None:
         keys = " and ".join(key for _, key, _ in twice.inputs)
@@ -221,6 +234,7 @@ def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conve
 def _check_shapes(model: Any, directory: Path, made: Mapping[str, torch.Size]) -> None:
     state = model.state_dict(keep_vars=True)
     for name, shape in made.items():
+        # Names that the model lacks are `_check`'s matter.
         if name in state and state[name].shape != shape:
             wanted = f"in the {type(model).__name__} {list(state[name].shape)}"
             raise CheckpointError(f"{directory}: {name!r} has shape {list(shape)}, {wanted}")
@@ -254,12 +268,14 @@ def _ties(source: Source, ours: bool) -> dict[str, tuple[Conversion, str]]:
     tied: dict[int, list[str]] = {}
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     for name, p in parameters.items():
+        # By identity: tied names lead to one Parameter.
         tied.setdefault(id(p), []).append(name)
     found: dict[str, tuple[Conversion, str]] = {}
     for names in tied.values():
         first, *others = [n for n in names if n in source.conversions] or [""]
         if not first:
             continue  # the caller decides whether that is an error
+        # Files may hold both names of a tied parameter. Only their values tell whether they are still the same.
         differ = [other for other in others if not _same(source.read(first), source.read(other))]
         for other in differ if ours else ():
             _set_empty(source.model, other, parameters[other], parameters[other].dtype)

@@ -31,6 +31,7 @@ def write_foreign(
             the directory cannot be written.
     """
     exported = format.export(model, _values(model))
+    # Raises if the format cannot hold a weight, so it comes before anything is written.
     config = format.config(exported)
     weights = [(w.bits, w.group_size) for w in exported.quantized.values()]
     with OutputDirectory(directory, max_shard_bytes) as output:
@@ -41,6 +42,7 @@ def write_foreign(
         if has_config(model):
             texts |= {CARD: model_card(model, format, weights, report)}
         else:
+            # A model that is not of Hugging Face writes no config.json, and readers look for the settings there.
             texts |= {"config.json": as_json({"quantization_config": config})}
         output.finish(model, tokenizer, output.finish_shards(), config, texts)
 
@@ -52,12 +54,14 @@ def write_dense(model: nn.Module, directory: Path, tokenizer: Any, max_shard_byt
     """
     values = _values(model)
     weights = [(w.bits, w.group_size) for w in values.values() if isinstance(w, GroupTensor)]
+    # Dense before the conversions run: they then need not know how to take a quantized stack apart.
     stacks = {n: t.dequantize() for n, t in values.items() if isinstance(t, GroupTensor) and t.dim() > 2}
     reverted = revert_conversions(model, {**values, **stacks})
     del values, stacks
     with OutputDirectory(directory, max_shard_bytes) as output:
         output.check_space(sum(t.numel() * t.dtype.itemsize for t in reverted.values()))
         for name in list(reverted):
+            # Taken out one by one, so that what is written can be freed.
             tensor = reverted.pop(name)
             output.add({name: _copy(tensor.dequantize() if isinstance(tensor, GroupTensor) else tensor)})
         texts = {CARD: model_card(model, None, weights, report)} if has_config(model) else {}

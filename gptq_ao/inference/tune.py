@@ -75,7 +75,7 @@ def _fastest(p: Product, weights: list[GroupTensor]) -> Tuned:
     x = torch.randn(1, p.rows, p.in_features, device="cuda", dtype=torch.bfloat16)
     # A configuration of None means: dequantize, then a dense product.
     best = Tuned(None, float("inf"))
-    # For few rows the dense way is never the faster one; the time to measure it is saved.
+    # Up to `FUSED_ROWS` the dense way is the slower one; the time to measure it is saved.
     if p.rows > min(FUSED_ROWS.values()):
 
         def dense(i: int) -> Tensor:

@@ -42,10 +42,12 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
     if not isinstance(schemes, dict) or not schemes:
         raise CheckpointError("the config is damaged: it has no 'config_groups'")
     inner = [s.get("format") for s in schemes.values() if isinstance(s, dict)]
+    # The config as a whole may name no format, or a mixture, if each of its schemes says what it is.
     allowed = [_FORMAT, "mixed-precision", None] if all(f == _FORMAT for f in inner) else [_FORMAT]
     odd = [f for f in inner if f not in (_FORMAT, None)] + [f for f in [config.get("format")] if f not in allowed]
     if odd:
         raise CheckpointError(f"compressed-tensors of the format {odd[0]!r} cannot be read, only {_FORMAT!r}")
+    # With one of these the stored weights alone do not give the model's outputs.
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
         if config.get(key):
             raise CheckpointError(f"the checkpoint has a {key}: it is more than quantized weights, and cannot be read")
@@ -64,6 +66,7 @@ def compressed_weights(
     """
     schemes = compressed_schemes(config)
     modules: dict[str, dict[str, StoredTensor]] = {}
+    # Tensors of one module are found by their names, `module.part`.
     for name, tensor in stored.items():
         module, _, part = name.rpartition(".")
         if part in COMPRESSED_PARTS:
@@ -89,6 +92,7 @@ def _scheme(name: str, scheme: Any) -> Scheme:
                               "integers of 2 to 8 bits can be read")  # fmt: skip
     if strategy == "group" and type(size) is int and size > 0:
         return Scheme(bits, weights.get("symmetric", True) is True, size)
+    # Two spellings of one scale per row.
     if strategy == "channel" or (strategy == "group" and size == -1):
         return Scheme(bits, weights.get("symmetric", True) is True, None)
     raise CheckpointError(f"config group {name!r} has the strategy {strategy!r} with group_size {size!r}: only groups "
@@ -97,6 +101,7 @@ def _scheme(name: str, scheme: Any) -> Scheme:
 
 def _check(module: str, parts: Mapping[str, StoredTensor], schemes: list[Scheme]) -> tuple[int, int, int]:
     """N, K and bits of a module whose tensors fit together."""
+    # The first three are always written; zero points and g_idx are optional.
     lacks = [p for p in COMPRESSED_PARTS[:3] if p not in parts]
     if lacks:
         raise CheckpointError(f"module {module!r} has {sorted(parts)[0]!r} and lacks {lacks[0]!r}")
@@ -114,6 +119,7 @@ def _check(module: str, parts: Mapping[str, StoredTensor], schemes: list[Scheme]
     )
     if not kinds:
         raise CheckpointError(f"the tensors of {module!r} are not a quantized weight: {found}")
+    # From the data, since padding hides K: the last word of a row may be partly filled. It may be any number.
     n, k = parts["weight_shape"].read().tolist()
     groups = scale.shape[1]
     # Schemes that could be this module's. All that counts is their number of bits, which may not be ambiguous.
@@ -122,6 +128,7 @@ def _check(module: str, parts: Mapping[str, StoredTensor], schemes: list[Scheme]
         for scheme in schemes
         if scheme.sym == (zero_point is None)
         and 0 < k < 2**31
+        # `/` and not `//`: a K that the group size does not divide fits no scheme.
         and groups == (1 if scheme.group_size is None else k / scheme.group_size)
         and packed.shape == (n, word_count(k, scheme.bits))
         and scale.shape == (n, groups)

@@ -44,8 +44,10 @@ def decode_compressed(tensors: Mapping[str, Tensor], bits: int) -> GroupedWeight
     k = int(tensors["weight_shape"][1])
     words = tensors["weight_packed"]
     if "weight_zero_point" in tensors:
+        # Packed along N, so each column is a bit stream: transposed, unpacked and transposed back.
         zero_point = words_to_codes(tensors["weight_zero_point"].T, bits, n).T
     else:
+        # Symmetric weights store no zero point. As codes are stored with 2^(b−1) added, that is where their zero is.
         zero_point = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.uint8, device=scale.device)
     held = bits if bits in BITS else 8
     if held != bits:  # codes and zero points move up together: their difference is what counts
@@ -68,6 +70,7 @@ def encode_compressed(weight: GroupedWeight, dtype: torch.dtype) -> dict[str, Te
     scale = weight.scale.to(dtype)
     tensors = {
         "weight_packed": weight.words,
+        # bf16 has fewer digits than fp16, so a scale could change; then fp16 is written.
         "weight_scale": scale if torch.equal(scale.half(), weight.scale) else weight.scale,
         "weight_shape": torch.tensor([len(weight.scale), weight.in_features]),
     }

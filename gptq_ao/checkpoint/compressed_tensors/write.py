@@ -29,6 +29,7 @@ def compressed_config_of(model: ExportedModel) -> dict[str, Any]:
     for module, setting in settings.items():
         if setting != usual:
             targets.setdefault(setting, []).append(module)
+    # Inserted last, so that it comes after the schemes with names.
     targets[usual] = ["Linear"]
     schemes = {f"group_{i}": _scheme(setting, names) for i, (setting, names) in enumerate(targets.items())}
     return {
@@ -48,6 +49,7 @@ def _scheme(setting: Setting, targets: list[str]) -> dict[str, Any]:
 
 
 def _setting(weight: GroupTensor) -> Setting:
+    # A single group is a row, which the format calls a channel.
     size = -1 if weight.group_size == weight.in_features else weight.group_size
     return weight.bits, is_sym(weight), size
 

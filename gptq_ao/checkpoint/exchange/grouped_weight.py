@@ -59,11 +59,16 @@ def in_equal_groups(weight: GroupedWeight, group_of: Tensor) -> GroupedWeight:
         group_of: int64 [K], the group of every input feature, in 0 … G − 1.
     """
     words, scale, zero_point, perm = weight.words, weight.scale, weight.zero_point, None
+    # The longest equal runs of neighbouring columns that never mix two groups, in the order of the file …
     size = _common_size(torch.unique_consecutive(group_of, return_counts=True)[1])
+    # … and those that there would be if the columns of each group were brought together.
     together = _common_size(group_of.unique(return_counts=True)[1])
     if size < together:
+        # Only if it makes runs longer: a permuted activation costs time at run time. Stable: columns keep their order
+        # in a group.
         perm = group_of.argsort(stable=True)
         words, group_of, size = codes_to_words(weight.codes[:, perm], weight.bits), group_of[perm], together
+    # For each run of the result the group of the file; a group split into several runs occurs several times.
     which = group_of[::size]
     if not torch.equal(which, torch.arange(scale.shape[1], device=which.device)):
         scale, zero_point = scale[:, which], zero_point[:, which]
@@ -82,6 +87,7 @@ def as_half(scale: Tensor) -> tuple[Tensor, float]:
     half = scale.half()
     if not torch.isfinite(half).all():
         raise CheckpointError(f"a scale is not finite as fp16 (the largest is {scale.abs().max().item():.3g})")
+    # fp16 already: nothing was rounded.
     if half.dtype == scale.dtype:
         return half, 0.0
     change = (half.float() - scale.float()).abs() / scale.float().abs()

@@ -54,6 +54,7 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
     # A weight has a place if it is the matrix of a linear layer, or a stack that the conversions split into such ones.
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     stays = {n for n, t in state.items() if n.rpartition(".")[0] in linear and n.endswith(".weight")}
+    # A matrix outside of linear layers, or a convolution: there is no module of the format to which it could belong.
     wrong = [
         n
         for n, t in state.items()
@@ -61,14 +62,18 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
     ]
     parts = revert_conversions(model, state)  # a stack that they do not know comes back whole
     quantized = {n: t for n, t in parts.items() if isinstance(t, GroupTensor)}
+    # How many stacks the model has.
     split = sum(isinstance(t, GroupTensor) and t.dim() > 2 for t in state.values())
+    # Still a stack, or not called a weight: transformers has no conversion that takes it apart.
     wrong += [n for n, t in quantized.items() if t.dim() > 2 or not n.endswith(".weight")]
+    # If the stacks became parts, there are more quantized tensors now than there were matrices before.
     if wrong or (split and len(quantized) <= sum(isinstance(t, GroupTensor) for t in state.values()) - split):
         first = wrong[0] if wrong else next(n for n, t in state.items() if isinstance(t, GroupTensor) and t.dim() > 2)
         raise CheckpointError(
             f"{first!r} is not the weight of a linear layer, nor a stack that transformers stores as such: only the "
             'formats "native" and "dense" have a place for it'
         )
+    # Tensors that were only renamed are the same objects, so the new name of each is found by identity.
     name_of = {id(t): n for n, t in parts.items()}
     plain = [name_of.get(id(state.get(n)), n) for n in _plain(model)]
     return ExportedModel(
@@ -78,6 +83,7 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
 
 
 def _plain(model: nn.Module) -> Iterator[str]:
+    # With duplicates: an output head that is tied to the embedding counts as a head as well.
     for name, p in model.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")
         matrix = leaf == "weight" and p.dim() == 2 and not isinstance(p, GroupTensor)
@@ -91,6 +97,7 @@ def revert_conversions(model: Any, state: Mapping[str, Tensor]) -> dict[str, Ten
     Raises:
         CheckpointError: transformers cannot undo one of its conversions.
     """
+    # Not a model of transformers: there are no conversions.
     if not hasattr(model, "base_model_prefix"):
         return dict(state)
     from transformers.core_model_loading import revert_weight_conversion
@@ -121,6 +128,7 @@ def refuse(weights: Mapping[str, GroupTensor], why_not: Callable[[GroupTensor], 
 
 def grouped(weight: GroupTensor) -> GroupedWeight:
     """What a quantized weight [N, K] is made of, on the CPU."""
+    # On the CPU, where files are written from.
     codes, scale, zero_point = (t.cpu() for t in (weight.codes(), weight.scale, weight.zero_point))
     perm = None if weight.perm is None else weight.perm.cpu()
     return GroupedWeight(weight.bits, codes_to_words(codes, weight.bits), weight.in_features, scale, zero_point, perm)

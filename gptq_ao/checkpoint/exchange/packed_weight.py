@@ -70,7 +70,9 @@ class PackedWeight:
             CheckpointError: the tensors do not make a weight.
         """
         try:
+            # Decoded on the device: packed tensors are the least to move.
             weight = self.decode({part: stored.read(device) for part, stored in self.parts.items()})
+            # Collected, so that a checkpoint gives one warning and not one for each weight.
             if weight.rounded:
                 self.rounding.changes[self.name] = weight.rounded
             return held(weight, self.dtype)

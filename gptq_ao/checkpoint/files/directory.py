@@ -12,6 +12,7 @@ from gptq_ao.errors import CheckpointError
 __all__ = ["INDEX", "quantization_config", "read_json", "stored_tensors"]
 
 INDEX = "model.safetensors.index.json"
+# So that a hostile file cannot fill the host's memory.
 MAX_JSON_BYTES = 256 * 2**20
 _SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where GPTQ's settings were before config.json had them
 
@@ -25,6 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    # RecursionError: JSON that is nested very deeply.
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
     if not isinstance(content, dict):
@@ -52,11 +54,13 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
         aside = read_json(directory / name)
         if found is None:
             return {"quant_method": "gptq", **aside}
+        # Settings that decide what the codes mean: with the wrong one weights would load, as wrong numbers.
         for key in ("bits", "group_size", "checkpoint_format", "sym", "desc_act"):
             if key in found and key in aside and found[key] != aside[key]:
                 raise CheckpointError(
                     f"{path} says {key} = {found[key]!r}, {name} says {aside[key]!r}: remove the one that is wrong"
                 )
+        # config.json wins where the two differ in something else.
         return {**aside, **found}
     return found
 
@@ -76,6 +80,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     for file in sorted(set(placed.values())):
         header = read_header(shard_path(directory, file))
         listed = {name for name, f in placed.items() if f == file}
+        # Either a tensor would be missing, or one that nobody has named would be loaded.
         if listed != set(header):
             name = sorted(listed ^ set(header))[0]
             where = "is not in" if name in listed else "is in"
@@ -89,6 +94,7 @@ def _only_file(directory: Path) -> str:
     files = sorted(p.name for p in directory.glob("*.safetensors"))
     if "model.safetensors" in files:
         return "model.safetensors"
+    # The native writer always writes an index: with a manifest and none, the directory is incomplete.
     if len(files) == 1 and not (directory / MANIFEST).is_file():
         return files[0]
     raise CheckpointError(f"{directory} has neither model.safetensors nor {INDEX}: no safetensors to read")

@@ -39,6 +39,7 @@ class OutputDirectory:
         self.directory = directory
         with self._disk_errors():
             directory.parent.mkdir(parents=True, exist_ok=True)
+            # In the same parent, so on the same disk: a rename there is one step, with nothing to copy.
             self._temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         self._shards = ShardWriter(self._temporary, max_shard_bytes)
 
@@ -46,6 +47,7 @@ class OutputDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None) -> None:
+        # After success it has its new name, and there is nothing to remove.
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def check_space(self, need: int) -> None:
@@ -96,6 +98,7 @@ class OutputDirectory:
             for name, text in {INDEX: as_json(index), **texts}.items():
                 (self._temporary / name).write_text(text, encoding="utf-8")
             self._temporary.chmod(0o755)  # mkdtemp makes it private
+            # The very last step: a directory that has its name is complete.
             self._temporary.replace(self.directory)
 
     @contextlib.contextmanager
@@ -103,6 +106,7 @@ class OutputDirectory:
         try:
             yield
         except (OSError, SafetensorError) as e:
+            # safetensors (in Rust) does not raise an OSError: its message tells that the disk is full. 28 is ENOSPC.
             full = getattr(e, "errno", None) == errno.ENOSPC or "StorageFull" in str(e) or "code: 28" in str(e)
             what = "the disk is full" if full else str(e)
             raise CheckpointError(f"{self.directory} could not be written, nothing is left of it: {what}") from e
@@ -122,9 +126,11 @@ def _config(model: nn.Module, quantization: Mapping[str, Any] | None) -> Any:
     if not has_config(model):
         return None
     config: Any = copy.deepcopy(model.config)
+    # `empty_model` reads this to know what to build.
     config.architectures = [type(model).__name__]
     if quantization is not None:
         config.quantization_config = dict(quantization)
+    # The dense copy of a model that was loaded as a quantized one must not claim to be quantized.
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

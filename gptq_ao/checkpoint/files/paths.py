@@ -12,6 +12,7 @@ __all__ = ["MANIFEST", "check_weight_map", "confined", "shard_path"]
 MANIFEST = "gptq_ao.json"
 
 
+# Begins with a letter or digit and has no slash: no "..", no absolute path, no hidden file.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -41,8 +42,10 @@ def confined(directory: Path, file: str) -> Path:
     Raises:
         CheckpointError: a file of a checkpoint is a link to somewhere else.
     """
+    # `resolve` follows links, so that what counts is where the file really lies.
     root = directory.resolve()
     path = (directory / file).resolve()
+    # A hub cache has MODEL/snapshots/COMMIT/file as a link into MODEL/blobs.
     if path.parent not in (root, root.parent.parent / "blobs"):
         raise CheckpointError(f"{file!r} of {directory} links to {path}, outside the checkpoint")
     return path

@@ -21,6 +21,7 @@ __all__ = ["DTYPE_OF", "NAME_OF", "ShardWriter", "StoredTensor", "read_header"]
 DTYPE_OF = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_OF |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPE_OF |= {"BOOL": torch.bool}
+# safetensors' names of dtypes, and back.
 NAME_OF = {dtype: name for name, dtype in DTYPE_OF.items()}
 
 
@@ -46,7 +47,9 @@ class StoredTensor:
         value = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
+            # As bytes: numpy has no bf16. It shares the tensor's memory, so reading fills the tensor.
             rest = value.flatten().view(torch.uint8).numpy().data
+            # One call may read less than was asked for: Linux returns at most 2 GiB.
             while rest and (count := file.readinto(rest)):
                 rest = rest[count:]
         if rest:
@@ -87,6 +90,7 @@ class ShardWriter:
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
+        # Tensors of the shard that is being filled.
         self._pending: dict[str, Tensor] = {}
         self._size = 0
         self._placed: dict[str, int] = {}  # tensor → number of its shard
@@ -96,6 +100,7 @@ class ShardWriter:
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over tensors on the CPU, name → tensor; the caller must not change them any more."""
         for name, tensor in tensors.items():
+            # A tensor larger than the limit gets a shard of its own.
             if self._pending and self._size + tensor.nbytes > self.limit:
                 self._flush()
             self._pending[name] = tensor
@@ -112,6 +117,7 @@ class ShardWriter:
 
     def finish(self) -> dict[str, str]:
         """Write what is left. Returns tensor → file."""
+        # A model without tensors has one shard, an empty one.
         if self._pending or not self._placed:
             self._flush()
         files = {n: f"model-{n:05}-of-{self._count:05}.safetensors" for n in range(1, self._count + 1)}

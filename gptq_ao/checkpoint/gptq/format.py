@@ -22,6 +22,7 @@ GPTQ = Format(
     needs=("optimum", "gptqmodel"),
     config_file="quantize_config.json",
 )
+# One reader for both: the version is in the config, and only zero points depend on it.
 GPTQ_V2 = dataclasses.replace(
     GPTQ,
     name="gptq_v2",

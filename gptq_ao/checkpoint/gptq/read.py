@@ -44,6 +44,7 @@ def gptq_settings(config: Mapping[str, Any]) -> GptqSettings:
     Raises:
         CheckpointError: the config asks for what cannot be read, or is damaged.
     """
+    # A config that names no format is one of version 1.
     name = config.get("checkpoint_format") or config.get("format") or "gptq"
     if not isinstance(name, str) or name not in _VERSIONS:
         raise CheckpointError(f"GPTQ checkpoints of the format {name!r} cannot be read, only {', '.join(_VERSIONS)}")
@@ -52,6 +53,7 @@ def gptq_settings(config: Mapping[str, Any]) -> GptqSettings:
             raise CheckpointError(f"the checkpoint has {key} {config[key]!r}: it is more than quantized weights")
     if config.get("pack_dtype") not in (None, "int32"):
         raise CheckpointError(f"codes are packed in {config['pack_dtype']!r}, only int32 can be read")
+    # That of the checkpoint and those of single modules, each of which may leave out what it shares with the first.
     settings = [config, *_overrides(config)]
     bits = {_number(s, config, ("bits", "w_bit", "wbits")) for s in settings}
     sizes = {_number(s, config, ("group_size", "q_group_size")) for s in settings}
@@ -63,8 +65,11 @@ def gptq_settings(config: Mapping[str, Any]) -> GptqSettings:
             f"the checkpoint has a group_size of {min(sizes)}: not a number of input features, nor -1"
         )
     meta = config.get("meta")
+    # Who wrote it decides whether a zero point of 0 can be recovered (see `tensors.py`).
     writers = meta.get("quantizer", ()) if isinstance(meta, dict) else ()
     borrows = any("gptqmodel" in str(w) for w in (writers if isinstance(writers, list) else [writers]))
+    # Some configs say `sym`, some say `zero_point`, which means the opposite. If any module may be symmetric, its
+    # stored zero points tell which version it is.
     sym = any(s.get("sym", not s.get("zero_point", True)) for s in settings if "sym" in s or "zero_point" in s)
     return GptqSettings(frozenset(bits), frozenset(sizes), ZeroPoints(_VERSIONS[name], sym, borrows))
 
@@ -79,6 +84,7 @@ def gptq_weights(
     """
     settings = gptq_settings(config)
     modules: dict[str, dict[str, StoredTensor]] = {}
+    # Tensors of one module are found by their names, `module.part`.
     for name, tensor in stored.items():
         module, _, part = name.rpartition(".")
         if part in GPTQ_PARTS:
@@ -94,6 +100,7 @@ def gptq_weights(
 
 def _check(module: str, parts: Mapping[str, StoredTensor], settings: GptqSettings) -> tuple[int, int, int]:
     """K, bits and group size of a module whose tensors fit together."""
+    # g_idx may be missing.
     lacks = [p for p in GPTQ_PARTS[:3] if p not in parts]
     if lacks:
         raise CheckpointError(f"module {module!r} has {sorted(parts)[0]!r} and lacks {lacks[0]!r}")
@@ -104,12 +111,15 @@ def _check(module: str, parts: Mapping[str, StoredTensor], settings: GptqSetting
     scales = parts["scales"]
     if not integers or not indexed or scales.dtype not in _FLOATING or len(scales.shape) != 2:
         raise CheckpointError(f"the tensors of {module!r} are not a quantized weight: {found}")
+    # Transposed in this format: rows of words along K, a column for each output feature.
     rows, n = parts["qweight"].shape
     groups = scales.shape[0]
     fitting = []  # K, bits and group size that all shapes allow; if there are several, the codes are ambiguous
     for bits in settings.bits:
+        # Without g_idx no tensor has K as a size; then the words of codes are taken to be full.
         k = rows * 32 // bits if g_idx is None else g_idx.shape[0]
         sizes = sorted({k if size == -1 else size for size in settings.group_sizes})
+        # Rounded up: the last group may be shorter.
         sizes = [size for size in sizes if -(-k // size) == groups] if k else []
         if (
             sizes
@@ -128,11 +138,14 @@ def _overrides(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict) or not all(isinstance(v, dict) for v in dynamic.values()):
         raise CheckpointError("the config is damaged: 'dynamic' gives patterns no settings")
+    # A pattern with "-:" names modules that are not quantized: it has no settings.
     return [v for pattern, v in dynamic.items() if not pattern.startswith("-:")]
 
 
 def _number(settings: Mapping[str, Any], otherwise: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    # Writers have used several names for the same setting; what a module does not say, the checkpoint does.
     value = next((s[n] for s in (settings, otherwise) for n in names if n in s), None)
+    # Not isinstance: JSON's true would pass for 1.
     if type(value) is not int:
         raise CheckpointError(f"the config is damaged: {names[0]!r} is {value!r}, not a number")
     return value

@@ -75,7 +75,9 @@ def decode_gptq(
     zero_point = _zero_points(tensors["qzeros"], bits, n, stored).T
     g_idx = tensors.get("g_idx")
     if g_idx is None:
+        # The natural order: neighbours share a scale.
         g_idx = torch.arange(in_features, device=scale.device) // group_size
+    # A file may say anything; these numbers will index the scales.
     elif int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise CheckpointError(f"g_idx reaches from {int(g_idx.min())} to {int(g_idx.max())}, of {groups} groups")
     weight = GroupedWeight(bits, tensors["qweight"].T, in_features, scale, zero_point, None, rounded)
@@ -90,10 +92,12 @@ def encode_gptq(weight: GroupedWeight, *, version: int) -> dict[str, Tensor]:
     """
     words, group_size = weight.words, weight.in_features // weight.scale.shape[1]
     group_of = torch.arange(weight.in_features) // group_size
+    # Files have columns in the order of the input features, and g_idx says which group each belongs to.
     if weight.perm is not None:
         codes = weight.codes
         words = codes_to_words(torch.empty_like(codes).index_copy_(1, weight.perm.long(), codes), weight.bits)
         group_of = torch.empty_like(group_of).index_copy_(0, weight.perm.long(), group_of)
+    # Version 1 stores zero points minus one. They are symmetric, so never 0, and nothing wraps around.
     stored = weight.zero_point - int(version == 1)
     return {
         "qweight": words.T.contiguous(),
@@ -107,20 +111,25 @@ def _zero_points(qzeros: Tensor, bits: int, n: int, stored: ZeroPoints) -> Tenso
     """uint8 [G, N]."""
     fields = words_to_codes(qzeros, bits, n)
     middle = 2 ** (bits - 1)
+    # All alike and in the middle of the grid, or one below it: which of the two it is, the label does not decide.
     if stored.sym and int(fields.min()) == int(fields.max()) in (middle, middle - 1):
         return torch.full_like(fields, middle)
     if stored.version == 2:
         return fields
     if not stored.borrows:
         _check_recoverable(qzeros, bits)
+    # Here each field was decremented by itself, so 0 became 7, and 7 becomes 0 again.
     if bits == 3:
         return (fields + 1) & 7
+    # As unsigned 32-bit numbers, in int64: a carry runs through the fields of a word and is lost at its end.
     plus = (qzeros.long() + _ONES[bits]) & 0xFFFFFFFF
+    # Back to int32: a number with the highest bit set is a negative one.
     return words_to_codes((plus - (plus >> 31 << 32)).int(), bits, n)
 
 
 def _check_recoverable(qzeros: Tensor, bits: int) -> None:
     for first, top in enumerate(_LOST_BITS[bits]):
+        # Shifting an int32 to the right repeats its sign, so −1 means that its highest `top` bits are all ones.
         if bool((qzeros[:, first :: len(_LOST_BITS[bits])] >> (32 - top) == -1).any()):
             raise CheckpointError(
                 "its zero points are stored minus one (version 1) by a writer that loses those above a zero point of "

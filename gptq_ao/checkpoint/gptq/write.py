@@ -32,10 +32,13 @@ def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
     modules = model.modules
     refuse(modules, lambda w: _why_not(w, format), format)
     settings = {module: (w.bits, _group_size(w)) for module, w in modules.items()}
+    # The most frequent setting is the checkpoint's, which leaves the fewest exceptions.
     (bits, group_size), _ = Counter(settings.values()).most_common(1)[0]
     dynamic: dict[str, dict[str, int]] = {}
     for module in model.plain:
+        # The output head has a setting of its own below.
         if module.rpartition(".")[2] != _HEAD:
+            # "-:" is "not quantized", "+:" is "with these settings".
             dynamic[f"-:{_pattern(module)}"] = {}
     for module, setting in settings.items():
         if setting != (bits, group_size):
@@ -69,5 +72,6 @@ def _group_size(weight: GroupTensor) -> int:
 
 def _pattern(module: str) -> str:
     parent, dot, leaf = module.rpartition(".")
+    # Engines that fuse these layers look up the fused name only.
     leaves = f"({re.escape(leaf)}|{_FUSED[leaf]})" if leaf in _FUSED else re.escape(leaf)
     return f"^{re.escape(parent + dot)}{leaves}$"

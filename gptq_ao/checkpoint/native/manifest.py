@@ -77,13 +77,16 @@ class QuantizedEntry:
         """What the shards must hold for it: name → (safetensors dtype, shape)."""
         *rows, k = self.shape
         parts = {
+            # Each row begins with a new byte.
             f"{name}.codes": ("U8", [*rows, -(-k * self.bits // 8)]),
             f"{name}.scale": ("F16", [*rows, self.groups]),
             f"{name}.zero_point": ("U8", [*rows, self.groups]),
         }
+        # Without the dimension of a stack: all its matrices have one order of columns.
         return {**parts, f"{name}.perm": ("I32", [k])} if self.perm else parts
 
     def stored_bytes(self, name: str) -> int:
+        # Of those dtypes that `tensors` names.
         sizes = {"U8": 1, "F16": 2, "I32": 4}
         return sum(sizes[dtype] * math.prod(shape) for dtype, shape in self.tensors(name).values())
 
@@ -115,6 +118,7 @@ class Manifest:
 
 def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
     """An entry as the file has it."""
+    # A field that is None was unknown to version 1: left out, the entry is as it was there.
     return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
@@ -140,6 +144,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         shards = {str(t): str(f) for t, f in content["shards"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {e}") from e
+    # Every tensor that the shards must hold, and what its header must say.
     expected = dict(dense)
     for name, entry in quantized.items():
         expected |= entry.tensors(name)
@@ -172,6 +177,7 @@ def _parse(content: dict[str, Any]) -> tuple[dict[str, QuantizedEntry], dict[str
     dense = {name: (str(e["dtype"]), [int(s) for s in e["shape"]]) for name, e in content["dense"].items()}
     tied = {str(a): str(b) for a, b in content["tied"].items()}
     known = {*quantized, *dense}
+    # Otherwise one parameter could be loaded twice, or a tied one from nowhere.
     if known & set(tied) or not set(tied.values()) <= known or set(quantized) & set(dense):
         raise ValueError("a name is listed twice, or tied to one that is not there")
     return quantized, dense, tied
@@ -180,10 +186,12 @@ def _parse(content: dict[str, Any]) -> tuple[dict[str, QuantizedEntry], dict[str
 def _parse_entry(name: str, e: dict[str, Any]) -> QuantizedEntry:
     view_as = tuple(e["view_as"]) if "view_as" in e else None
     entry = QuantizedEntry(e["bits"], tuple(e["shape"]), e["groups"], e["dtype"], e["transposed"], e["perm"], view_as)
+    # Not isinstance: JSON's true would pass for 1. Sizes have to fit into int32.
     whole = all(type(v) is int and 0 < v < 2**31 for v in (*entry.shape, entry.groups, *(view_as or ())))
     flags = type(entry.transposed) is bool and type(entry.perm) is bool
     if entry.bits not in BITS or not whole or not flags or len(entry.shape) not in (2, 3) or entry.dtype not in DTYPES:
         raise ValueError(f"{name!r} cannot be {e}")
+    # Only a matrix can be seen in another shape, of as many elements.
     viewed = view_as is None or (len(entry.shape) == 2 and math.prod(view_as) == math.prod(entry.shape))
     if entry.shape[-1] % entry.groups or not viewed:
         raise ValueError(f"{name!r} cannot be {e}")
@@ -200,10 +208,12 @@ def _find(expected: Mapping[str, Header], shards: Mapping[str, str], directory: 
     Raises:
         CheckpointError: a tensor is missing, or not what the manifest says.
     """
+    # In both directions: a tensor that no entry mentions is as suspicious as one that is missing.
     if set(shards) != set(expected):
         odd = sorted(set(shards) ^ set(expected))[0]
         raise CheckpointError(f"{directory / MANIFEST} is damaged: no shard, or no entry, for tensor {odd!r}")
     stored: dict[str, StoredTensor] = {}
+    # Each header is read once, for all of the file's tensors.
     for file in sorted(set(shards.values())):
         path = shard_path(directory, file)
         header, names = read_header(path), sorted(name for name, f in shards.items() if f == file)

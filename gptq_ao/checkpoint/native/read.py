@@ -87,6 +87,7 @@ def native_weights(
     known = set()
     for name, entry in entries.items():
         parts = {}
+        # Here already, from headers, so that loading cannot fail halfway on a tensor that is missing.
         for part, (dtype, shape) in entry.tensors(name).items():
             if part not in stored:
                 raise CheckpointError(f"tensor {part!r} is missing")
@@ -96,6 +97,7 @@ def native_weights(
             parts[part] = stored[part]
         known |= set(parts)
         yield NativeWeight(name, entry, parts)
+    # A part without an entry would be dropped silently.
     odd = sorted(n for n in stored if n.rpartition(".")[2] in NATIVE_PARTS and n not in known)
     if odd:
         raise CheckpointError(f"tensor {odd[0]!r} belongs to no weight that config.json knows")

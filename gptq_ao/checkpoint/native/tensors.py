@@ -62,5 +62,7 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
 
 def _words(stream: Tensor) -> Tensor:
     """Rows of bytes as rows of int32."""
+    # A row of bytes need not fill its last word; what is added is zero, as in a stream of words. Bytes are little-
+    # endian.
     rest = -stream.shape[-1] % 4
     return (torch.nn.functional.pad(stream, (0, rest)) if rest else stream).view(torch.int32)

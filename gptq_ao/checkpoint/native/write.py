@@ -60,6 +60,7 @@ class CheckpointWriter(OutputDirectory):
 
     def add_rest(self, model: nn.Module, get: Callable[[str], Tensor]) -> None:
         """Store what `model` has and was not added: each tensor by its first name, and which other names it has."""
+        # Tied parameters are one tensor with several names: stored under the first, the manifest has the others.
         for first, *others in state_names(model):
             if first not in self:
                 self.add_parameter(first, get(first))
@@ -71,6 +72,7 @@ class CheckpointWriter(OutputDirectory):
 
     def finish_checkpoint(self, model: nn.Module, tokenizer: Any, report: Report | None = None) -> None:
         """Write the rest, the manifest last."""
+        # Only now is it known how many shards there are, which is part of their names.
         placed = self.finish_shards()
         entries = {name: entry_json(e) for name, e in self._entries.items()}
         version = format_version(self._entries)
@@ -85,6 +87,7 @@ class CheckpointWriter(OutputDirectory):
         texts = {MANIFEST: as_json(manifest)}
         if has_config(model):
             weights = [(e.bits, e.spec.group_size) for e in self._entries.values()]
+            # The card first: the manifest stays the last, as it says that everything else is there.
             texts = {CARD: model_card(model, NATIVE, weights, report), **texts}
         self.finish(model, tokenizer, placed, native_config(entries, version), texts)
 
