@@ -32,6 +32,7 @@ def column_blocks(in_features: int, columns: int) -> Iterator[tuple[int, int, li
     """Ranges (first, last) of about OUTER columns, with the blocks of at most MAX_COLUMNS that they consist of. A group
     of `columns` is one block, or several if it is longer, in one range.
     """
+    # Whole groups, at least one.
     outer = max(columns, OUTER // columns * columns)
     for first in range(0, in_features, outer):
         last = min(first + outer, in_features)
@@ -92,6 +93,7 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
         from gptq_ao.kernels.triton import columns
 
         return columns.score_grids(x, follow, importance, scale, zero_point, bits)
+    # Every grid works on its own copy of the block, in fp32.
     rows = max(1, SCRATCH // (4 * len(x) * len(scale)))
     parts = zip(x.split(rows, 1), scale.split(rows, 1), zero_point.split(rows, 1), strict=True)
     with _one_thread():
@@ -101,6 +103,7 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
 def _score(x: Tensor, scale: Tensor, zero_point: Tensor, follow: Tensor, importance: Tensor, bits: int) -> Tensor:
     loss = torch.zeros_like(scale)
     each = x.unsqueeze(1).repeat(1, len(scale), 1)  # [B, C, N]
+    # addr_ takes a matrix: grids stand side by side, as if they were more rows.
     flat = each.view(len(x), -1)
     for i in range(len(x)):
         p = each[i] - (round_to_grid(each[i], scale, zero_point, bits) - zero_point) * scale

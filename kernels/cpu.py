@@ -21,6 +21,7 @@ ROWS_PER_CALL = 64  # the kernel is slower per row when it gets more than about 
 # More rows share one dequantization and a dense product. From how many on that pays depends on the processor: where its
 # dense bf16 product is slow, this kernel would still be ahead at 256 rows.
 MAX_ROWS = 256
+# What PyTorch's operator takes: other group sizes go to the reference, and out_features are padded.
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 16
 
@@ -56,6 +57,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, expert: int | 
         y = product(rows, weight, group_size, scale_and_offset)
     else:
         y = torch.cat([product(part, weight, group_size, scale_and_offset) for part in rows.split(ROWS_PER_CALL)])
+    # Without the output features that were padded.
     if y.shape[-1] != out_features:
         y = y[:, :out_features].contiguous()
     y = y.view(*x.shape[:-1], out_features)
@@ -79,6 +81,7 @@ def _convert(packed: Packed, expert: int | None = None) -> tuple[Tensor, Tensor]
     qdata, scale_zero = packed.qdata, packed.scale_zero
     version = (qdata._version, scale_zero._version)
     known = _converted.get(qdata)
+    # The same codes with other scales are another weight.
     if known is None or known[0] != version or known[1]() is not scale_zero:
         known = _converted[qdata] = (version, weakref.ref(scale_zero), {})
     experts: dict[int | None, tuple[Tensor, Tensor]] = known[2]
@@ -91,6 +94,7 @@ def _converted_matrix(packed: Packed) -> tuple[Tensor, Tensor]:
     padded = -(-packed.out_features // ROW_MULTIPLE) * ROW_MULTIPLE
     codes = unpack_codes(packed.qdata, None, 4, padded, packed.in_features)
     scale, zero_point = (t.float() for t in unpack_scale_zero(packed.scale_zero, padded))
+    # (code − zero_point)·scale, in the operator's terms.
     offset = (8 - zero_point) * scale
     weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     scale_and_offset = torch.stack([scale, offset], -1).transpose(0, 1).to(torch.bfloat16).contiguous()

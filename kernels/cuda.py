@@ -49,6 +49,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     packed = packed._replace(perm=None)  # x is in the order of the codes
     if stacked:
         return torch.bmm(x, dequantize(packed, x.dtype).mT)
+    # Output features per part, in whole tiles, as `Packed.rows` can only begin at one.
     most = max(1, SCRATCH // (TILE_ROWS * in_features * x.itemsize)) * TILE_ROWS
     if most >= out_features:
         return F.linear(x, dequantize(packed, x.dtype), bias)
@@ -139,6 +140,7 @@ def _config(
     properties = torch.cuda.get_device_properties(device)
     product = measured.Product(rows, out_features, in_features, bits, group_size, experts)
     best = _tuned(properties.name).get(product)
+    # Its config may be None: dequantizing was measured to be faster.
     if best is not None:
         return best.config
     sms, capability = properties.multi_processor_count, properties.major
@@ -149,6 +151,7 @@ def _config(
 def _usable(device: torch.device, bits: int) -> bool:
     """Whether there is Triton, and its kernels can be trusted on this device."""
     capability = torch.cuda.get_device_capability(device)
+    # ROCm's devices are called "cuda", too. The kernels are for Ampere (8.0) and later.
     if importlib.util.find_spec("triton") is None or torch.version.hip or capability < (8, 0):
         return False
     if capability in TESTED:

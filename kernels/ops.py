@@ -154,6 +154,7 @@ def _(qdata: Tensor, *more: Any) -> Tensor:
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # x and the eight fields of `Packed`. A bias may follow, and is not needed for any gradient.
     _, qdata, scale_zero, high_plane, perm, *ctx.numbers = inputs[:9]
     ctx.save_for_backward(qdata, scale_zero, high_plane, perm)
 

@@ -46,10 +46,12 @@ def canonicalize(program: Program, device: torch.device | None = None) -> Progra
         if _asserts(node) and not node.users:
             continue
         if _does_nothing(node):
+            # All that read this node will read its input.
             copies[node] = copies[node.args[0]]
             continue
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].name = node.name
+    # Backwards, so that what served only a removed node goes as well.
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
@@ -83,6 +85,7 @@ def _kind(x: torch.Tensor) -> tuple[Any, ...]:
     """All of a tensor but its numbers. How they lie in memory matters to a later view."""
     sizes = [_expression(s) for s in x.shape]
     strides = x.stride() if x.layout is torch.strided else sizes
+    # An axis of size 1 is never stepped along, so its stride may be anything.
     strides = [_expression(s) for s, size in zip(strides, sizes, strict=True) if size != 1]
     return x.dtype, x.device, x.layout, sizes, strides
 

@@ -58,6 +58,7 @@ def capture(
         CaptureError: torch.export cannot express the model as one graph; the message says why, where in the model's
             code, and what to change.
     """
+    # In the graph, positional inputs are called arg0, arg1, …: see `_plain_signature`.
     clash = sorted({f"arg{i}" for i in range(len(batch.args))} & set(batch.kwargs))
     if clash:
         raise CaptureError(f"keyword input {clash[0]!r} has a name that is used for positional inputs: rename it")
@@ -95,8 +96,10 @@ def _captured(
         rigid: (position among the flattened inputs, axis) of the sizes that become part of the graph.
         fixed: positions of the inputs whose values do.
     """
+    # Values that become part of the graph have to be those of the batch itself: then it is not doubled.
     sample = batch if fixed else _two_rows(batch)
     first_name = first_names(model)
+    # Made here rather than by torch.export: `_guards` reads from it afterwards which branches were taken.
     env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
     with (
@@ -117,6 +120,7 @@ def _captured(
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # on failure, torch prints the graph up to there
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            # The fast way first: run_decompositions traces the whole model once more.
             if not make_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
         except Exception as e:  # torch.export raises whatever the model's forward raises
@@ -149,8 +153,10 @@ def _plain_signature(
     positional = [f"arg{i}" for i in range(len(batch.args))]
 
     def flat_forward(*args: Any, **kwargs: Any) -> Any:
+        # By position or by name: bring the inputs back into the order in which the batch is flattened.
         given = {**dict(zip([*positional, *batch.kwargs], args, strict=False)), **kwargs}
         leaves = pytree.tree_leaves((tuple(given.pop(p) for p in positional), {k: given[k] for k in batch.kwargs}))
+        # Fixed inputs are not traced: in their place, the forward gets the real values.
         args, kwargs = spec.unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)])
         with known_values() if values else contextlib.nullcontext():
             return _plain_outputs(forward(*args, **kwargs))
@@ -159,12 +165,14 @@ def _plain_signature(
     parameters = [inspect.Parameter(n, kind) for n in (*positional, *batch.kwargs)]
     flat_forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     model.forward = flat_forward
+    # None keeps the place in the structure, and is a constant to torch.export, not an input of the graph.
     yield pytree.tree_unflatten([None if i in fixed else leaf for i, leaf in enumerate(flat)], spec)
 
 
 def _plain_outputs(value: Any, inside: frozenset[int] = frozenset()) -> Any:
     """Objects that pytree does not know (dataclasses, distributions) become dicts of the tensors and objects they hold:
     only the tensors matter here. `inside`: the objects that hold this one."""
+    # Nothing in a generator is computed, hence traced, before it is asked for.
     if inspect.isgenerator(value):
         return [_plain_outputs(v, inside) for v in value]
 
@@ -172,6 +180,7 @@ def _plain_outputs(value: Any, inside: frozenset[int] = frozenset()) -> Any:
         if not _is_object(leaf) or isinstance(leaf, torch.Tensor):
             return leaf
         held = {n: v for n, v in vars(leaf).items() if _is_object(v) or isinstance(v, dict | list | tuple)}
+        # Without `inside`, objects that refer to each other in a circle would never end.
         return {n: _plain_outputs(v, inside | {id(leaf)}) for n, v in held.items() if id(v) not in inside}
 
     return pytree.tree_map(plain, value)
@@ -231,6 +240,7 @@ def _rigid_axes(batch: Batch, others: Sequence[Batch]) -> frozenset[tuple[int, i
         for i, leaf in enumerate(leaves)
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() >= 4
         for axis in range(1, leaf.dim())
+        # Slices, not an index: the other batch's tensor may have fewer axes.
         if all(isinstance(m[i], torch.Tensor) and m[i].shape[axis:][:1] == leaf.shape[axis : axis + 1] for m in alike)
     )
 
@@ -242,6 +252,7 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
     for s in exported.graph_signature.input_specs:
         name = s.arg.name
         if s.kind == InputKind.PARAMETER:
+            # A tied weight has several placeholders. One name for all of them: it is one weight, solved once.
             parameters[name] = first_name[str(s.target)]
         elif s.kind == InputKind.BUFFER:
             buffers[name] = str(s.target)
@@ -271,6 +282,7 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
         buffers,
         constants,
         tuple(inputs),
+        # Literals: what the graph has fixed, so that `Program.bind` can ask for the same in every batch.
         {i: value for i, (name, value) in enumerate(zip(inputs, flat, strict=True)) if name is None},
         spec,
         tuple(batch.kwargs),
@@ -286,6 +298,7 @@ def _output_names(spec: pytree.TreeSpec | None, count: int) -> tuple[str | None,
     keys = spec.context if spec is not None else None
     if not isinstance(keys, list) or len(keys) != len(children) or not all(isinstance(k, str) for k in keys):
         return (None,) * count
+    # A key that holds several tensors (hidden states of all layers) is repeated for each.
     names = tuple(key for key, child in zip(keys, children, strict=True) for _ in range(child.num_leaves))
     return names if len(names) == count else (None,) * count
 
@@ -301,6 +314,7 @@ def _up_to(program: Program, batch: Batch, longest: float) -> Program:
     size = program.placeholders[name].meta["val"].shape[-1]
     if static_size(size) is not None:
         return program
+    # From now on `Program.bind` refuses longer sequences.
     low, high = program.ranges.get(size.node.expr, (0, float("inf")))
     return dataclasses.replace(program, ranges={**program.ranges, size.node.expr: (low, min(high, longest))})
 

@@ -29,6 +29,7 @@ def choose_weights(
         NoLinearError: nothing is left to quantize.
     """
     names = [*dict.fromkeys(s.weight for s in sites), *(e.weight for e in excluded)]
+    # A rule that no weight follows is most likely misspelled: better an error than a model without it.
     used = {config.rule_for(name) for name in names}
     unused = [pattern for pattern in config.rules if pattern not in used]
     if unused:
@@ -45,6 +46,7 @@ def choose_weights(
 
     settings: dict[str, GPTQConfig] = {}
     for name in dict.fromkeys(s.weight for s in sites):
+        # One use that speaks against it (as a router, as a head) is enough.
         reason = next((s.left_out for s in sites if s.weight == name and s.left_out), None)
         own = config.for_weight(name)
         by_rule = config.rule_for(name) is not None

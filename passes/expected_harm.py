@@ -71,6 +71,7 @@ def expected_harm(
 
     def add(name: str, weight: Tensor) -> None:
         assert weight.grad is not None
+        # The inner sum of the formula above: per row of the weight, over its columns.
         per_row = (layouts[name].matrix(weight.grad).float() * errors[name].to(device)).sum(1)
         totals[name] = totals.get(name, 0) + per_row.double().square().sum()
         weight.grad = None  # or the next sequence's would be added to it before the square
@@ -82,10 +83,12 @@ def expected_harm(
             # Each gradient becomes one number as soon as it is complete: all of them at once would take a second model.
             statics[placeholder].register_post_accumulate_grad_hook(lambda weight, name=name: add(name, weight))
 
+    # A generator of its own and a fixed seed: the same model and data always get the same bits.
     outputs, generator, tokens = _Outputs(program), torch.Generator(device).manual_seed(0), 0
     for sequence in _sequences(program, batches):
         given = {**statics, **{name: t.to(device) for name, t in sequence.items()}}
         try:
+            # The caller may have switched gradients off, and a backward needs a recorded forward.
             with torch.inference_mode(False), torch.enable_grad():
                 values = fx.Interpreter(program.module).run(*(given[name] for name in program.placeholders))
                 loss, count = outputs.loss(values, sequence, generator)
@@ -102,6 +105,7 @@ def expected_harm(
             ) from e
         tokens += count
     _check(errors, totals)
+    # ½ as in the formula. Without tokens (all padding) nothing was added, and 0 / 1 is 0.
     return {name: total.item() / 2 / max(tokens, 1) for name, total in totals.items()}
 
 
@@ -111,6 +115,7 @@ def _sequences(program: Program, batches: Sequence[Values]) -> Iterator[Values]:
         apart = _apart(program, batch)
         for sequence in apart or [batch]:
             yield sequence
+            # A batch that stays in one piece counts as all the sequences in it.
             taken += 1 if apart else max((t.shape[0] for t in batch.values() if t.dim()), default=1)
             if taken >= SEQUENCES:
                 return
@@ -119,11 +124,13 @@ def _sequences(program: Program, batches: Sequence[Values]) -> Iterator[Values]:
 def _apart(program: Program, batch: Values) -> list[Values]:
     """The rows of a batch, each as a batch of one; none if inputs differ in their number of rows, or if the graph is
     not valid for a single row. (Draws of different sequences are independent, so each is squared on its own.)"""
+    # A tensor without axes counts as 0 rows. Beside others that makes the counts differ, alone it gives no rows.
     counts = {t.shape[0] if t.dim() else 0 for t in batch.values()}
     rows = [{name: t[i : i + 1] for name, t in batch.items()} for i in range(max(counts))] if len(counts) == 1 else []
     placeholders = program.placeholders
     fakes = {name: placeholders[name].meta["val"] for name in batch}
     try:
+        # They all have the same sizes.
         for row in rows[:1]:
             check_sizes(fakes, row, program.ranges, program.guards, "a sequence")
     except CalibrationError:
@@ -156,10 +163,12 @@ class _Outputs:
         self._floats = [i for i, n in enumerate(nodes) if dim(n) and n.meta["val"].is_floating_point()]
         if not self._floats:
             raise ConfigError("target_bits needs gradients, but the model returns no floating-point tensor")
+        # Rows of padding are no tokens: nothing is to be drawn for them.
         self._masks = {i: tokens.of(nodes[i]) for i in self._floats}
         places = program.placeholders
         inputs = [places[name].meta["val"] for name in program.inputs if name is not None]
         of_tokens = any(isinstance(v, Tensor) and v.dtype in (torch.int32, torch.int64) for v in inputs)
+        # The index of the class scores, by the rule in the docstring of this file; None if there are none.
         self._scores = next(
             (
                 i
@@ -183,6 +192,7 @@ class _Outputs:
         """One output as [rows, features] fp32, without the rows that are padding."""
         value = values[index]
         mask, gathers = self._masks[index]
+        # The mask has one number per position, which no longer fits rows that were gathered.
         keep = kept_rows(value, batch[mask].to(value.device)) if mask is not None and not gathers else None
         rows = value.reshape(-1, value.shape[-1])
         return (rows if keep is None else rows[keep.flatten()]).float()
@@ -191,6 +201,7 @@ class _Outputs:
 def _drawn(scores: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
     """−log p of one class for each row of `scores` [T, V] fp32, drawn from the distribution that they are; and T."""
     log_p = scores.log_softmax(-1)
+    # Detached: a draw is a constant, and the gradient is that of its log-probability alone.
     classes = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
     return -log_p.gather(1, classes).sum(), len(scores)
 
@@ -204,6 +215,7 @@ def _projected(outputs: list[Tensor], generator: torch.Generator) -> tuple[Tenso
     for y in outputs:
         energy = y.detach().square().sum(-1).mean()
         noise = torch.randn(y.shape, generator=generator, device=y.device)
+        # An output of zeros has no scale to divide by.
         if energy > 0:
             loss = loss + (noise * y).sum() * (count / len(y) / energy).sqrt()
     return loss, count

@@ -33,6 +33,7 @@ __all__ = ["ROUTER", "find_linears", "left_out_by_name"]
 
 ROUTER = "router: decides which experts run"
 
+# Usual names of output heads, for models that do not declare theirs.
 _HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output_projection)\.weight")
 
 
@@ -54,6 +55,7 @@ def find_linears(
             if found is not None:
                 sites.append(found)
                 break
+    # Only now: a weight may be used again anywhere in the graph.
     _refuse_contradictions(sites, problems)
     sites = _with_reasons([s for s in sites if s.weight not in problems], program, heads)
     excluded = _excluded(program, {s.weight for s in sites}, problems)
@@ -67,11 +69,13 @@ def _site(
     found = trace_parameter(product.weight, program)
     if found is None:
         return None
+    # A product of parameters alone has no rows that calibration data could decide: no Hessian.
     if _sources(product.activation, program) is not None:
         problems[found.weight] = f"{op_name(node)} multiplies it by other parameters, not by an activation"
         return None
     matrix = product.matrix(found.view)
     read = read_matrix(found.shape, matrix) if matrix is not None else None
+    # `view_as`: the parameter is neither a matrix nor a stack. Only some operators read such a one.
     if read is None or (read[0].view_as is not None and not product.any_shape):
         problems[found.weight] = f"{op_name(node)} reads it across its rows and input features"
         return None
@@ -86,6 +90,7 @@ def _site(
         layout=layout,
         part=part,
         rows=(Rows(value.name, product.arrange, product.offsets.name if product.offsets else None, mask, gathers),),
+        # If all experts multiply the same rows, their Hessians are one, as if they were one tall matrix.
         experts=experts if product.experts else 1,
         left_out=product.note,
     )
@@ -98,6 +103,7 @@ def _before_views(node: fx.Node) -> fx.Node:
         before = node.args[0]
         if not isinstance(before, fx.Node) or not dim(before) or not dim(node):
             break
+        # Features were cut or joined, so that these rows are other vectors.
         if before.meta["val"].shape[-1] != node.meta["val"].shape[-1]:
             break
         node = before
@@ -149,6 +155,7 @@ def _chooses(node: fx.Node) -> bool:
         seen.add(user)
         if op_name(user) in CHOICES:
             return True
+        # What is chosen after another product is not this weight's choice.
         if multiplies(user) or op_name(user) in ATTENTION:
             continue
         # Another matrix or input takes part. (Parameters of one dimension are biases and scales: routers have those.)
@@ -171,6 +178,7 @@ def _sources(node: fx.Node, program: Program) -> set[str] | None:
         if n.name in program.parameters:
             found.add(program.parameters[n.name])
         todo.extend(n.all_input_nodes)
+    # Nothing found: made of constants alone.
     return found or None
 
 
@@ -182,6 +190,7 @@ def _excluded(program: Program, found: set[str], problems: dict[str, str]) -> li
         if name is None or name in found or dim(placeholder) < 2:
             continue
         ops = sorted({op_name(user) for user in placeholder.users})
+        # From the most specific reason to the most general one.
         if name in problems:
             excluded.append(Excluded(name, problems[name], expected=False))
         elif not ops:
@@ -189,6 +198,7 @@ def _excluded(program: Program, found: set[str], problems: dict[str, str]) -> li
         elif all(op in EMBEDDINGS for op in ops):
             excluded.append(Excluded(name, "embedding table", expected=True))
         elif name in made_of:
+            # Is the parameter itself the operand, or something that was computed from it?
             made = "it" if made_of[name] in ops else f"what {', '.join(ops)} makes of it"
             reason = f"{made_of[name]} multiplies by {made}, in a form that is not supported"
             excluded.append(Excluded(name, reason, expected=False))
@@ -206,6 +216,7 @@ def _made_of(program: Program) -> dict[str, str]:
             continue
         bias, weights = bias_of(node), {product.weight for product in products(node)}
         for operand in node.all_input_nodes:
+            # Added, not multiplied: what a bias is made of could never be a matrix of the product.
             if operand is bias:
                 continue
             names = _sources(operand, program)
@@ -232,5 +243,6 @@ def _check(program: Program, sites: list[LinearSite], excluded: list[Excluded]) 
         program.parameters[n] for n, p in program.placeholders.items() if n in program.parameters and dim(p) >= 2
     }
     listed = {s.weight for s in sites} | {e.weight for e in excluded}
+    # A matrix in neither list would stay dense without anybody being told.
     if matrices != listed:
         raise PassError(f"find_linears neither found nor listed {sorted(matrices ^ listed)}")

@@ -19,17 +19,20 @@ __all__ = ["follow_original", "last_reads"]
 
 def follow_original(program: Program, plan: Plan) -> Plan:
     """A new Plan. Its segments read the original values of parameters as statics named `twin(placeholder)`."""
+    # Weight → number of the stage that quantizes it.
     stage_of = {
         w: number for number, stage in enumerate(plan.stages, 1) for shared in stage.inputs for w in shared.weights
     }
     stored: set[str] = set()  # names of values that wait twice
     segments = []
     for number, segment in enumerate(plan.segments, 1):
+        # Weights of earlier stages. Those that no stage quantizes never differ, so they count as of this stage.
         quantized = {
             name for name in segment.statics if stage_of.get(program.parameters.get(name, ""), number) < number
         }
         twice = _differing(segment, quantized | (stored & set(segment.reads)))
         segments.append(_doubled(segment, twice, stored))
+        # What was written here waits twice if it was computed twice; what came from before, if it did so already.
         stored = {n for n in segment.keeps if n in (twice if n in segment.writes else stored)}
     return dataclasses.replace(plan, segments=tuple(segments))
 
@@ -60,12 +63,14 @@ def _doubled(segment: Segment, twice: set[str], stored: set[str]) -> Segment:
     by_name = {n.name: n for n in nodes}
 
     def copy(node: fx.Node, copies: dict[fx.Node, fx.Node], name: str) -> None:
+        # A twin reads the twins of its inputs. An input without one is the same in both models, and shared.
         new = graph.node_copy(node, lambda n: copies.get(n, first[n]) if n in first else copies[n])
         new.name, new.meta = name, dict(node.meta)
         if node.op == "placeholder":
             new.target = name
         copies[node] = new
 
+    # Placeholders are called by position: reads and their twins, then statics and theirs, as `_with_twins` lists them.
     for names in (segment.reads, segment.statics):
         for name in names:
             copy(by_name[name], first, name)
@@ -80,6 +85,7 @@ def _doubled(segment: Segment, twice: set[str], stored: set[str]) -> Segment:
             copy(node, second, twin(node.name))
 
     reads, statics, writes = (_with_twins(names, twice) for names in (segment.reads, segment.statics, segment.writes))
+    # The same rule as for `stored` in `follow_original`.
     kept = {n for n in segment.keeps if n in (twice if n in segment.writes else stored)}
     outputs = [first[by_name[n]] for n in segment.writes] + [second[by_name[n]] for n in segment.writes if n in twice]
     graph.output(tuple(outputs))

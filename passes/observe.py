@@ -25,6 +25,7 @@ def observe(plan: Plan) -> Plan:
     )
 
     def compensated(shared: SharedInput) -> bool:
+        # For experts there is no row to compare with, see `uncompensated`.
         return shared.experts == 1 and any(_wants_compensation(plan, w) for w in shared.weights)
 
     segments = tuple(
@@ -69,10 +70,12 @@ def _with_observers(segment: Segment, inputs: tuple[SharedInput, ...], compensat
     graph.output(graph.graph_copy(segment.module.graph, copies))
     module = fx.GraphModule(segment.module, graph)  # with the attributes that the graph refers to
     by_name = {n.name: copies[n] for n in segment.module.graph.nodes if n in copies}
+    # Only values that quantization has changed have a twin.
     twins = {n.name: by_name[twin(n.name)] for n in segment.module.graph.nodes if twin(n.name) in by_name}
     for shared in inputs:
         module.add_submodule(shared.name, HessianObserver(shared.in_features, shared.experts))
         for rows in shared.rows:
+            # Pairs: the residual stream as it is now, and as the original model has it.
             streams = [(by_name[r], twins[r]) for _, r in shared.residuals]
             _insert(graph, shared.name, rows, by_name, twins if shared.name in compensated else {}, streams)
     graph.lint()
@@ -89,6 +92,7 @@ def _insert(
     streams: list[tuple[fx.Node, fx.Node]],
 ) -> None:
     """Bring the rows into form and hand them to the observer, as soon as all they are made of is there."""
+    # The original model's activation, where its row i belongs to the same token as row i here.
     original = twins.get(rows.value) if _same_rows(by_name[rows.value], rows) else None
     inputs = [*(by_name[v] for v in rows.values), *(n for pair in streams for n in pair)]
     inputs += [original] if original is not None else []
@@ -96,6 +100,7 @@ def _insert(
     last_input = list(graph.find_nodes(op="placeholder"))[-1]  # nothing may stand between placeholders
     # As early as possible: an activation that only the observer still needs is freed right after it.
     with graph.inserting_after(max((*inputs, last_input), key=place.__getitem__)):
+        # First the place, with a provisional argument. What brings the rows into form goes before it.
         call = graph.call_module(observer, (by_name[rows.value],))
     with graph.inserting_before(call):
         value, mask = by_name[rows.value], None
@@ -120,6 +125,7 @@ def _same_rows(value: fx.Node, rows: Rows) -> bool:
 def _check(plan: Plan) -> None:
     for number, (segment, stage) in enumerate(zip(plan.segments, plan.stages, strict=True), 1):
         calls = [n.target for n in segment.module.graph.nodes if n.op == "call_module"]
+        # A weight that is applied several times has several activations, and the observer as many calls.
         wanted = [shared.name for shared in stage.inputs for _ in shared.rows]
         if sorted(calls) != sorted(wanted):
             raise PassError(f"segment {number} calls the observers {sorted(calls)}, its stage needs {sorted(wanted)}")

@@ -37,9 +37,11 @@ def reach_all_experts(program: Program, sites: tuple[LinearSite, ...]) -> tuple[
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(program.graph, copies))
     for old, new in copies.items():
+        # Sites name nodes, and a copied graph may have renamed them.
         new.name = old.name
     result: list[LinearSite] = []
     for site in sites:
+        # Only rows sorted by expert (with offsets) depend on the router. All other sites see every token anyway.
         result += _all_tokens(graph, site, sites) if site.rows[0].offsets is not None else [site]
     graph.lint()
     return dataclasses.replace(program, module=fx.GraphModule(program.module, graph)), tuple(result)
@@ -59,14 +61,18 @@ def _all_tokens(graph: fx.Graph, site: LinearSite, sites: tuple[LinearSite, ...]
     while op_name(taken) == "aten::masked_fill" and isinstance(taken.args[0], fx.Node):
         taken = taken.args[0]  # rows of experts that are elsewhere (expert parallel): with all tokens, none
     tokens, _ = gathered(taken) or (None, None)
+    # The first stack of a layer: the tensor that its rows were gathered from holds every token once.
     if tokens is not None and not _descends(tokens, choice):
+        # Rows before the gather, hence without its row numbers.
         every = Rows(tokens.name, mask=rows.mask, gathers=rows.gathers[:-1])
         return [dataclasses.replace(site, rows=(every,), experts=1)]
 
+    # k, the number of experts that a token is sent to.
     per_token = static_size(choice.meta["val"].shape[1]) or 1
     between = _between(graph, choice, (value, offsets))
     found, others = [], []
     for start in range(0, site.experts, per_token):
+        # If k does not divide E, the last copy begins earlier: experts beyond E do not exist.
         copied = _copy(graph, choice, min(start, site.experts - per_token), between)
 
         def renamed(name: str, copied: dict[fx.Node, fx.Node] = copied) -> str:
@@ -82,10 +88,12 @@ def _all_tokens(graph: fx.Graph, site: LinearSite, sites: tuple[LinearSite, ...]
 def _copy(graph: fx.Graph, choice: fx.Node, first: int, between: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     """The nodes once more, after another choice."""
     copied: dict[fx.Node, fx.Node] = {}
+    # At the end of the graph, where everything that a copy reads has been computed.
     with graph.inserting_before(next(n for n in graph.nodes if n.op == "output")):
         copied[choice] = graph.call_function(same_choice, (choice, first))
         copied[choice].meta = dict(choice.meta)
         for node in between:
+            # What does not depend on the choice is not copied: both read the same node.
             copied[node] = graph.node_copy(node, lambda n: copied.get(n, n))
     return copied
 
@@ -95,6 +103,7 @@ def _choice(offsets: fx.Node) -> fx.Node | None:
     node = offsets
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
+        # A row of integers per token: the numbers of its experts. (Values of a router are floats.)
         if dim(node) == 2 and not node.meta["val"].is_floating_point():
             return node
     return None

@@ -83,6 +83,7 @@ class Program:
                 f"{where} has the inputs {sorted(batch.kwargs)}, the model was captured with {sorted(self.keywords)}: "
                 "give every batch the same inputs"
             )
+        # In the order of the capture, whatever order this batch's kwargs are in.
         flat, spec = pytree.tree_flatten((batch.args, {k: batch.kwargs[k] for k in self.keywords}))
         if spec != self.spec:
             raise CalibrationError(f"{where} has the structure {spec}, the model was captured with {self.spec}")
@@ -186,6 +187,7 @@ class Layout:
         stack = parameter.view(self.stack, *self._matrix)
         stack = stack.mT if self.transposed else stack
         n = self.out_features
+        # i: the matrices that the range touches. Of the first and the last, perhaps only some rows.
         return [stack[i, max(start - i * n, 0) : min(stop - i * n, n)] for i in range(start // n, (stop + n - 1) // n)]
 
 
@@ -307,6 +309,7 @@ class SharedInput:
 
     def expert(self, index: int) -> tuple[Part, ...]:
         """The parts of one expert."""
+        # One expert's range may differ in size from weight to weight.
         sizes = [(p.stop - p.start) // self.experts for p in self.parts]
         return tuple(
             Part(p.weight, p.start + index * n, p.start + (index + 1) * n)

@@ -41,8 +41,10 @@ def schedule(program: Program, selection: Selection) -> Plan:
 
     outputs = next(n for n in program.graph.nodes if n.op == "output").all_input_nodes
     targets = [[nodes[v] for shared in s.inputs for v in shared.values] for s in stages]
+    # One more segment than there are stages: the tail, which leads to the model's outputs.
     targets.append(list(outputs))
     inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.inputs]
+    # What every segment can have without storing it per batch: weights, buffers, constants, and branches of torch.cond.
     static = set(program.graph.find_nodes(op="placeholder")) - set(inputs) | set(
         program.graph.find_nodes(op="get_attr")
     )
@@ -60,8 +62,10 @@ def schedule(program: Program, selection: Selection) -> Plan:
     segments: list[Segment] = []
     keep: set[fx.Node] = set()
     for body, before, wanted in reversed(list(zip(bodies, known, targets, strict=True))):
+        # A wanted value may come from an earlier segment, and then no node of this body takes it.
         used = {i for n in body for i in n.all_input_nodes} | set(wanted)
         reads = [n for n in program.graph.nodes if n in before and n in used]
+        # The tail comes first here. Only its outputs are given: they are the model's, in the model's order.
         segments.append(_segment(program, body, reads, static, keep, wanted if not segments else None))
         keep = (keep - set(body)) | set(reads)  # what the segment before this one has to hand on
     segments.reverse()
@@ -86,6 +90,7 @@ def _levels(program: Program, sites: Iterable[LinearSite], nodes: dict[str, fx.N
     level: dict[int, int] = {}
     for c in nx.topological_sort(components):
         before = max((level[p] for p in components.predecessors(c)), default=0)
+        # One level more where a chosen weight is multiplied: what follows waits until that weight is quantized.
         level[c] = before + (not multiplied.isdisjoint(components.nodes[c]["members"]))
     return {n: level[c] for n, c in components.graph["mapping"].items()}
 
@@ -100,6 +105,7 @@ def _stage(
     by_weight: dict[str, list[LinearSite]] = {}
     for s in sites:
         by_weight.setdefault(s.weight, []).append(s)
+    # Same rows, same number of experts: one Hessian serves all these parts.
     parts_of: dict[tuple[tuple[Rows, ...], int], list[Part]] = {}
     width = {r: s.layout.in_features for s in sites for r in s.rows}
     for uses in by_weight.values():
@@ -144,8 +150,10 @@ def _parts(uses: list[LinearSite]) -> list[tuple[Part, tuple[Rows, ...], int]]:
     pieces = []
     for start, stop in itertools.pairwise(cuts):
         over = [s for s in uses if s.part[0] <= start and stop <= s.part[1]]
+        # Uses without rows are copies made by `reach_all_experts`: nobody observes them.
         if any(s.rows for s in over):
             rows = tuple(dict.fromkeys(r for s in over for r in s.rows))
+            # From a use with rows: `reach_all_experts` may have made one Hessian of all experts there.
             experts = next(s.experts for s in over if s.rows)
             pieces.append((Part(over[0].weight, start, stop), rows, experts))
     return pieces
@@ -154,6 +162,7 @@ def _parts(uses: list[LinearSite]) -> list[tuple[Part, tuple[Rows, ...], int]]:
 def _cheap(program: Program, static: set[fx.Node], inputs: set[fx.Node]) -> set[fx.Node]:
     """Nodes that do not depend on any parameter of two or more dimensions: no product, and little to compute."""
     heavy = {n for n in static if n.name in program.parameters and n.meta["val"].dim() >= 2}
+    # In graph order, so whether an input is heavy is known before its users are looked at.
     for n in program.graph.nodes:
         if any(i in heavy for i in n.all_input_nodes):
             heavy.add(n)
@@ -185,9 +194,11 @@ def _segment(
     writes = [n for n in body if n in keep] if outputs is None else outputs
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
+    # Not handed in like placeholders: graphs, which the segment's module holds itself.
     attributes = [n for n in static if n.op == "get_attr" and n in used]  # the branches of torch.cond
     for n in (*reads, *statics, *attributes, *body):
         copies[n] = graph.placeholder(n.name) if n in reads or n in statics else graph.node_copy(n, copies.__getitem__)
+        # Stages, stores and observers refer to values by name, so names stay the same in all segments.
         copies[n].name, copies[n].meta = n.name, dict(n.meta)
     graph.output(tuple(copies[n] for n in writes))
     graph.lint()
@@ -212,6 +223,7 @@ def _check(
             if name in ran and nodes[name] not in cheap and not stale and level[nodes[name]] < ran[name]:
                 raise PassError(f"node {name} runs in segments {ran[name]} and {k}")
             ran[name] = k
+        # The tail belongs to no stage.
         if k <= len(plan.stages):
             wanted = {v for shared in plan.stages[k - 1].inputs for v in shared.values}
             if not wanted <= inside:

@@ -50,6 +50,7 @@ def check_sizes(
             )
     symbols: dict[Any, int] = {}
     places: dict[Any, Any] = {}  # symbol → a symbol that is named after where that size is found
+    # First the sizes that are one number or one symbol: they say what each symbol is in this batch.
     for name, axis, expression, size in _sizes(fakes, given):
         low, high = ranges.get(expression, (0, float("inf"))) if expression.is_Symbol else (0, float("inf"))
         if expression.is_number:
@@ -62,6 +63,7 @@ def check_sizes(
             )
         if expression.is_Symbol and expression not in symbols:
             symbols[expression], places[expression] = size, type(expression)(f"{name}.shape[{axis}]")
+    # With all symbols known, sizes that are formulas of several of them can be compared.
     for name, axis, expression, size in _sizes(fakes, given):
         wanted = expression.subs(symbols)
         if wanted.is_number and wanted != size:

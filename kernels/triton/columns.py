@@ -30,6 +30,7 @@ def _pick(tile, column, i):
 @triton.jit
 def _code(x, scale, zero_point, LEVELS: tl.constexpr):
     """The nearest code. A quotient beyond ±512 is off the grid in any case."""
+    # div_rn rounds correctly, which Triton's plain division need not do.
     quotient = tl.minimum(tl.maximum(tl.div_rn(x, scale), -512.0), 512.0)
     nearest = (quotient + _ROUNDER) - _ROUNDER
     return tl.minimum(tl.maximum(nearest + zero_point, 0.0), LEVELS)
@@ -66,6 +67,7 @@ def _round_one(
         z = tl.load(zero_point + at, mask=mask, other=0.0)
         code = _code(x, s, z, LEVELS)
         tl.store(codes + at, code.to(tl.uint8), mask=mask)
+        # The change to pass on is that from these values, not from those that were rounded.
         if before is not None:
             x = tl.load(before + at, mask=mask, other=0.0)
         p = x - (code - z) * s
@@ -100,6 +102,7 @@ def _walk(
         s = tl.load(scale + at, mask=row < rows, other=1.0)
         z = tl.load(zero_point + at, mask=row < rows, other=0.0)
     x0 = _load(x, 0, column, columns, row, rows)
+    # All four tiles need a name, as arguments below, also where TILES is less.
     x1 = x0
     x2 = x0
     x3 = x0
@@ -108,6 +111,7 @@ def _walk(
     if TILES > 2:
         x2 = _load(x, 64, column, columns, row, rows)
         x3 = _load(x, 96, column, columns, row, rows)
+    # A loop for each tile: which one to pick from has to be written down, it cannot be computed.
     for i in range(tl.minimum(columns, 32)):
         f = follow + i * columns
         p, lost = _round_one(x0, i, 0, row, rows, column, s, z, before, codes, importance, lost, LEVELS)

@@ -36,11 +36,13 @@ def zeroed_counters(device: int, count: int, stream: int) -> Tensor | None:
                 return None
             _supply[device] = supply[count:]
             return supply[:count]
+        # Long before it is used up: during a capture nothing can be added.
         if device not in _supply or _supply[device].numel() < SUPPLY // 2:
             _supply[device] = _zeros(device, SUPPLY)
             _kept.append(_supply[device])
         own = _of_stream.get((device, stream))
         if own is None or own.numel() < count:
+            # More than asked for, so that larger launches seldom need another set.
             own = _of_stream[device, stream] = _zeros(device, max(count, 4096))
         return own
 
@@ -51,6 +53,7 @@ def _zeros(device: int, count: int) -> Tensor:
 
     def make() -> Tensor:
         zeros = torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+        # Other streams will use them without waiting for this one.
         torch.cuda.current_stream(device).synchronize()
         return zeros
 

@@ -44,10 +44,12 @@ def _dequantize(
     qdata += expert * row_tiles * column_tiles * 128
     scale_zero += expert * row_tiles * groups * 16
 
+    # Beyond the edge the last tile is read again; what comes of it is not stored.
     i = tl.minimum(tile_column + tl.arange(0, KT), column_tiles - 1)[:, None]
     j = tl.arange(0, NT * 128)[None, :]
     tile = tl.minimum(tile_row + j // 128, row_tiles - 1) * column_tiles + i
     q = tl.load(qdata + (tile * 128 + j % 128), eviction_policy="evict_first")
+    # A stand-in: without a plane of high bits, `unpack` does not look at it.
     h = q
     if BITS == 3:
         high += expert * row_tiles * column_tiles * 64
@@ -106,4 +108,5 @@ def dequantize(packed: Packed, dtype: torch.dtype, fast: bool = not INTERPRETED)
 
 def _run(group_size: int, in_features: int) -> int:
     """The largest power of two of neighbouring columns that never lie in two groups, at most a block's."""
+    # n & −n is the largest power of two that divides n.
     return COLUMNS if group_size == in_features else min(COLUMNS, group_size & -group_size)

@@ -30,6 +30,7 @@ def find_rows(offsets, block, M, EXPERTS: tl.constexpr, BM: tl.constexpr):
     begin = tl.where(e > EXPERTS, M, begin)
     blocks = (end - begin + BM - 1) // BM
     until = tl.cumsum(blocks, axis=0)
+    # As many experts as have all of their blocks before this one: that is the number of its expert.
     expert = tl.sum((until <= block).to(tl.int32), axis=0)
     before = tl.max(tl.where(until <= block, until, 0), axis=0)
     first = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert <= EXPERTS), other=0) + (block - before) * BM

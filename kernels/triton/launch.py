@@ -46,6 +46,7 @@ def constants(
         experts: number of experts that share the rows of x; 0 if each weight has its own.
     """
     step = c.slices * c.block_k
+    # Whether Triton will use Hopper's wgmma, whose operand in registers has its columns in natural order.
     wgmma = capability == 9 and c.block_m >= 16 and c.block_n >= 64 and c.warps % 4 == 0 and c.slices == 1
     ahead = c.ahead if capability >= 9 else 0
     values = {
@@ -75,6 +76,7 @@ def constants(
 
 def _shared_memory(per_sm: int) -> int:
     """The bytes that a program has to take so that only `per_sm` fit into a multiprocessor; 0: any number may."""
+    # A little more than a (per_sm + 1)-th of all, in steps of 128 bytes: that many programs no longer fit.
     return (SHARED_MEMORY // (per_sm + 1) // 128 + 1) * 128 if per_sm else 0
 
 
@@ -100,6 +102,7 @@ class Kernel:
         known = self.compiled.get(kind)
         if known is None:
             known = self._compile_and_launch(grid, tensors, pointers, numbers)
+            # The interpreter has nothing compiled to keep.
             if not INTERPRETED:
                 self.compiled[kind] = known
         elif DIRECT and not _watched():
@@ -195,6 +198,7 @@ class LinearLaunch:
             if counters is None:
                 return self.without_counters(x, packed, bias)
         y = x.new_empty((*x.shape[:-1], n))
+        # A grid of no programs cannot be launched.
         if rows == 0:
             return y
         # Allocated in each call, so that every CUDA graph has its own.

@@ -21,6 +21,7 @@ def launch_experts(x: Tensor, packed: Packed, offsets: Tensor, c: LinearConfig, 
         c: a configuration without a split.
         fast: see `launch.py`.
     """
+    # A split would need partial sums and counters, for which None is passed below.
     assert c.split == 1
     qdata, scale_zero, high_plane, _, bits, group_size, n, k = packed
     rows, experts = len(x), len(qdata)

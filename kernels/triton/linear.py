@@ -49,15 +49,18 @@ def _multiply(
     COMPUTE: tl.constexpr,
 ):
     """`total`, to which the product of one step is added."""
+    # KE: columns of a tile. NT and KT: tiles in a block, along rows and along columns.
     KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
     NT: tl.constexpr = BN // 16
     KT: tl.constexpr = BK // KE
     zero = word >> 16
+    # Tiles come in the order in which warps share them, see `_tiles` in `read.py`.
     if SLICES == 1:
         w = unpack(q, high, zero, 1, KT, NT, BITS, FAST, NATURAL, COMPUTE)
     else:
         w = unpack(q, high, zero, NT, KT, SLICES, BITS, FAST, NATURAL, COMPUTE)
     scale = _scale(word)
+    # A step may hold several groups here, so each weight gets its own scale before the product.
     if not SCALE_SUM:
         w *= scale.to(COMPUTE)[:, :, None]
     x = x.to(COMPUTE)
@@ -69,6 +72,7 @@ def _multiply(
     else:
         w = w.reshape(BN, BK)
         x = x.reshape(BK, BM)
+    # The step lies in one group: with few rows of x, its sums are fewer than its weights.
     if SCALE_SUM and GROUP > 0:
         if SLICES > 1:
             total += tl.dot(w, x) * scale.reshape(SLICES, BN, 1)
@@ -143,6 +147,7 @@ def linear_kernel(
         m = block % m_blocks * BM + tl.arange(0, BM)
         first_row = expert * M
     else:
+        # The host launched as many programs as any offsets can need, see `expert_rows.py`.
         m_blocks = most_blocks(M, EXPERTS, BM)
         owner, begin, M = find_rows(offsets, block % m_blocks, M, EXPERTS, BM)
         expert, first_row = owner.to(tl.int64), begin.to(tl.int64)
@@ -156,7 +161,9 @@ def linear_kernel(
     x += first_row * K
     n0 = block // m_blocks * BN
     tile_row = n0 // 16
+    # All slices have the same rows, hence the remainder.
     row = tl.minimum(n0 + tl.arange(0, SLICES * BN) % BN, row_tiles * 16 - 1)
+    # A tile has 128 words of codes and 64 of high bits; 16 rows have 16 words of scale and zero for each group.
     qdata += expert * row_tiles * column_tiles * 128
     scale_zero += expert * row_tiles * groups * 16
     if BITS == 3:
@@ -164,6 +171,7 @@ def linear_kernel(
 
     total = tl.zeros((SLICES, BN, BM), tl.float32) if SLICES > 1 else tl.zeros((BN, BM), tl.float32)
     steps = tl.cdiv(tl.cdiv(K, STEP), SPLIT)
+    # The last part of a split may have fewer steps than the others.
     last = (split + 1) * steps if EVEN else tl.minimum((split + 1) * steps, tl.cdiv(K, STEP))
     word = tl.zeros((SLICES * BN, 1), tl.int32)
     if GROUP == 0:  # read once, not in each step
@@ -183,6 +191,7 @@ def linear_kernel(
         if ASYNC:
             total = _settled(total)
 
+    # With one scale for the whole row, it is applied to the sums once, at the end.
     if SLICES > 1:
         if SCALE_SUM and GROUP == 0:
             total *= _scale(word).reshape(SLICES, BN, 1)

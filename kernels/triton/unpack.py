@@ -26,6 +26,7 @@ def _pairs(bits: int, magic: str) -> str:
             if place:
                 lines.append(f"shr.u32 t, {source}, {bits * place};")
                 source = "t"
+            # 0xea is the truth table of (a & b) | c.
             lines.append(f"lop3.b32 ${word * places + place}, {source}, {mask}, {magic}, 0xea;")
     return "{" + " ".join(lines) + "}"
 
@@ -52,6 +53,7 @@ def _pairs_of_three(magic: str) -> str:
 _BYTES_FP16 = (
     "{"
     + " ".join(
+        # In a selector of prmt, digits from the right: 0 to 3 are bytes of the word, 4 to 7 those of the constant.
         f"prmt.b32 ${2 * word + half}, ${4 + word}, 0x64646464, 0x{4341 if half else 4240};"
         for word in range(2)
         for half in range(2)
@@ -61,6 +63,7 @@ _BYTES_FP16 = (
 # Each byte below the bytes of fp32's 2^23. 128 + code would not be exact in bf16.
 _BYTES_FP32 = "{" + " ".join(f"prmt.b32 ${byte}, $4, 0x4b000000, 0x754{byte};" for byte in range(4)) + "}"
 
+# 128 in bf16 and 1024 in fp16, in both halves of a register.
 _BF16, _FP16 = "0x43004300", "0x64006400"
 _ASM_2_BF16 = tl.constexpr(_pairs(2, _BF16))
 _ASM_2_FP16 = tl.constexpr(_pairs(2, _FP16))
@@ -115,6 +118,7 @@ def _unpack_fast(q, high, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BIT
         w = w.permute(0, 1, 2, 3, 4, 5, 6, 8, 9, 7, 10)
     else:
         if BITS == 3:
+            # Two words at a time of each operand, but two words of codes have one word of high bits.
             both = [q, tl.join(high, high).reshape(q.shape)]
             if FP16:
                 b = tl.inline_asm_elementwise(
@@ -179,9 +183,11 @@ def unpack(
     KE: tl.constexpr = 128 if BITS < 4 else 256 // BITS
     if FAST:
         w = _unpack_fast(q, high, A, B, C, BITS, dtype)
+        # What `_unpack_fast` leaves on the codes goes away with the zero point.
         zero = zero + (1024 if dtype == tl.float16 else 8388608 if BITS == 8 else 128)
     else:
         w = _unpack_plain(q, high, A, B, C, BITS)
+    # Rows are C, A, row_half, g. Columns are B, step, and then k_half, t, e if natural, else t, k_half, e.
     OUTER: tl.constexpr = 8 if NATURAL else 4
     w = w.permute(2, 0, 10, 3, 1, 5, 6, 7, OUTER, 12 - OUTER, 9)
     w = w.reshape(C * A * 16, zero.shape[1], B * KE // zero.shape[1])

@@ -78,9 +78,12 @@ def _many_rows(block_m: int) -> Iterator[LinearConfig]:
 def _fits(c: LinearConfig, bits: int) -> bool:
     """Whether there are tiles for all warps, shared memory for all stages, and registers for the sums."""
     threads = 32 * c.warps
+    # Per step: words of 32 bits that hold codes. Per thread: sums.
     words = c.block_n * c.block_k * c.slices * bits // 32
     sums = c.block_m * c.block_n * c.slices // threads
     whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0
+    # Each stage holds a step of words (4 bytes) and of x (2 bytes a number).
     memory = c.stages * (4 * words + 2 * c.block_m * c.block_k * c.slices)
+    # Warps share the rows of the weight by tiles of 16. If those are too few, they need rows of x to share.
     enough_rows = c.slices > 1 or c.block_n >= 16 * c.warps or c.block_m > 16
     return whole_tiles and enough_rows and memory <= SHARED_MEMORY - SCALES and sums <= REGISTERS

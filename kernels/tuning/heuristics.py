@@ -120,6 +120,7 @@ def _few_rows(
 ) -> LinearConfig:
     """In-features are split until each multiprocessor has six to twelve warps, in programs of two or four. Then enough
     is on its way from memory, and some warps compute while others wait. (Measured on an H200.)"""
+    # The next power of two; fewer than eight rows take the matrix instruction as long as eight.
     block_m = max(8, 1 << (rows - 1).bit_length())
     steps = -(-in_features // 128)
 
@@ -198,6 +199,7 @@ def _large_block(bits: int) -> LinearConfig:
 def computes(c: LinearConfig, bits: int, group_size: int, in_features: int) -> bool:
     """Whether the kernel, cut like this, is right for such a weight."""
     sizes = (c.block_m, c.block_n, c.block_k, c.warps)
+    # n & (n − 1) is zero for powers of two only.
     if any(n < 1 or n & (n - 1) for n in sizes) or c.block_m < 8 or c.block_n < 16 or c.split < 1 or c.stages < 1:
         return False
     whole_tiles = c.block_k % (128 if bits < 4 else 256 // bits) == 0

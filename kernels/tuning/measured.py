@@ -87,6 +87,7 @@ def _entry(entry: dict[str, Any]) -> tuple[Product, Tuned]:
     config = None if entry["config"] is None else LinearConfig(**entry["config"])
     for part in (product, config):
         for name, value in dataclasses.asdict(part).items() if part else ():
+            # Whatever is in the file, these become constants of a kernel.
             if type(value) not in (int, bool) or value < 0:
                 raise ValueError(f"{name} is {value!r} in {entry}")
     if config is not None and not computes(config, product.bits, product.group_size, product.in_features):

@@ -16,6 +16,7 @@ def microseconds(run: Callable[[int], object], distinct: int, calls: int = 96, r
     Args:
         run: function that is given the number of a weight, 0 … distinct − 1 and again from 0.
     """
+    # Whole rounds, so that each weight is read equally often.
     calls = -(-calls // distinct) * distinct
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -46,12 +46,16 @@ def patches(
     the first axis for one group. T counts output positions."""
     spatial = len(kernel)
     x = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+    # Distance between the first and the last element that the kernel touches along each axis.
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if padding == "same":
+        # As torch does it: if the sum is odd, the end gets one more.
         pads = [(r // 2, r - r // 2) for r in reach]
     else:
         pads = [(0, 0)] * spatial if padding == "valid" else [(int(p), int(p)) for p in padding]
+    # F.pad takes the last axis first.
     x = F.pad(x, [p for pair in reversed(pads) for p in pair])
+    # Windows as wide as the kernel reaches, one for each output position; of each, every d-th element.
     for axis, (r, s, d) in enumerate(zip(reach, stride, dilation, strict=True)):
         x = x.unfold(2 + axis, r + 1, s)
         x = x[..., ::d]  # the kernel's axis, which comes last

@@ -18,11 +18,13 @@ _EXPERT = re.compile(r"(.+\.experts)\..+")
 def fused_sets(sites: Iterable[LinearSite]) -> tuple[tuple[str, ...], ...]:
     """Weights of one parent module that multiply the same rows, or what a module `experts` holds; no weight is in two
     sets, and output heads and routers are in none."""
+    # Dicts with values of None are sets that keep their order.
     sets: dict[object, dict[str, None]] = {}
     for site in sites:
         if site.left_out is not None:
             continue  # a head or a router is a product of its own
         expert = _EXPERT.fullmatch(site.weight)
+        # Without the names of the parameter and of its linear: "layer.attention" of "layer.attention.q.weight".
         parent = site.weight.rsplit(".", 2)[0] if site.weight.count(".") > 1 else ""
         key = expert.group(1) if expert else (parent, site.rows)
         sets.setdefault(key, {})[site.weight] = None
@@ -30,6 +32,7 @@ def fused_sets(sites: Iterable[LinearSite]) -> tuple[tuple[str, ...], ...]:
     for members in sets.values():  # a weight that is applied several times may be in several
         joined = [other for other in apart if not other.keys().isdisjoint(members)]
         first = joined[0] if joined else {}
+        # This set connects all those that it has a weight in common with: they become one.
         for more in (*joined[1:], members):
             first |= more
         apart = [other for other in apart if not any(other is j for j in joined[1:])] + ([] if joined else [first])

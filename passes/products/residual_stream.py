@@ -19,6 +19,7 @@ def added_to(product: fx.Node) -> fx.Node | None:
         user = next(iter(node.users))
         if user.op != "call_function":
             return None
+        # alpha would scale one operand; and a value added to itself is a sum with one input.
         if op_name(user) == "aten::add" and user.kwargs.get("alpha", 1) == 1 and len(user.all_input_nodes) == 2:
             other = next(n for n in user.all_input_nodes if n is not node)
             if dim(other) == dim(node) and other.meta["val"].shape == node.meta["val"].shape:

@@ -58,6 +58,7 @@ def multiplies(node: fx.Node) -> bool:
 
 def bias_of(node: fx.Node) -> Any:
     """The operand of a product that is added to it, if it has one."""
+    # (bias, a, b): here it goes by its place, as the schemas do not call it "bias".
     if _OPERATORS.get(op_name(node)) is _addmm:
         return node.args[0]
     schema: Any = getattr(node.target, "_schema", None)
@@ -82,7 +83,9 @@ def _mm(node: fx.Node, first: int = 0) -> Iterator[Product]:
     """x·W and W·x."""
     a, b = node.args[first : first + 2]
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        # Matrices of a stack meet rows of their own, unless x is broadcast over the stack.
         separate = dim(b) == 3 and dim(a) >= 3 and a.meta["val"].shape[-3] != 1
+        # With axes before that of the experts, rows of one expert do not lie together yet.
         arrange: Arrange | None = (activation_rows.experts_first, ()) if separate and dim(a) > 3 else None
         yield Product(a, b, _flipped, arrange=arrange, experts=separate)
         if dim(b) <= 3:
@@ -108,6 +111,7 @@ def _filters(x: fx.Node, w: fx.Node, stride: Any, padding: Any, dilation: Any, g
     yield Product(
         x,
         w,
+        # Filters see only the channels of their own part of x: as many matrices as parts, like experts.
         lambda view: view.reshape(groups, view.shape[0] // groups, -1),
         any_shape=True,
         arrange=(activation_rows.patches, (kernel, _each(stride, n, 1), pads, _each(dilation, n, 1), groups)),
@@ -116,6 +120,7 @@ def _filters(x: fx.Node, w: fx.Node, stride: Any, padding: Any, dilation: Any, g
 
 
 def _transposed_filters(x: fx.Node, w: fx.Node, groups: int | None) -> Iterator[Product]:
+    # A weight [in, out, *kernel]: each position of x is multiplied by [in, out·prod(kernel)].
     if groups in (None, 1):
         arrange = (activation_rows.channels_last, (dim(w) - 2,))
         yield Product(x, w, lambda view: view.reshape(view.shape[0], -1).mT, any_shape=True, arrange=arrange)
@@ -146,8 +151,10 @@ def _einsum(node: fx.Node) -> Iterator[Product]:
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     if not isinstance(operands, list | tuple) or len(operands) != 2:
         return
+    # An equation without an arrow gets an empty output here, in which `_read_equation` finds no out_features.
     inputs, _, output = equation.partition("->")
     labels, nodes = inputs.split(","), [o for o in operands if isinstance(o, fx.Node)]
+    # Either operand may be the weight.
     for x, w in ((0, 1), (1, 0)):
         found = _read_equation(labels[x], labels[w], output, dim(nodes[x]))
         if found is not None:
@@ -160,10 +167,13 @@ def _read_equation(
     x: str, w: str, output: str, x_dim: int
 ) -> tuple[Callable[[Tensor], Tensor | None], tuple[int, ...], int, int, bool] | None:
     """How `x,w->output` reads its weight, and the axes of x in the order batch, others, contracted."""
+    # A label that is repeated within one operand stands for a diagonal.
     if "..." in w or len(set(w)) != len(w) or len(set(x.replace(".", ""))) != len(x.replace(".", "")):
         return None
     lead, dots, tail = x.partition("...")
+    # Axes behind the dots are counted from the end of x, as the dots stand for any number of them.
     axis = {label: i for i, label in enumerate(lead)} | {label: i - len(tail) + x_dim for i, label in enumerate(tail)}
+    # The labels of w: one matrix for each of `batch`; `inner` is summed over (in_features); `outer` are out_features.
     batch = [a for a in w if a in axis and a in output]
     inner = [a for a in w if a in axis and a not in output]
     outer = [a for a in w if a not in axis]
@@ -182,9 +192,11 @@ def _read_equation(
     def matrix(view: Tensor) -> Tensor | None:
         b, o = len(batch), len(outer)
         view = view.permute(order)
+        # [batch, out, in], or [out, in] without a batch; each of the three may be several axes in one.
         sizes = [view.shape[:b].numel()] * (b > 0) + [view.shape[b : b + o].numel(), view.shape[b + o :].numel()]
         return _viewed(view, sizes)
 
+    # in_features lie between the two outer axes, so these cannot be seen as one without a copy.
     if not batch and len(outer) == 2 and len(inner) == 1 and w.index(inner[0]) == 1:
 
         def stack(view: Tensor) -> Tensor | None:  # [out₁, in, out₂]: out₁ matrices, which multiply the same rows
@@ -239,6 +251,7 @@ MULTIPLYING = frozenset({*_OPERATORS, *_CLOSED})
 def _arguments(node: fx.Node, *names: str) -> list[Any]:
     """The node's first arguments, given by position or by name; None for what is left to its default."""
     schema: Any = getattr(node.target, "_schema", None)
+    # By the operator's own names for them, which may be others: `input` is often declared as `self`.
     declared = [a.name for a in schema.arguments][: len(names)] if schema is not None else list(names)
     given = dict(zip(declared, node.args, strict=False)) | dict(node.kwargs)
     return [given.get(d, given.get(n)) for d, n in zip(declared, names, strict=True)]

@@ -43,6 +43,7 @@ class TokenRows:
         # lets functions call themselves.
         chain = []
         while node not in self._known:
+            # Either the start of a chain, or a value whose rows are those of an earlier one.
             direct = self._positions(node)
             before = None if direct else self._before(node)
             if before is None:
@@ -51,6 +52,7 @@ class TokenRows:
             chain.append((node, *before))
             node = before[0]
         result = self._known[node]
+        # Forward again, from the start of the chain: each gather adds its row numbers to those before.
         for later, _, gather in reversed(chain):
             mask, gathers = result
             result = (mask, (*gathers, gather) if gather else gathers) if mask else (None, ())
@@ -60,6 +62,7 @@ class TokenRows:
     def _positions(self, node: fx.Node) -> str | None:
         shape = [_size(s) for s in node.meta["val"].shape]
         for name, position, about in self._masks:
+            # Three axes or more: of [batch, position] alone, the second would be the features.
             apart = len(shape) > 2 and shape[0] in self._batches and shape[1] == position
             # Sizes are expressions, so that other rows are not mistaken for positions because they are as many today.
             flat = len(shape) == 2 and any(shape[0] == batch * position for batch in self._batches)
@@ -92,8 +95,10 @@ class TokenRows:
         for node in program.graph.nodes:
             if any(i in reached for i in node.all_input_nodes):
                 reached.add(node)
+        # Without a decoder, nothing is reached, and `attention_mask` speaks of every node.
         return reached if mask == "decoder_attention_mask" else set(program.graph.nodes) - reached
 
 
 def _size(size: int | torch.SymInt) -> Any:
+    # Expressions, since to compare symbolic sizes themselves would put a condition on the batch.
     return size if isinstance(size, int) else size.node.expr

@@ -43,6 +43,7 @@ def trace_parameter(node: Any, program: Program) -> ParameterView | None:
     shape = tuple(int(s) for s in node.meta["val"].shape)
     if len(shape) < 2:
         return None
+    # It has strides as if contiguous, so that an offset says which element it is, in the parameter's order.
     parameter = torch.empty(shape, device="meta")
     view: Any = parameter
     # From the parameter to the product. On meta nothing is computed: only strides and offsets change.
@@ -59,6 +60,7 @@ def trace_parameter(node: Any, program: Program) -> ParameterView | None:
                 view = step.target(view, *step.args[1:], **step.kwargs)  # type: ignore[operator]
         except RuntimeError:
             return None  # not without a copy, or of a copy that was skipped and whose elements lie in another order
+    # A step has copied: then strides tell nothing about the parameter.
     if not isinstance(view, Tensor) or not same_storage(view, parameter):
         return None
     return ParameterView(program.parameters[node.name], shape, view)
@@ -81,6 +83,7 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
         experts, n, k = view.shape
         # All matrices of the parameter, in order and without gaps: then expert e has rows e·n to (e+1)·n.
         in_a_row = part[0] == 0 and experts * n == layout.rows and view.stride(0) == n * k
+        # Of matrices stored as [in, out] one is one expert. Rows stored as [out, in] may be cut anywhere.
         aligned = layout.stack == experts if layout.transposed else True
         return (layout, (0, layout.rows), experts) if in_a_row and aligned else None
     if view.dim() != 2:
@@ -90,11 +93,13 @@ def read_matrix(shape: tuple[int, ...], view: Tensor) -> tuple[Layout, tuple[int
     if (right == 1 or k == 1) and (down == k or n == 1) and offset % k == 0 and total % k == 0:
         # Each row lies in one piece, k elements from the one before: a matrix stored as [out, in].
         stack = shape[0] if len(shape) == 3 and shape[2] == k else 1
+        # `stack`: a tall matrix would read the same, but a stack keeps its three dimensions when it is packed.
         start = offset // k
         return Layout(shape, stack, total // k // stack, k, False), (start, start + n), 1
     if down == 1 or n == 1:  # stored as [in, out]
         # Here `right` is the distance between input features, hence all outputs of one matrix, those not read included.
         expert, column = divmod(offset, k * right)
+        # A stored matrix has k·right elements. More than `right` outputs would reach into the next input feature's.
         if total % (k * right) or column + n > right:
             return None
         start = expert * right + column

@@ -54,6 +54,7 @@ class ProductFinder(Watch):
         self._data = WeakTensorKeyDictionary(dict.fromkeys(batch.tensors(), True))
 
     def end_batch(self) -> None:
+        # An edge from each part to the one that was reached next.
         nx.add_path(self._order, self._reached)
         self._reached = {}
 
@@ -77,6 +78,7 @@ class ProductFinder(Watch):
         static = _NONE.union(*map(self._static, inputs))
         product = _NONE.union(*(self._product_of.get(t, _NONE) for t in inputs))
         operator = operator_name(func)
+        # Before `product` is reset below: what counts is what led to this call.
         if operator in CHOICES:
             self.routers |= product
         if isinstance(self._found, Use):
@@ -89,11 +91,13 @@ class ProductFinder(Watch):
             if static or multiplies(func) or operator in ATTENTION:
                 product = _NONE
             if operator not in EMBEDDINGS:
+                # A result in the parameter's own memory is only a view: nobody has read it yet.
                 for name in self._names(inputs) - self._names(results):
                     self._read_by.setdefault(name, set()).add(_name(func))
         for t in results:
             if data:
                 self._data[t] = True
+            # Views need no entry, their memory says what they are.
             elif static and self._parameters.name_of(t) is None:
                 self._made_of[t] = static
             if product:
@@ -102,6 +106,7 @@ class ProductFinder(Watch):
     def sites(self) -> tuple[LinearSite, ...]:
         """In the order in which to solve them: a weight comes after all that some batch met before it. Where batches
         disagree (experts, in an order that depends on the data), the first batch decides."""
+        # The order in which parts were first met, over all batches.
         first = {part: i for i, part in enumerate(self._uses)}
         # Batches that disagree make a cycle of parts. Condensed, each cycle is one node, and the rest can be sorted.
         cycles = nx.condensation(self._order)
@@ -135,6 +140,7 @@ class ProductFinder(Watch):
         self._reached.setdefault(use.part)
         known = self._uses.get(use.part)
         if known is None:
+            # A range of rows not seen before: does it fit the other ranges of its weight?
             for other in self._uses.values():
                 if other.weight == use.part.weight:
                     self._compare(other, use)

@@ -25,6 +25,7 @@ class Padding:
     def __init__(self, batch: Batch) -> None:
         given = [batch.kwargs.get(name) for name in MASKS]
         self._masks = [m for m in given if isinstance(m, Tensor) and m.dim() == 2]
+        # Tensor → the mask of its rows. Weak, or every activation of a batch would stay in memory.
         self._gathered: Any = WeakTensorKeyDictionary()
 
     def of(self, x: Tensor) -> Tensor | None:
@@ -47,6 +48,7 @@ class Padding:
             if mask is not None and isinstance(numbers, Tensor) and numbers.dim() == 1:
                 self._gathered[out] = mask.reshape(-1)[numbers]
             return
+        # An operator that gives as many rows as it gets is taken to keep their order, as in `TokenRows`.
         operands = [a for a in args if isinstance(a, Tensor)]
         same = (a for a in operands if a in self._gathered and a.shape[0] == out.shape[0])
         source = next(same, None)

@@ -82,6 +82,7 @@ class Parameters:
             self.shapes[name] = tuple(p.shape)
             if not p.is_floating_point():
                 self.unreadable[name] = f"its values are {p.dtype}"
+            # `read_matrix` understands offsets and strides as those of a contiguous parameter.
             elif not p.is_contiguous():
                 self.unreadable[name] = "it is not contiguous in memory"
             else:
@@ -94,6 +95,7 @@ class Parameters:
         own. Subclasses are not asked, they may have no memory at all."""
         if type(value) not in (Tensor, nn.Parameter):
             return None
+        # A view of another dtype counts its offset in other units, so it cannot be compared.
         for start, stop, name, p in self._at.get(value.untyped_storage().data_ptr(), ()):
             if start <= value.storage_offset() < stop and value.dtype == p.dtype:
                 return name
@@ -118,6 +120,7 @@ class Parameters:
             if use is not None:
                 return use
             problems.append(Problem(name, f"{_title(operator)} reads it across its rows and input features"))
+        # An operator with its products inside (an LSTM), or operands that the table cannot read.
         if not candidates:
             names = dict.fromkeys(n for t in tensors.values() if (n := self.name_of(t)) is not None)
             reason = f"{_title(operator)} multiplies by it, in a form that is not supported"
@@ -168,6 +171,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _OPENED:
+            # While a mode handles a call it is switched off. On again, it is told of the calls inside.
             with self:
                 return _opened(func)(*args, **kwargs)
         self.before(func, args, kwargs)
@@ -231,6 +235,7 @@ def _operator(func: Any) -> Any:
 def _node(operator: Any, args: Any, kwargs: Any) -> tuple[fx.Node, dict[Any, Tensor]]:
     """The call as the only node of a graph, and the tensors behind its inputs."""
     names = [a.name for a in operator._schema.arguments]
+    # torch.einsum also takes operands one by one, where the operator takes a list.
     if operator._schema.name == "aten::einsum" and len(args) > 1 and isinstance(args[1], Tensor):
         args = (args[0], list(args[1:]))
     kwargs, args = dict(kwargs), list(args)

@@ -9,7 +9,9 @@ from torch import nn
 
 __all__ = ["calibration_mode"]
 
+# How the names of attention implementations begin that torch.export cannot capture.
 _NOT_CAPTURABLE = ("flash_attention", "flex_attention", "paged", "kernels-community/")
+# Marks an attribute that was not there, and is to be deleted again. (None would be a value.)
 _MISSING = object()
 
 
@@ -42,6 +44,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
                 vars(config).pop(name, None)
             else:
                 vars(config)[name] = value
+        # Not `model.train()`, which would also switch modules that were in eval mode before.
         for m in training:
             m.training = True
 

@@ -37,6 +37,7 @@ def make_functional(module: fx.GraphModule) -> bool:
 
 def _inline_modes(module: fx.GraphModule) -> None:
     graph = module.graph
+    # Until there are none: an inlined body may contain further calls.
     while calls := [(n, body) for n in graph.nodes if (body := _body(n)) is not None]:
         for node, (name, arguments) in calls:
             inner = getattr(module, name).graph
@@ -47,6 +48,7 @@ def _inline_modes(module: fx.GraphModule) -> None:
                     setattr(module, f"{name}_{attribute.target}", getattr(getattr(module, name), attribute.target))
                     values[attribute] = graph.get_attr(f"{name}_{attribute.target}")
                 results = graph.graph_copy(inner, values)
+            # Several results come as a tuple. The `getitem` nodes that take it apart are replaced by the results.
             for user in list(node.users):
                 if user.target is operator.getitem and not isinstance(results, fx.Node):
                     user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -54,6 +56,7 @@ def _inline_modes(module: fx.GraphModule) -> None:
             if isinstance(results, fx.Node):
                 node.replace_all_uses_with(results)
             graph.erase_node(node)
+    # The bodies, which nothing calls any more.
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
@@ -94,6 +97,7 @@ def _replace_writes(graph: fx.Graph) -> bool:
             while chain[-1].target in _PARTS:
                 chain.append(owner[chain[-1].args[0]])  # type: ignore[index]
             owner[node], chains[node] = chain[0], chain
+            # Further names of this memory, which would go on to show the old values.
             others = [n for n in sharing.get(_memory(chain[0]), ()) if owner[n] not in chain]
             if any(order[user] > order[node] for n in others for user in n.users):
                 return False
@@ -101,6 +105,7 @@ def _replace_writes(graph: fx.Graph) -> bool:
 
     now: dict[fx.Node, fx.Node] = {}  # tensor → what it is after the last write
     for node in list(graph.nodes):
+        # Whoever read the tensor after a write now reads the value that took its place.
         node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: now.get(owner[n], n))
         if node in chains:
             part, *wholes = chains[node]
@@ -126,6 +131,7 @@ def _writes(node: fx.Node) -> bool:
 def _memory(node: fx.Node) -> Any:
     """Equal for nodes that are views of one another."""
     value = node.meta.get("val")
+    # What is not a tensor shares memory only with itself.
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else node
 
 
@@ -153,6 +159,7 @@ def _written(graph: fx.Graph, node: fx.Node) -> fx.Node:
     value = graph.call_function(target, node.args, node.kwargs)
     value.meta.update(node.meta)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    # On fake tensors: only the dtype is of interest.
     with kept.fake_mode, enable_python_dispatcher(), torch.no_grad():
         promoted = target(*args, **kwargs)
     if promoted.dtype == kept.dtype:

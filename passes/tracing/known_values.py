@@ -27,9 +27,11 @@ class _KnownValues(TorchFunctionMode):
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        # What takes a fake tensor or a symbol has no known value: it is traced as always.
         symbolic = any(isinstance(leaf, FakeTensor | torch.SymInt | torch.SymFloat | torch.SymBool) for leaf in leaves)
         if symbolic or not (tensors or func in _FACTORIES):
             return func(*args, **kwargs)
+        # Past the trace: the result is a real tensor, whose values Python may ask for.
         with unset_fake_temporarily(), disable_proxy_modes_tracing():
             return func(*args, **kwargs)
 

@@ -31,13 +31,16 @@ def first_names(model: nn.Module) -> dict[str, str]:
     show that it is one. Then `all_tied_weights_keys` of the model (transformers) does.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    # A tied parameter is one object under several names.
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
     for prefix, m in model.named_modules():
         for a, b in (getattr(m, "all_tied_weights_keys", None) or {}).items():
             pair = [f"{prefix}.{n}".removeprefix(".") for n in (a, b)]
+            # Only on meta: everywhere else, identity shows what is tied.
             if all(n in parameters and parameters[n].device.type == "meta" for n in pair):
                 one, other = sorted((names[n] for n in pair), key=list(parameters).index)
+                # All names of the one that comes later now lead to the one that comes first.
                 names = {n: one if f == other else f for n, f in names.items()}
     return names
 
@@ -56,6 +59,7 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise CaptureError(f"parameter {lazy!r} is lazy and has no shape yet: run the model once on a batch")
+    # One fake per tensor, so that what was tied stays tied.
     fakes: dict[Any, Any] = {}
 
     def fake(key: Any, t: Tensor) -> Any:
@@ -71,7 +75,9 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
         for m in model.modules():
             m._buffers.update({name: fake(id(t), t) for name, t in m._buffers.items() if t is not None})
             own = vars(m)
+            # Neither parameters nor buffers: constants of the graph, whose values count. So these are really moved.
             own.update({k: v.to(device) for k, v in own.items() if isinstance(v, Tensor) and v.device.type != "meta"})
+            # Accelerate's wrapper would load the real weights. The forward below it takes the fakes.
             if "_hf_hook" in own and "_old_forward" in own:
                 own["forward"] = own["_old_forward"]
         for name, p in parameters.items():
@@ -89,8 +95,10 @@ def _restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m, attributes, contents in saved:
+            # Also removes what the forward has added.
             vars(m).clear()
             vars(m).update(attributes)
+            # These dicts were changed in place: to put the same dict back is not enough.
             for table, content in contents.items():
                 vars(m)[table].clear()
                 vars(m)[table].update(content)

@@ -23,6 +23,7 @@ __all__ = ["check_no_assumption", "own_formulas", "transformers_help"]
 def own_formulas(model: nn.Module) -> Iterator[None]:
     """Some modules compute the same by another formula while they are exported: linear attention in a loop over
     positions, for lack of a triangular solve in other export formats. The graph shall do what the model does."""
+    # Each model's file has imported these functions under its own name, so they are replaced there.
     files = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ in sys.modules}
     asking: list[Any] = [f for f in files if f.__name__.startswith("transformers.models.") and _EXPORTING in vars(f)]
     saved = [(f, name, vars(f)[name]) for f in asking for name in (_EXPORTING, _COMPILING) if name in vars(f)]
@@ -43,6 +44,7 @@ def transformers_help(model: nn.Module) -> Iterator[float]:
     """Yields the length of the longest sequence for which the model, so changed, computes the same."""
     tables: list[Any] = [m for m in model.modules() if _changes_with_length(m)]
     saved = [(m, m.rope_type) for m in tables]
+    # The whole model is right only as long as each of its tables is.
     longest = min((_longest(m) for m in tables), default=float("inf"))
     with contextlib.ExitStack() as stack:
         if "transformers" in sys.modules:
@@ -55,6 +57,7 @@ def transformers_help(model: nn.Module) -> Iterator[float]:
                 stack.enter_context(apply_patches("dynamo"))
         try:
             for m in tables:
+                # A default table is never recomputed: it stays what it is for short sequences.
                 m.rope_type = "default"
             yield longest
         finally:
@@ -72,6 +75,7 @@ def _changes_with_length(m: Any) -> bool:
 
 
 def _longest(m: Any) -> float:
+    # Beyond the original length, it takes other factors.
     if m.rope_type == "longrope":
         return float(m.config.rope_parameters["original_max_position_embeddings"])
     return float(m.original_max_seq_len)
