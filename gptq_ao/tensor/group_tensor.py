@@ -151,7 +151,7 @@ class GroupTensor(TorchAOBaseTensor):
         """The same of codes that are packed as files have them, much faster.
 
         Args:
-            words: [..., N, ⌈K·bits/32⌉] int32, each row a stream of bits (see `codes/tiles.py`).
+            words: [..., N, ⌈K·bits/32⌉] int32, each row a stream of bits (see `codes/bit_stream.py`).
             in_features: K.
         """
         # Rounded up: the last word of a row may be partly filled.
