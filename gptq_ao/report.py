@@ -2,12 +2,18 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
-__all__ = ["Clock", "Decision", "Report", "WeightReport"]
+__all__ = ["Clock", "Decision", "Report", "WeightReport", "names_of"]
+
+
+def names_of(names: Collection[str]) -> str:
+    """Some names for a message: three of them, and how many more."""
+    return ", ".join(islice(names, 3)) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Report:
             without data.
         capture_reason: why it is not one graph, for "replay".
         notes: what was done less well than it could have been, beside the fallbacks.
+        ignored: tensors of the checkpoint that the model's class does not use. They are saved as they are.
+        lost: tensors of the checkpoint that are not in the model, which is only a part of it. They are not saved.
         precision: with `target_bits`, how the bits were chosen.
         recipe: the settings, and what identifies the calibration data.
         measured: what you found of the quantized model, name → value, for its model card.
@@ -129,6 +137,8 @@ class Report:
     capture: str = "export"
     capture_reason: str | None = None
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     precision: tuple[Decision, ...] = ()
     recipe: Mapping[str, str] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
@@ -159,6 +169,8 @@ class Report:
             "capture": self.capture,
             "capture_reason": self.capture_reason,
             "notes": list(self.notes),
+            "ignored": list(self.ignored),
+            "lost": list(self.lost),
             "precision": [d.to_dict() for d in self.precision],
             "recipe": dict(self.recipe),
             "measured": dict(self.measured),

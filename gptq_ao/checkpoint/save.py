@@ -11,6 +11,7 @@ from torch import nn
 from gptq_ao.checkpoint.formats import target_format
 from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.checkpoint.native.write import CheckpointWriter, stored_bytes
+from gptq_ao.checkpoint.origin import origin_of
 from gptq_ao.checkpoint.write import write_dense, write_foreign
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.inspection import state_names
@@ -31,7 +32,8 @@ def save_quantized(
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write a quantized model, with its config and a model card if it is a Hugging Face model. Codes and scales are
-    written as they are; nothing is quantized again.
+    written as they are; nothing is quantized again. What else lies in the directory that it was loaded from comes
+    along: tensors that its class does not use, and files that are not weights.
 
     Args:
         format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
@@ -52,15 +54,17 @@ def save_quantized(
         raise CheckpointError(
             f"{fused!r} is a fused weight, which belongs to no layer: call unfuse_projections_(model) first"
         )
+    origin = origin_of(model)
     if target is None:
-        return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report)
+        return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report, origin)
     if target is not NATIVE:
-        return write_foreign(model, Path(directory), target, tokenizer, max_shard_bytes, report)
+        return write_foreign(model, Path(directory), target, tokenizer, max_shard_bytes, report, origin)
     state = model.state_dict(keep_vars=True)
     firsts = [first for first, *_ in state_names(model)]
     with CheckpointWriter(Path(directory), max_shard_bytes) as writer:
         # Before anything is written: a full disk is best noticed at the start.
-        writer.check_space(stored_bytes({first: state[first] for first in firsts}))
+        size = stored_bytes({first: state[first] for first in firsts})
+        writer.check_space(size + (origin.nbytes if origin else 0))
         writer.add_rest(model, ModelWeights(model).get)
-        writer.finish_checkpoint(model, tokenizer, report)
+        writer.finish_checkpoint(model, tokenizer, report, origin)
     return None

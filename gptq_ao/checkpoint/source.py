@@ -25,7 +25,7 @@ from gptq_ao.errors import CheckpointError
 from gptq_ao.model.empty import empty_model
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["Source", "open_source", "source_of"]
+__all__ = ["Source", "left_over", "open_source", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,13 @@ class Source:
 
     Attributes:
         conversions: parameter or buffer → what makes it, and its name there (another one, if it is tied).
+        ignored: tensors that the model's class has no use for, by its own word, such as layers that predict more than
+            one token.
     """
 
     model: nn.Module
     conversions: Mapping[str, tuple[Conversion, str]]
+    ignored: Mapping[str, Readable]
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer, of its shape and dtype in the model, on the CPU."""
@@ -140,13 +143,11 @@ def source_of(
         # For a config that names no dtype: the dtype of the first floating-point tensor.
         floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
         model = empty_model(directory, dtype, otherwise=next(floating, None))
-        if (directory / "generation_config.json").is_file():
-            # Saved with the model again; a model built from its config does not have it.
-            model.generation_config = type(model.generation_config).from_pretrained(str(directory))
         _keep_fp32(model)
     conversions, unknown = _conversions(model, stored)
+    ignored, unexpected = _divide(model, unknown)
     # Such a bias belongs to no parameter, and changes nothing.
-    unknown = {name: key for name, key in unknown.items() if not _empty_bias(key, stored)}
+    unexpected = [key for key in unexpected if not _empty_bias(key, stored)]
     made: dict[str, tuple[Conversion, torch.Size]] = {}
     # A rehearsal on empty tensors: it finds what does not fit before a weight is read.
     for conversion in conversions:
@@ -161,9 +162,27 @@ def source_of(
     shapes = {name: shape for name, (_, shape) in made.items()}
     _check_shapes(model, directory, shapes)
     if strict:
-        _check(model, directory, shapes, unknown)
-    source = Source(model, {name: (conversion, name) for name, (conversion, _) in made.items()})
-    return Source(model, {**source.conversions, **_ties(source, ours)})
+        _check(model, directory, shapes, unexpected)
+    kept = {key: stored[key] for key in ignored}
+    source = Source(model, {name: (conversion, name) for name, (conversion, _) in made.items()}, kept)
+    return dataclasses.replace(source, conversions={**source.conversions, **_ties(source, ours)})
+
+
+def left_over(model: Any, stored: Mapping[str, Readable]) -> tuple[list[str], list[str]]:
+    """Which of the tensors `stored` make no parameter of `model`: those that its class has no use for, by its own word,
+    and others."""
+    _, unknown = _conversions(model, stored)
+    ignored, unexpected = _divide(model, unknown)
+    return ignored, [key for key in unexpected if not _empty_bias(key, stored)]
+
+
+def _divide(model: Any, unknown: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Tensors that make no parameter: those that the model's class declares to be fine, and others."""
+    odd = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown.values()))
+    if hasattr(model, "_adjust_missing_and_unexpected_keys"):
+        model._adjust_missing_and_unexpected_keys(odd)
+    fine = [key for key, name in unknown.items() if name not in odd.unexpected_keys]
+    return fine, [key for key, name in unknown.items() if name in odd.unexpected_keys]
 
 
 def _empty_bias(key: str, stored: Mapping[str, Readable]) -> bool:
@@ -190,7 +209,7 @@ def _set_empty(model: nn.Module, name: str, like: nn.Parameter, dtype: torch.dty
 
 
 def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conversion], dict[str, str]]:
-    """The conversions, and the tensors that belong to no parameter: the name in the model, if it had them → their key.
+    """The conversions, and the tensors that belong to no parameter: key → the name in the model, if it had them.
     This is what `convert_and_load_state_dict_in_model` of transformers does before it loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -212,7 +231,7 @@ def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conve
         if name in state:
             inputs.setdefault(name, []).append((pattern, key, stored[key]))
         else:
-            unknown[name] = key
+            unknown[key] = name
     conversions = []
     for name, parts in inputs.items():
         transform = by_pattern[parts[0][0]] if parts[0][0] else None
@@ -240,20 +259,26 @@ def _check_shapes(model: Any, directory: Path, made: Mapping[str, torch.Size]) -
             raise CheckpointError(f"{directory}: {name!r} has shape {list(shape)}, {wanted}")
 
 
-def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unknown: Mapping[str, str]) -> None:
-    """What the checkpoint makes is what the model has."""
+def _check(model: Any, directory: Path, made: Mapping[str, torch.Size], unexpected: list[str]) -> None:
+    """What the checkpoint makes is what the model has.
+
+    Args:
+        unexpected: tensors that make nothing.
+    """
     state = model.state_dict(keep_vars=True)
     valued = {
         id(t) for name, t in state.items() if name in made
     }  # tied parameters have values under any of their names
-    extra = {**unknown, **{name: name for name in made if name not in state}}
-    odd = SimpleNamespace(missing_keys={n for n, t in state.items() if id(t) not in valued}, unexpected_keys=set(extra))
+    odd = SimpleNamespace(
+        missing_keys={n for n, t in state.items() if id(t) not in valued},
+        unexpected_keys={name for name in made if name not in state},
+    )
     if hasattr(model, "_adjust_missing_and_unexpected_keys"):
         model._adjust_missing_and_unexpected_keys(odd)  # those that the model's class declares to be fine
     # A parameter has to have a value, whatever the class declares; a buffer was computed.
     missing = sorted(n for n, t in state.items() if id(t) not in valued and (n in odd.missing_keys or t.is_meta))
-    unexpected = sorted(extra[name] for name in odd.unexpected_keys)
-    for what, names in (("lacks", missing), ("has", unexpected)):
+    extra = sorted({*unexpected, *odd.unexpected_keys})
+    for what, names in (("lacks", missing), ("has", extra)):
         if names:
             rest = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             tail = "" if what == "lacks" else ", which the model does not"

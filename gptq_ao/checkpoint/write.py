@@ -1,6 +1,6 @@
 """Write a quantized model in the format of another library, or dense, weight by weight."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from gptq_ao.checkpoint.exchange.format import Format
 from gptq_ao.checkpoint.exchange.hub_names import revert_conversions
 from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json, has_config
 from gptq_ao.checkpoint.model_card import CARD, model_card
+from gptq_ao.checkpoint.origin import Origin
 from gptq_ao.model.inspection import state_names
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report
@@ -20,35 +21,56 @@ __all__ = ["write_dense", "write_foreign"]
 
 
 def write_foreign(
-    model: nn.Module, directory: Path, format: Format, tokenizer: Any, max_shard_bytes: int, report: Report | None
+    model: nn.Module,
+    directory: Path,
+    format: Format,
+    tokenizer: Any,
+    max_shard_bytes: int,
+    report: Report | None,
+    origin: Origin | None,
 ) -> None:
     """
     Args:
         format: that of another library; the native one is written by `CheckpointWriter`.
+        origin: where the model came from, for what else there is.
 
     Raises:
         CheckpointError: nothing is quantized, the format cannot hold a weight (nothing is written in these cases), or
             the directory cannot be written.
     """
     exported = format.export(model, _values(model))
+    if origin is not None:
+        exported = exported.and_plain(matrix for matrix in origin.ignored if len(origin.ignored[matrix].shape) == 2)
     # Raises if the format cannot hold a weight, so it comes before anything is written.
     config = format.config(exported)
     weights = [(w.bits, w.group_size) for w in exported.quantized.values()]
     with OutputDirectory(directory, max_shard_bytes) as output:
-        output.check_space(sum(t.nbytes for tensor in exported.tensors.values() for t in _inner(tensor)))
+        size = sum(t.nbytes for tensor in exported.tensors.values() for t in _inner(tensor))
+        output.check_space(size + (origin.nbytes if origin else 0))
         for name, tensor in format.tensors(exported, getattr(model, "dtype", torch.float16)):
             output.add({name: _copy(tensor)})
+        files = _add_others(output, origin)
         texts = {} if format.config_file is None else {format.config_file: as_json(config)}
         if has_config(model):
             texts |= {CARD: model_card(model, format, weights, report)}
         else:
             # A model that is not of Hugging Face writes no config.json, and readers look for the settings there.
             texts |= {"config.json": as_json({"quantization_config": config})}
-        output.finish(model, tokenizer, output.finish_shards(), config, texts)
+        output.finish(model, tokenizer, output.finish_shards(), config, texts, files)
 
 
-def write_dense(model: nn.Module, directory: Path, tokenizer: Any, max_shard_bytes: int, report: Report | None) -> None:
+def write_dense(
+    model: nn.Module,
+    directory: Path,
+    tokenizer: Any,
+    max_shard_bytes: int,
+    report: Report | None,
+    origin: Origin | None,
+) -> None:
     """
+    Args:
+        origin: where the model came from, for what else there is.
+
     Raises:
         CheckpointError: the directory cannot be written.
     """
@@ -59,13 +81,24 @@ def write_dense(model: nn.Module, directory: Path, tokenizer: Any, max_shard_byt
     reverted = revert_conversions(model, {**values, **stacks})
     del values, stacks
     with OutputDirectory(directory, max_shard_bytes) as output:
-        output.check_space(sum(t.numel() * t.dtype.itemsize for t in reverted.values()))
+        size = sum(t.numel() * t.dtype.itemsize for t in reverted.values())
+        output.check_space(size + (origin.nbytes if origin else 0))
         for name in list(reverted):
             # Taken out one by one, so that what is written can be freed.
             tensor = reverted.pop(name)
             output.add({name: _copy(tensor.dequantize() if isinstance(tensor, GroupTensor) else tensor)})
+        files = _add_others(output, origin)
         texts = {CARD: model_card(model, None, weights, report)} if has_config(model) else {}
-        output.finish(model, tokenizer, output.finish_shards(), None, texts)
+        output.finish(model, tokenizer, output.finish_shards(), None, texts, files)
+
+
+def _add_others(output: OutputDirectory, origin: Origin | None) -> Mapping[str, Path]:
+    """Store the tensors that the model's class does not use. Returns the files to copy."""
+    if origin is None:
+        return {}
+    for name, tensor in origin.tensors():
+        output.add({name: tensor})
+    return origin.files
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:

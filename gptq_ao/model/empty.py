@@ -43,8 +43,12 @@ def empty_model(
             "load_quantized(model, directory)"
         )
     with _parameters_on_meta():
-        model: nn.Module = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
-    return model.eval()
+        model: Any = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
+    if (directory / "generation_config.json").is_file() and model.can_generate():
+        # How it generates is in a file of its own, which a model built from its config does not know.
+        model.generation_config = type(model.generation_config).from_pretrained(str(directory))
+    evaluating: nn.Module = model.eval()
+    return evaluating
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from torchao.core.config import AOBaseConfig
 
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.calibration.batches import Batch, digest
+from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import CaptureError, ConfigError
+from gptq_ao.errors import CaptureError, CheckpointError, ConfigError
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
@@ -32,7 +33,7 @@ from gptq_ao.planning.memory import waiting_budget
 from gptq_ao.planning.output_bytes import result_size
 from gptq_ao.planning.prepare import Prepared, check_support, prepare
 from gptq_ao.progress import Progress
-from gptq_ao.report import Decision, Report, WeightReport
+from gptq_ao.report import Decision, Report, WeightReport, names_of
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["quantize_", "quantize_parameter_", "quantize_weights"]
@@ -76,15 +77,29 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     check_unquantized(model)
-    return quantize_weights(Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress))
+    job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress)
+    return quantize_weights(job, origin_of(model))
 
 
-def quantize_weights(job: Job) -> Report:
-    """`quantize_` for a model whose weights are anywhere."""
+def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
+    """`quantize_` for a model whose weights are anywhere.
+
+    Args:
+        origin: where the model came from; None: from nowhere, or it does not matter.
+
+    Raises:
+        CheckpointError: with `strict`, the model is only a part of what is stored there.
+    """
+    if origin is not None and origin.lost and job.config.strict:
+        raise CheckpointError(f"strict=True, and {origin.notes(job.model)[-1]}")
     if job.config.target_bits is not None:
         check_possible(job)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data
-    return dataclasses.replace(_quantize(job), recipe=recipe)
+    report = dataclasses.replace(_quantize(job), recipe=recipe)
+    if origin is None:
+        return report
+    notes = (*report.notes, *origin.notes(job.model))
+    return dataclasses.replace(report, notes=notes, ignored=tuple(origin.ignored), lost=origin.lost)
 
 
 def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
@@ -209,8 +224,7 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
         names, why = tuple(wanted), "that needs the model as one graph"
     if not names:
         return ()
-    which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return (f"not compensated for what was quantized before them, since {why}: {which}",)
+    return (f"not compensated for what was quantized before them, since {why}: {names_of(names)}",)
 
 
 def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Mapping[str, int] | None = None) -> Report:

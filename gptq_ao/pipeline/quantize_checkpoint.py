@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.checkpoint.native.write import CheckpointWriter
+from gptq_ao.checkpoint.origin import Origin
 from gptq_ao.checkpoint.source import Source, open_source
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CheckpointError
@@ -59,10 +60,12 @@ def quantize_checkpoint(
     if not Path(source).is_dir():
         raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
     with CheckpointWriter(Path(out), max_shard_bytes) as writer:
-        weights = CheckpointWeights(open_source(Path(source), dtype), writer)
-        report = quantize_weights(Job.of(weights, config, filter_fn, device, max_memory, progress))
+        opened = open_source(Path(source), dtype)
+        origin = Origin.at(Path(source), opened.ignored)
+        weights = CheckpointWeights(opened, writer)
+        report = quantize_weights(Job.of(weights, config, filter_fn, device, max_memory, progress), origin)
         writer.add_rest(weights.model, weights.get)
-        writer.finish_checkpoint(weights.model, tokenizer, report)
+        writer.finish_checkpoint(weights.model, tokenizer, report, origin)
     return report
 
 

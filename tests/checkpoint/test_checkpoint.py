@@ -220,7 +220,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 DAMAGED_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version": (lambda m: m.update(format_version=3), r"has format version 3, this gptq_ao reads \(1, 2\): update"),
+    "version": (lambda m: m.update(format_version=4), r"has format version 4, this gptq_ao reads \(1, 2, 3\): up"),
     "no-version": (lambda m: m.pop("format_version"), r"has format version None"),
     "format": (lambda m: m.update(format="gguf"), r"is not a manifest of gptq_ao"),
     "no-shards": (lambda m: m.pop("shards"), r"is damaged: KeyError: 'shards'"),

@@ -66,7 +66,8 @@ def test_each_header_is_read_once(format: str, reader: str, loaders: None, read:
     READERS[reader](tmp_path / "a")
     files = [path.resolve() for path in (tmp_path / "a").glob("*.safetensors")]
     assert len(files) > 1
-    assert read == dict.fromkeys(files, 1)
+    # `convert` loads, and then looks once more, for what the model does not have.
+    assert read == dict.fromkeys(files, 2 if reader == "convert" else 1)
 
 
 def test_streaming_reads_no_header_twice(read: Counter[Path], tmp_path: Path) -> None:

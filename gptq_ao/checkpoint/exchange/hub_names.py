@@ -4,8 +4,8 @@ transformers merges and renames on loading (experts become one 3-D parameter, a 
 checkpoint that other libraries read, its own conversions are run backwards. They see a quantized weight as one tensor.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class ExportedModel:
     def modules(self) -> dict[str, GroupTensor]:
         """Module → its quantized weight [out, in], in a model with the names of a hub checkpoint."""
         return {name.removesuffix(".weight"): t for name, t in self.quantized.items()}
+
+    def and_plain(self, names: Iterable[str]) -> "ExportedModel":
+        """With more matrices that are not quantized: engines that use them must not look for quantized ones."""
+        return replace(self, plain=(*self.plain, *(n.removesuffix(".weight") for n in names if n.endswith(".weight"))))
 
 
 def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel:

@@ -1,7 +1,6 @@
 """What lies in a Hugging Face directory: its configs and the headers of its shards. Nothing in it is trusted."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from gptq_ao.checkpoint.files.paths import MANIFEST, check_weight_map, shard_pat
 from gptq_ao.checkpoint.files.shards import StoredTensor, read_header
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["INDEX", "quantization_config", "read_json", "stored_tensors"]
+__all__ = ["INDEX", "quantization_config", "read_json", "stored_tensors", "weight_files"]
 
 INDEX = "model.safetensors.index.json"
 # So that a hostile file cannot fill the host's memory.
@@ -75,7 +74,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     index = directory / INDEX
     if not index.is_file():
         return read_header(shard_path(directory, _only_file(directory)))
-    placed: Mapping[str, str] = read_json(index)["weight_map"]
+    placed = _placed(index)
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(placed.values())):
         header = read_header(shard_path(directory, file))
@@ -87,6 +86,23 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index} is damaged: tensor {name!r} {where} {file}, the index says otherwise")
         stored |= header
     return stored
+
+
+def weight_files(directory: Path) -> set[str]:
+    """Names of the files that `stored_tensors` reads.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged.
+    """
+    check_weight_map(directory)
+    index = directory / INDEX
+    return set(_placed(index).values()) if index.is_file() else {_only_file(directory)}
+
+
+def _placed(index: Path) -> dict[str, str]:
+    """Tensor → file, of an index that was checked."""
+    placed: dict[str, str] = read_json(index)["weight_map"]
+    return placed
 
 
 def _only_file(directory: Path) -> str:

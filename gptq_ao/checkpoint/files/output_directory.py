@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gptq_ao.checkpoint.files.directory import INDEX
 from gptq_ao.checkpoint.files.shards import ShardWriter
+from gptq_ao.checkpoint.files.side_files import copy_side_files
 from gptq_ao.errors import CheckpointError
 
 __all__ = ["OutputDirectory", "as_json", "has_config"]
@@ -80,6 +81,7 @@ class OutputDirectory:
         placed: Mapping[str, str],
         quantization: Mapping[str, Any] | None,
         texts: Mapping[str, str],
+        files: Mapping[str, Path],
     ) -> None:
         """Write what else belongs to a Hugging Face model, then give all of it its name.
 
@@ -87,12 +89,14 @@ class OutputDirectory:
             placed: tensor → file.
             quantization: the `quantization_config` of config.json; None: the weights are not quantized.
             texts: other file → its content, in the order in which they are written.
+            files: what is copied, unless there is one of that name: path → source.
         """
         parts: tuple[Any, ...] = (_config(model, quantization), getattr(model, "generation_config", None), tokenizer)
         with self._disk_errors():
             for part in parts:
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(str(self._temporary))
+            copy_side_files({name: f for name, f in files.items() if name not in texts}, self._temporary)
             sizes = sum(p.stat().st_size for p in self._temporary.glob("*.safetensors"))
             index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(placed.items()))}
             for name, text in {INDEX: as_json(index), **texts}.items():

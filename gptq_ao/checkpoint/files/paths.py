@@ -46,6 +46,6 @@ def confined(directory: Path, file: str) -> Path:
     root = directory.resolve()
     path = (directory / file).resolve()
     # A hub cache has MODEL/snapshots/COMMIT/file as a link into MODEL/blobs.
-    if path.parent not in (root, root.parent.parent / "blobs"):
+    if not path.is_relative_to(root) and path.parent != root.parent.parent / "blobs":
         raise CheckpointError(f"{file!r} of {directory} links to {path}, outside the checkpoint")
     return path

@@ -10,17 +10,19 @@
                           "transposed": false, "perm": false}},
      "dense": {NAME: {"dtype": "BF16", "shape": […]}},
      "tied": {OTHER_NAME: NAME},
+     "ignored": {NAME: {"dtype": "BF16", "shape": […]}},
      "shards": {TENSOR: FILE}}
 
 A stack of matrices (experts) has the shape [E, N, K]. A matrix that the model has in another shape (a convolution) says
-so: "view_as": [out, in, height, width]. A checkpoint with one of these has the version 2.
+so: "view_as": [out, in, height, width]. A checkpoint with one of these has the version 2. One with tensors that its
+model's class does not use ("ignored"), which are kept for others who do, has the version 3.
 
 Everything that can be wrong with a checkpoint is looked for here, in the JSON and in the shards' headers, before a
 tensor is allocated.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ __all__ = [
     "read_manifest",
 ]
 
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 Header = tuple[str, list[int]]  # of a tensor: the name safetensors gives its dtype, and its shape
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
@@ -107,12 +109,14 @@ class Manifest:
         quantized: parameter → what is said of it.
         dense: other parameter or buffer → what its header says.
         tied: other name of a parameter → its name above.
+        ignored: tensor that the model's class does not use → what its header says.
         stored: tensor → where it lies.
     """
 
     quantized: dict[str, QuantizedEntry]
     dense: dict[str, Header]
     tied: dict[str, str]
+    ignored: dict[str, Header]
     stored: dict[str, StoredTensor]
 
 
@@ -122,8 +126,10 @@ def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
     return {field: value for field, value in asdict(entry).items() if value is not None}
 
 
-def format_version(quantized: Mapping[str, QuantizedEntry]) -> int:
-    """The lowest version that can hold these weights."""
+def format_version(quantized: Mapping[str, QuantizedEntry], ignored: Collection[str] = ()) -> int:
+    """The lowest version that can hold these weights, and these tensors that no parameter is made of."""
+    if ignored:
+        return 3
     return 2 if any(len(e.shape) > 2 or e.view_as is not None for e in quantized.values()) else 1
 
 
@@ -140,15 +146,15 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(f"{path} is not a manifest of gptq_ao")
     check_version(content.get("format_version"), path)
     try:
-        quantized, dense, tied = _parse(content)
+        quantized, dense, tied, ignored = _parse(content)
         shards = {str(t): str(f) for t, f in content["shards"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {e}") from e
     # Every tensor that the shards must hold, and what its header must say.
-    expected = dict(dense)
+    expected = {**dense, **ignored}
     for name, entry in quantized.items():
         expected |= entry.tensors(name)
-    return Manifest(quantized, dense, tied, _find(expected, shards, directory))
+    return Manifest(quantized, dense, tied, ignored, _find(expected, shards, directory))
 
 
 def check_version(version: object, path: object) -> None:
@@ -171,16 +177,22 @@ def parse_entries(entries: dict[str, Any]) -> dict[str, QuantizedEntry]:
     return {name: _parse_entry(name, e) for name, e in entries.items()}
 
 
-def _parse(content: dict[str, Any]) -> tuple[dict[str, QuantizedEntry], dict[str, Header], dict[str, str]]:
-    """`Manifest`'s quantized, dense and tied."""
+def _parse(
+    content: dict[str, Any],
+) -> tuple[dict[str, QuantizedEntry], dict[str, Header], dict[str, str], dict[str, Header]]:
+    """`Manifest`'s quantized, dense, tied and ignored."""
     quantized = parse_entries(content["quantized"])
-    dense = {name: (str(e["dtype"]), [int(s) for s in e["shape"]]) for name, e in content["dense"].items()}
+    dense, ignored = (
+        {name: (str(e["dtype"]), [int(s) for s in e["shape"]]) for name, e in headers.items()}
+        for headers in (content["dense"], content.get("ignored", {}))
+    )
     tied = {str(a): str(b) for a, b in content["tied"].items()}
     known = {*quantized, *dense}
     # Otherwise one parameter could be loaded twice, or a tied one from nowhere.
-    if known & set(tied) or not set(tied.values()) <= known or set(quantized) & set(dense):
+    twice = known & {*tied, *ignored} or set(quantized) & set(dense) or set(tied) & set(ignored)
+    if twice or not set(tied.values()) <= known:
         raise ValueError("a name is listed twice, or tied to one that is not there")
-    return quantized, dense, tied
+    return quantized, dense, tied, ignored
 
 
 def _parse_entry(name: str, e: dict[str, Any]) -> QuantizedEntry:

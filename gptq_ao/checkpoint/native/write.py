@@ -15,6 +15,7 @@ from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.checkpoint.native.manifest import QuantizedEntry, entry_json, format_version
 from gptq_ao.checkpoint.native.read import native_config
 from gptq_ao.checkpoint.native.tensors import encode_native, from_stored, stored_entry
+from gptq_ao.checkpoint.origin import Origin
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.inspection import state_names
 from gptq_ao.report import Report
@@ -40,6 +41,7 @@ class CheckpointWriter(OutputDirectory):
         self._entries: dict[str, QuantizedEntry] = {}
         self._dense: dict[str, dict[str, Any]] = {}
         self._tied: dict[str, str] = {}
+        self._ignored: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -53,7 +55,7 @@ class CheckpointWriter(OutputDirectory):
             self._entries[name] = stored_entry(value)
             parts = {f"{name}.{part}": t for part, t in encode_native(value).items()}
         else:
-            self._dense[name] = {"dtype": _dtype_name(name, value), "shape": list(value.shape)}
+            self._dense[name] = _header(name, value)
             # A copy: a view would keep all it is a view of, and a buffer may change.
             parts = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)}
         self.add(parts)
@@ -70,29 +72,42 @@ class CheckpointWriter(OutputDirectory):
         """A quantized weight that was added."""
         return from_stored(name, self._entries[name], self.get, self.directory)
 
-    def finish_checkpoint(self, model: nn.Module, tokenizer: Any, report: Report | None = None) -> None:
-        """Write the rest, the manifest last."""
+    def finish_checkpoint(
+        self, model: nn.Module, tokenizer: Any, report: Report | None = None, origin: Origin | None = None
+    ) -> None:
+        """Write the rest, the manifest last.
+
+        Args:
+            origin: where the model came from, for what else there is.
+        """
+        for name, value in () if origin is None else origin.tensors():
+            self._ignored[name] = _header(name, value)
+            self.add({name: value})
         # Only now is it known how many shards there are, which is part of their names.
         placed = self.finish_shards()
         entries = {name: entry_json(e) for name, e in self._entries.items()}
-        version = format_version(self._entries)
+        version = format_version(self._entries, self._ignored)
         manifest = {
             "format": "gptq_ao",
             "format_version": version,
             "quantized": entries,
             "dense": self._dense,
             "tied": self._tied,
+            # Left out where there are none: files are then as they were before this was known.
+            **({"ignored": self._ignored} if self._ignored else {}),
             "shards": placed,
         }
+        files = {} if origin is None else origin.files
         texts = {MANIFEST: as_json(manifest)}
         if has_config(model):
             weights = [(e.bits, e.spec.group_size) for e in self._entries.values()]
             # The card first: the manifest stays the last, as it says that everything else is there.
             texts = {CARD: model_card(model, NATIVE, weights, report), **texts}
-        self.finish(model, tokenizer, placed, native_config(entries, version), texts)
+        self.finish(model, tokenizer, placed, native_config(entries, version), texts, files)
 
 
-def _dtype_name(name: str, t: Tensor) -> str:
+def _header(name: str, t: Tensor) -> dict[str, Any]:
+    """What the manifest says of a tensor that is not quantized."""
     if t.dtype not in NAME_OF:
         raise CheckpointError(f"{name!r} is of {t.dtype}, which cannot be saved")
-    return NAME_OF[t.dtype]
+    return {"dtype": NAME_OF[t.dtype], "shape": list(t.shape)}

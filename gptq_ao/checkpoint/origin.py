@@ -1,0 +1,114 @@
+"""Where a model came from, and what its directory holds that the model does not: it comes along when that is saved.
+
+Such are tensors that the model's class ignores on loading (layers that predict more tokens at once), and files that are
+not weights (tokenizer, processor, chat template, license, code).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gptq_ao.checkpoint.exchange.format import Readable
+from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
+from gptq_ao.checkpoint.files.paths import MANIFEST
+from gptq_ao.checkpoint.files.side_files import side_files
+from gptq_ao.checkpoint.formats import open_quantized
+from gptq_ao.checkpoint.native.manifest import read_manifest
+from gptq_ao.checkpoint.source import left_over
+from gptq_ao.errors import CheckpointError
+from gptq_ao.report import names_of
+from gptq_ao.tensor import GroupTensor
+
+__all__ = ["Origin", "origin_of"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """
+    Attributes:
+        ignored: tensors that the model's class has no use for, by its own word. They are saved as they are.
+        lost: tensors that make no parameter of the model: it is only a part of what is stored. They are not saved.
+        files: path in the directory → place, of what is no weight. They are copied.
+        left: paths in the directory of what is not copied, see `side_files`.
+        unread: why the tensors are not known, or None.
+    """
+
+    directory: Path
+    ignored: Mapping[str, Readable]
+    lost: tuple[str, ...]
+    files: Mapping[str, Path]
+    left: tuple[str, ...]
+    unread: str | None = None
+
+    @classmethod
+    def at(
+        cls, directory: Path, ignored: Mapping[str, Readable], lost: Iterable[str] = (), unread: str | None = None
+    ) -> "Origin":
+        files, left = side_files(directory)
+        return cls(directory, ignored, tuple(lost), files, tuple(left), unread)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that comes along."""
+        return sum(t.nbytes for t in self.ignored.values()) + sum(f.stat().st_size for f in self.files.values())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of what is saved as it is, one at a time, dense (if a checkpoint has it quantized, its
+        settings are those of that checkpoint)."""
+        for name, stored in self.ignored.items():
+            value = stored.read()
+            yield name, value.dequantize() if isinstance(value, GroupTensor) else value
+
+    def notes(self, model: Any) -> tuple[str, ...]:
+        """What is to be said of it, a line each."""
+        kind, notes = type(model).__name__, []
+        if self.ignored:
+            what = f"{len(self.ignored)} tensors of {self.directory} that {kind} does not use are saved as they are"
+            notes.append(f"{what}: {names_of(self.ignored)}")
+        if self.lost:
+            what = f"{len(self.lost)} tensors of {self.directory} are not in this {kind}, so they are not saved"
+            notes.append(f"{what}: {names_of(self.lost)}")
+        if self.left:
+            notes.append(f"not copied from {self.directory}, as they hold other weights: {names_of(self.left)}")
+        if self.unread:
+            notes.append(f"whether {self.directory} has tensors that this {kind} has not is unknown: {self.unread}")
+        return tuple(notes)
+
+
+def origin_of(model: Any) -> Origin | None:
+    """The directory that a Hugging Face model was loaded from; None if it was not, or if that is gone. Nothing is
+    fetched, and only headers are read."""
+    directory = _directory(model)
+    if directory is None:
+        return None
+    try:
+        if (directory / MANIFEST).is_file():
+            manifest = read_manifest(directory)
+            return Origin.at(directory, {name: manifest.stored[name] for name in manifest.ignored})
+        dense = quantization_config(directory) is None
+        stored: Mapping[str, Readable] = stored_tensors(directory) if dense else open_quantized(directory).tensors
+        ignored, lost = left_over(model, stored)
+    except CheckpointError as e:  # pickles, say, or a format that transformers reads and this package does not
+        return Origin.at(directory, {}, unread=str(e))
+    return Origin.at(directory, {name: stored[name] for name in ignored}, lost)
+
+
+def _directory(model: Any) -> Path | None:
+    # Set by transformers, to what was given to `from_pretrained`; a config.json cannot set it.
+    place = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+    if not place or not hasattr(model, "base_model_prefix"):
+        return None
+    if Path(place).is_dir():
+        return Path(place) if (Path(place) / "config.json").is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        commit = getattr(model.config, "_commit_hash", None)
+        found = try_to_load_from_cache(place, "config.json", revision=commit)
+    except HFValidationError:  # it is a path that is gone
+        return None
+    return Path(found).parent if isinstance(found, str) else None
