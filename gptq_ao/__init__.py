@@ -2,59 +2,39 @@
 
 from gptq_ao import gptq_config, quantize_
 quantize_(model, gptq_config(bits=4, group_size=128, calibration=batches))
+
+Everything is in `gptq_ao.public`.
 """
 
+import sys as _sys
 import typing as _typing
 from importlib import import_module as _import
+from pathlib import Path as _Path
 
-from gptq_ao import data, errors
-from gptq_ao.checkpoint.load import load_quantized
-from gptq_ao.checkpoint.save import save_quantized
-from gptq_ao.config import GPTQConfig, gptq_config
-from gptq_ao.inference.fuse import Fusion, fuse_projections_, unfuse_projections_
-from gptq_ao.inference.tune import tune
-from gptq_ao.integrations.on_import import when_imported as _when_imported
-from gptq_ao.integrations.torchao import register as _register_with_torchao
-from gptq_ao.pipeline.quantize import quantize_
-from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
-from gptq_ao.planning.job import whole_model
-from gptq_ao.planning.plan import QuantizationPlan, plan
-from gptq_ao.report import Report
-from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
+from gptq_ao.integrations.on_import import quiet_import as _quiet_import
 
 if _typing.TYPE_CHECKING:
-    from gptq_ao.integrations.transformers import GptqAoConfig
+    from gptq_ao.public import *  # noqa: F403
+    from gptq_ao.public import __all__ as __all__
 
-_register_with_torchao()
-# transformers takes long to import, and not everyone needs it. Whoever does imports this module of it with any model.
-_when_imported("transformers.modeling_utils", lambda: _import("gptq_ao.integrations.transformers"))
 
-__all__ = [
-    "Fusion",
-    "GPTQConfig",
-    "GptqAoConfig",
-    "Int2GroupTensor",
-    "Int3GroupTensor",
-    "Int4GroupTensor",
-    "Int8GroupTensor",
-    "QuantizationPlan",
-    "Report",
-    "data",
-    "errors",
-    "fuse_projections_",
-    "gptq_config",
-    "load_quantized",
-    "plan",
-    "quantize_",
-    "quantize_checkpoint",
-    "save_quantized",
-    "tune",
-    "unfuse_projections_",
-    "whole_model",
-]
+def _load() -> _typing.Any:
+    with _quiet_import():
+        return _import("gptq_ao.public")
+
+
+# In a process of the command line that waits until a command needs it, so that the help is there at once. "-m" is what
+# Python puts there for `python -m gptq_ao`, until it runs.
+if not (_sys.argv[:1] == ["-m"] or _Path("".join(_sys.argv[:1])).stem == "gptq-ao"):
+    _load()
 
 
 def __getattr__(name: str) -> _typing.Any:
-    if name == "GptqAoConfig":
-        return _import("gptq_ao.integrations.transformers").GptqAoConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with _quiet_import():
+        return getattr(_import("gptq_ao.public"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_load().__all__})

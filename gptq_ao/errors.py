@@ -12,6 +12,7 @@ __all__ = [
     "PassError",
     "RoundedScalesWarning",
     "SolverError",
+    "StrictError",
     "TuningError",
 ]
 
@@ -42,6 +43,10 @@ class NonFiniteError(GPTQError, ValueError):
 
 class SolverError(GPTQError, RuntimeError):
     """The Hessian of a layer could not be factored, or `strict` forbids the fallback."""
+
+
+class StrictError(SolverError, ConfigError):
+    """`strict` forbids what would have to be done."""
 
 
 class CheckpointError(GPTQError, RuntimeError):

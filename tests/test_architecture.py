@@ -21,7 +21,7 @@ ROWS: list[set[str]] = [
     {"passes", "checkpoint"},
     {"planning", "inference", "evaluate"},
     {"pipeline"},
-    {"integrations", "demo", "cli", "", "__main__", "tiny_lm"},
+    {"integrations", "demo", "cli", "public", "", "__main__", "tiny_lm"},
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 # Where a room has folders, those are used by the files beside them, and use only these of them.

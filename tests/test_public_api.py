@@ -61,9 +61,24 @@ def test_nothing_else_is_in_the_namespace() -> None:
     """A room has one word, and no function has the same: it would hide the room, or be hidden by it."""
     names = {n for n in dir(gptq_ao) if not n.startswith("_")}
     modules = {n for n in names if isinstance(getattr(gptq_ao, n), ModuleType)}
-    assert names - modules == PUBLIC - {"GptqAoConfig", "data", "errors"}  # the first is imported when it is asked for
+    assert names - modules == PUBLIC - {"data", "errors"}
     assert modules >= {"data", "errors"}
     assert not {"plan", "tune"} & modules
+    with pytest.raises(AttributeError, match="'quantise_'"):
+        _ = gptq_ao.quantise_
+    with pytest.raises(AttributeError, match="'__path_of__'"):
+        _ = gptq_ao.__path_of__
+
+
+def test_importing_says_nothing_of_other_libraries() -> None:
+    """torchao warns of its libraries for other machines; whoever imports it alone is told as before."""
+    code = """
+import logging, sys
+import gptq_ao
+assert all(not logging.getLogger(name).filters for name in ("torchao", "torch.utils._pytree"))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("module", DOCUMENTED)

@@ -5,15 +5,17 @@ from pathlib import Path
 from gptq_ao.checkpoint.formats import DENSE, format_of, target_format
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.checkpoint.save import save_quantized
+from gptq_ao.report import Report
 
 __all__ = ["convert_checkpoint"]
 
 
-def convert_checkpoint(source: Path, out: Path, format: str) -> str:
+def convert_checkpoint(source: Path, out: Path, format: str, *, report: Report | None = None) -> str:
     """Read the directory `source` and write the directory `out`, with all files that are not weights.
 
     Args:
         format: name of the new format, as `save_quantized` takes it.
+        report: of how `source` was made, for the model card.
 
     Returns:
         The format of `source`.
@@ -24,5 +26,5 @@ def convert_checkpoint(source: Path, out: Path, format: str) -> str:
     """
     target_format(format)  # before a model is loaded in vain
     found = format_of(source)
-    save_quantized(load_quantized(source), out, format=format)
+    save_quantized(load_quantized(source), out, format=format, report=report)
     return DENSE if found is None else found.name

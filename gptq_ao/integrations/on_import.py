@@ -1,12 +1,33 @@
-"""Something is done when another library is imported: now, if it has been, else as soon as it is."""
+"""What is done when another library is imported: now, if it has been, else as soon as it is; and what is not said."""
 
+import contextlib
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["when_imported"]
+__all__ = ["quiet_import", "when_imported"]
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """While torchao is imported: it warns of its libraries for other machines than this one, and torch of how torchao
+    registers its classes. Nothing a user can act on."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    # Not the loggers' levels, which torch resets on the way.
+    for logger in loggers:
+        logger.addFilter(_is_error)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def when_imported(module: str, then: Callable[[], object]) -> None:

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers import auto
 
 from gptq_ao.checkpoint.files.paths import check_weight_map
 from gptq_ao.checkpoint.formats import FORMATS, format_of
+from gptq_ao.checkpoint.hub import local_directory
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
+from gptq_ao.model.architecture import model_class, read_config
+from gptq_ao.report import names_of
 
 __all__ = [
     "GptqAoConfig",
@@ -85,33 +89,57 @@ def _known(quant_methods: tuple[str, ...]) -> tuple[str, ...]:
     return quant_methods
 
 
-def load_model(source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    """A causal language model in eval mode: quantized, if `source` is a quantized checkpoint that can be read.
+def load_model(
+    source: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of a directory or a hub id, of the class that its config names, in eval mode: quantized, if it is a
+    quantized checkpoint that can be read.
 
     Args:
         dtype: that of an unquantized model; None: the stored one.
+        trust_remote_code: run the code that comes with the model.
 
     Raises:
         CheckpointError: the directory is unsafe or incomplete, or the model cannot be loaded.
     """
-    import transformers
-
-    directory = Path(source)
-    if directory.is_dir():
-        if format_of(directory) is not None:
-            # `.to`, since buffers that are in no file were computed on the CPU.
-            return load_quantized(directory, device=device).to(device)
-        # Before transformers opens anything: it would follow an index that names files elsewhere.
-        check_weight_map(directory)
+    directory = local_directory(source)
+    if format_of(directory) is not None:
+        # `.to`, since buffers that are in no file were computed on the CPU.
+        return load_quantized(directory, device=device).to(device)
+    # Before transformers opens anything: it would follow an index that names files elsewhere.
+    check_weight_map(directory)
+    kind = _loader(directory, trust_remote_code)
     try:
         with _bars_on_a_terminal_only():
             # Safetensors only: other weight files are pickles, which can run code.
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+            model, info = kind.from_pretrained(
+                str(directory),
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{source!r} cannot be loaded as a causal language model: {e}") from e
+    except (OSError, ValueError, ImportError) as e:
+        raise CheckpointError(f"{source!r} cannot be loaded as a {kind.__name__}: {e}") from e
+    # transformers would go on with random numbers in their place.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{source!r} does not fit the {type(model).__name__}: it lacks {names_of(missing)}")
     return model.eval().to(device)
+
+
+def _loader(directory: Path, trust_remote_code: bool) -> Any:
+    """What loads the model of a directory: its class, or, for one whose class is in its own code, one of the classes
+    that find it there."""
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    own = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and own:
+        return getattr(transformers, next((name for name in own if name.startswith("AutoModel")), "AutoModel"))
+    return model_class(config, directory)
 
 
 def config_directory(source: str) -> Path:
@@ -130,17 +158,16 @@ def config_directory(source: str) -> Path:
         raise CheckpointError(f"{source!r} is neither a directory nor a model of the hub that can be read: {e}") from e
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a directory or a hub id.
 
     Raises:
         CheckpointError: it has none that can be loaded.
     """
-    import transformers
-
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    # Which error a tokenizer raises depends on its kind and on what is missing.
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as e:
         raise CheckpointError(f"{source!r} has no tokenizer that can be loaded: {e}") from e
 
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from gptq_ao.errors import CheckpointError
+from gptq_ao.model.architecture import model_class, read_config
 
 __all__ = ["empty_model"]
 
@@ -25,23 +25,8 @@ def empty_model(
     Raises:
         CheckpointError: there is no config, or it names a model that transformers does not have.
     """
-    import transformers
-
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"{directory} has no config.json, so the model cannot be built from it: build it yourself and call "
-            "load_quantized(model, directory)"
-        )
-    config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    names = getattr(config, "architectures", None) or []
-    # Only a class of transformers itself: a name in a config must not lead to code that came with the checkpoint.
-    kind: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
-    if not (isinstance(kind, type) and hasattr(kind, "_from_config")):
-        raise CheckpointError(
-            f"{directory / 'config.json'} names the architecture {names}, which transformers "
-            f"{transformers.__version__} does not have (code in a checkpoint is never run): build the model and call "
-            "load_quantized(model, directory)"
-        )
+    config = read_config(directory)
+    kind = model_class(config, directory)
     with _parameters_on_meta():
         model: Any = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
     if (directory / "generation_config.json").is_file() and model.can_generate():

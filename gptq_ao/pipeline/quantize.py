@@ -16,7 +16,7 @@ from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import CaptureError, CheckpointError, ConfigError
+from gptq_ao.errors import CaptureError, ConfigError, StrictError
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
@@ -88,10 +88,10 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
         origin: where the model came from; None: from nowhere, or it does not matter.
 
     Raises:
-        CheckpointError: with `strict`, the model is only a part of what is stored there.
+        StrictError: with `strict`, the model is only a part of what is stored there.
     """
     if origin is not None and origin.lost and job.config.strict:
-        raise CheckpointError(f"strict=True, and {origin.notes(job.model)[-1]}")
+        raise StrictError(f"strict=True, and {origin.notes(job.model)[-1]}")
     if job.config.target_bits is not None:
         check_possible(job)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data

@@ -23,7 +23,7 @@ from gptq_ao import Report, gptq_config, load_quantized, quantize_, quantize_che
 from gptq_ao.checkpoint.convert import convert_checkpoint
 from gptq_ao.checkpoint.files import side_files
 from gptq_ao.checkpoint.origin import origin_of
-from gptq_ao.errors import CheckpointError
+from gptq_ao.errors import CheckpointError, StrictError
 from gptq_ao.integrations.transformers import load_with_gptq_ao
 
 from ..models import seeded, tiny_llama
@@ -153,7 +153,7 @@ def test_a_model_that_is_a_part_of_a_checkpoint_says_what_is_lost(tmp_path: Path
     assert not set(tensors(tmp_path / "b")) & set(more)
     model = AutoModelForCausalLM.from_pretrained(directory)
     before = model.lm_head.weight.clone()
-    with pytest.raises(CheckpointError, match=r"strict=True, and 4 tensors of .* are not in this LlamaForCausalLM"):
+    with pytest.raises(StrictError, match=r"strict=True, and 4 tensors of .* are not in this LlamaForCausalLM"):
         quantize_(model, gptq_config(4, 32, method="rtn", strict=True))
     assert torch.equal(model.lm_head.weight, before)
     with pytest.raises(CheckpointError, match=r"does not fit the LlamaForCausalLM: it has 'audio.0' \(and 3 more\)"):

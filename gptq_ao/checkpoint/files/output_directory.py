@@ -22,7 +22,7 @@ from gptq_ao.checkpoint.files.shards import ShardWriter
 from gptq_ao.checkpoint.files.side_files import copy_side_files
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["OutputDirectory", "as_json", "has_config"]
+__all__ = ["OutputDirectory", "as_json", "check_empty", "has_config"]
 
 
 class OutputDirectory:
@@ -33,10 +33,7 @@ class OutputDirectory:
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise CheckpointError(
-                f"{directory} exists and is not empty: nothing is overwritten, choose another directory"
-            )
+        check_empty(directory)
         self.directory = directory
         with self._disk_errors():
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +111,15 @@ class OutputDirectory:
             full = getattr(e, "errno", None) == errno.ENOSPC or "StorageFull" in str(e) or "code: 28" in str(e)
             what = "the disk is full" if full else str(e)
             raise CheckpointError(f"{self.directory} could not be written, nothing is left of it: {what}") from e
+
+
+def check_empty(directory: Path) -> None:
+    """
+    Raises:
+        CheckpointError: the directory holds something, or is a file.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists and is not empty: nothing is overwritten, choose another directory")
 
 
 def as_json(content: object) -> str:

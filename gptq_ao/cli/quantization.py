@@ -1,0 +1,159 @@
+"""`quantize`, and `plan`, which takes the same options."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
+from gptq_ao.cli.request import Request, with_request
+from gptq_ao.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptq_ao.config import GPTQConfig
+    from gptq_ao.report import Report
+
+__all__ = ["plan", "quantize"]
+
+NATIVE = "native"
+
+
+@with_request
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    request: Request,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize MODEL and write it to OUT."""
+    _check(request)
+    # Everything that can be wrong is looked at before a model is loaded.
+    limits, place = limits_of(request.limits), device_of(request.device)
+    from gptq_ao.checkpoint.files.output_directory import check_empty
+    from gptq_ao.checkpoint.hub import check_login, local_directory, upload
+
+    check_empty(out)
+    if request.push_to_hub is not None:
+        check_login()
+    source = local_directory(model)
+    config = _with_data(request, source)
+    write = _stream if request.stream else _in_memory
+    report = write(source, out, config, request, {"device": place, "max_memory": limits})
+    text = f"{report}\nwritten to {out}"
+    if request.push_to_hub is not None:
+        text += f"\nuploaded to {upload(out, request.push_to_hub)}"
+    show({"model": model, "out": str(out), "format": request.format, **report.to_dict()}, text, as_json)
+
+
+@with_request
+def plan(
+    model: Annotated[str, typer.Argument(help="A directory with a config.json, or a hub id. No weight is read.")],
+    request: Request,
+    out: Annotated[Path | None, typer.Argument(help="Not used: what is said of `quantize` may be said here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What `quantize` would do to MODEL, and the memory, disk and time it would take."""
+    import torch
+
+    from gptq_ao.integrations.transformers import config_directory
+    from gptq_ao.model.empty import empty_model
+    from gptq_ao.model.weights import ModelWeights
+    from gptq_ao.planning.plan import StreamedWeights, plan_weights
+
+    limits, place = limits_of(request.limits), device_of(request.device)
+    # bf16 where the config names no dtype: without the files nothing else says what is stored.
+    frame = empty_model(config_directory(model), dtype_of(request.dtype), otherwise=torch.bfloat16)
+    config = request.config
+    if config.method == "gptq":
+        # Only shapes count for a plan, so no text is read and no tokenizer loaded.
+        ids = torch.empty(request.num_samples, request.seq_len, dtype=torch.int64, device="meta")
+        config = config.with_calibration([_inputs(frame.config, rows) for rows in ids.split(request.batch_size)])
+    weights = StreamedWeights(frame) if request.stream else ModelWeights(frame)
+    # `quantize_checkpoint` holds one file of its result in memory, of at most 2^30 bytes.
+    shard_bytes = 2**30 if request.stream else 0
+    made = plan_weights(weights, config, device=place, max_memory=limits, shard_bytes=shard_bytes)
+    show({"model": model, **made.to_dict()}, str(made), as_json)
+
+
+def _check(request: Request) -> None:
+    """Options that contradict each other."""
+    if request.calibration is None and request.config.method == "gptq":
+        raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
+    if request.format == "gptq" and not request.config.sym:
+        raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
+    if request.format == "compressed-tensors" and request.config.act_order == "group":
+        raise ConfigError("--format compressed-tensors holds no weights of --act-order group: write gptq or native")
+
+
+def _with_data(request: Request, source: Path) -> "GPTQConfig":
+    """The settings, with batches of text where they are needed."""
+    if request.calibration is None:
+        return request.config
+    from gptq_ao.data import text_batches
+    from gptq_ao.integrations.transformers import load_tokenizer
+    from gptq_ao.model.architecture import model_class, read_config
+
+    config = read_config(source, trust_remote_code=request.trust_remote_code)
+    kind = model_class(config, source)
+    takes = getattr(kind, "main_input_name", "input_ids")
+    if takes != "input_ids":
+        raise ConfigError(
+            f"the {kind.__name__} takes {takes}, and --calibration gives it text: call quantize_(model, gptq_config("
+            "calibration=…)) with its own inputs, or give --method rtn, which needs none"
+        )
+    batches = text_batches(
+        load_tokenizer(str(source), trust_remote_code=request.trust_remote_code),
+        request.calibration,
+        num_samples=request.num_samples,
+        seq_len=request.seq_len,
+        batch_size=request.batch_size,
+        seed=request.seed,
+        column=request.column,
+    )
+    return request.config.with_calibration([_inputs(config, batch["input_ids"]) for batch in batches])
+
+
+def _inputs(config: Any, ids: "Tensor") -> dict[str, "Tensor"]:
+    """A batch of text as a model takes it."""
+    # A decoder that is to write what the encoder reads: text of the kind that it will write.
+    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
+
+
+def _in_memory(source: Path, out: Path, config: "GPTQConfig", request: Request, where: dict[str, Any]) -> "Report":
+    from gptq_ao.checkpoint.save import save_quantized
+    from gptq_ao.integrations.transformers import load_model
+    from gptq_ao.pipeline.quantize import quantize_
+
+    dtype = dtype_of(request.dtype)
+    loaded = load_model(str(source), dtype=dtype, trust_remote_code=request.trust_remote_code)
+    report = quantize_(loaded, config, **where)
+    assert report is not None
+    try:
+        save_quantized(loaded, out, format=request.format, report=report)
+    except CheckpointError as e:
+        if request.format == NATIVE:
+            raise
+        # Hours may have gone into it.
+        save_quantized(loaded, out, report=report)
+        e.add_note(f"It was written to {out} in the native format instead, which holds everything: see gptq-ao convert")
+        raise
+    return report
+
+
+def _stream(source: Path, out: Path, config: "GPTQConfig", request: Request, where: dict[str, Any]) -> "Report":
+    from gptq_ao.checkpoint.convert import convert_checkpoint
+    from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
+
+    dtype = dtype_of(request.dtype)
+    if request.format == NATIVE:
+        return quantize_checkpoint(source, out, config, dtype=dtype, **where)
+    # Beside OUT, so on its disk. To convert, the quantized model has to fit in memory.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        native = Path(temporary) / "native"
+        report = quantize_checkpoint(source, native, config, dtype=dtype, **where)
+        convert_checkpoint(native, out, request.format, report=report)
+    return report
