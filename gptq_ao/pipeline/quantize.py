@@ -18,9 +18,10 @@ from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.weights import ModelWeights
-from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
+from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.products.fused_sets import mixed_sets
+from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
@@ -92,7 +93,8 @@ def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
     bits = f"{config.bits} bits" if config.target_bits is None else f"{config.target_bits} bits on average"
     grid = "symmetric" if config.sym else "asymmetric"
     method = f"GPTQ, act_order {config.act_order}" if config.method == "gptq" else "rounded to nearest"
-    settings = f"{bits}, group_size {config.group_size}, {grid}, {method}"
+    size = "by width" if config.group_size is None else config.group_size
+    settings = f"{bits}, group_size {size}, {grid}, {method}"
     rules = {"rules": str(config.rules)} if config.rules else {}
     if batches is None:
         return {"recipe": settings, **rules, "calibration": "none"}
@@ -172,7 +174,7 @@ def _replay(job: Job, weights: ModelWeights, reason: str) -> Report:
         hessians=done.hessians,
         capture="replay",
         capture_reason=reason,
-        notes=(*done.notes, *_notes(prepared)),
+        notes=(*done.notes, *_notes(job, prepared)),
     )
 
 
@@ -189,8 +191,10 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
         )
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
-    check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
+    check_group_sizes({name: width}, {name: config})
+    if config.group_size is None:
+        config = dataclasses.replace(config, group_size=largest_fitting([width]))
     layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
     rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), config, stage=0)
 
@@ -199,7 +203,14 @@ def _check(job: Job, selection: Selection) -> None:
     job.weights.check(selection.settings, lambda: result_size(job.model, selection))
 
 
-def _notes(prepared: Prepared) -> tuple[str, ...]:
+def _notes(job: Job, prepared: Prepared) -> tuple[str, ...]:
+    selection = prepared.selection
+    widths = {name: layout.in_features for name, layout in selection.layouts.items()}
+    notes = (_uncompensated(prepared), smaller_groups(widths, selection.settings, job.config))
+    return tuple(note for note in notes if note is not None)
+
+
+def _uncompensated(prepared: Prepared) -> str | None:
     """Which weights are not compensated although they should be."""
     wanted = [n for n, c in prepared.selection.settings.items() if c.recipe.compensates]
     if prepared.calibrated is not None:
@@ -208,9 +219,9 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
     else:
         names, why = tuple(wanted), "that needs the model as one graph"
     if not names:
-        return ()
+        return None
     which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return (f"not compensated for what was quantized before them, since {why}: {which}",)
+    return f"not compensated for what was quantized before them, since {why}: {which}"
 
 
 def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Mapping[str, int] | None = None) -> Report:
@@ -230,5 +241,5 @@ def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Map
         peak_bytes=peak,
         warnings=prepared.warnings,
         capture="export" if "capture" in job.clock.seconds else "none",
-        notes=_notes(prepared),
+        notes=_notes(job, prepared),
     )
