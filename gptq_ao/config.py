@@ -244,8 +244,9 @@ def gptq_config(
             graph, in the memory of the device that computes, with room for a backward of one batch.
         candidates: two or more of 2, 3, 4, 8 and 16, which leaves the weight as it is.
         calibration: batches of the model's own inputs: a list or other iterable, a DataLoader, or a callable that
-            returns one. A batch is a tensor, a tuple (positional arguments) or a dict (keyword arguments).
-            Read once, never changed, never serialized.
+            returns one. A batch is a tensor, a tuple (positional arguments) or a dict (keyword arguments); a dict whose
+            `input_ids` have one dimension is a row of a tokenized data set, and a batch of one. Read once, never
+            changed, never serialized.
         rules: ordered `{pattern: override}`. A pattern is a parameter or module name, or `re:` and a regular
             expression that must match all of it; the first that matches wins. An override is a dict of `bits`,
             `group_size`, `sym`, `damp_percent`, `method` or one of those that `effort` sets; None leaves the weight as

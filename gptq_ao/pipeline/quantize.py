@@ -25,6 +25,7 @@ from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitti
 from gptq_ao.passes.records import Layout, Selection
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
+from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
 from gptq_ao.pipeline.solve_together import round_matrix
 from gptq_ao.planning.job import FilterFn, Job
@@ -68,7 +69,8 @@ def quantize_(
 
     Raises:
         CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, SolverError: see each message.
-        Unless it says otherwise, the model is as it was.
+        Whatever is raised, the model is as it was, unless a note on the exception says that there was no room to keep
+        the weights that had been replaced: then the model has to be loaded again.
     """
     if not isinstance(config, GPTQConfig):
         import torchao.quantization
@@ -85,7 +87,13 @@ def quantize_weights(job: Job) -> Report:
     if job.config.target_bits is not None:
         check_possible(job)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data
-    return dataclasses.replace(_quantize(job), recipe=recipe)
+    # The model may draw random numbers when it runs.
+    with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
+        if not isinstance(job.weights, ModelWeights):
+            return dataclasses.replace(_quantize(job), recipe=recipe)
+        weights = RestorableWeights(job)
+        with weights.restored_on_error():
+            return dataclasses.replace(_quantize(dataclasses.replace(job, weights=weights)), recipe=recipe)
 
 
 def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
@@ -105,7 +113,7 @@ def _quantize(job: Job) -> Report:
     try:
         prepared = prepare(job)
     except CaptureError as e:
-        if job.config.strict_capture or not isinstance(job.weights, ModelWeights):
+        if job.config.strict_capture or not isinstance(job.weights, RestorableWeights):
             raise
         if job.config.target_bits is not None:
             raise ConfigError(
@@ -129,14 +137,16 @@ def _quantize(job: Job) -> Report:
         done, waiting = round_all(job, prepared.selection), None
     else:
         with job.clock("plan"):
-            budget = waiting_budget(job, prepared)
+            budget, left = waiting_budget(job, prepared)
+            if left is not None and isinstance(job.weights, RestorableWeights):
+                job.weights.keep_at_most(left, job.device)
         with ActivationStore(prepared.calibrated.batches, job.device, budget) as store:
             done = run_plan(job, prepared.calibrated, store)
             waiting = store.peak
     return dataclasses.replace(_report(job, done, prepared, waiting), precision=decisions)
 
 
-def _replay(job: Job, weights: ModelWeights, reason: str) -> Report:
+def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
     """Without a graph, for `reason`."""
     if job.device != weights.device:
         raise ConfigError(
