@@ -75,7 +75,7 @@ class GPTQConfig(AOBaseConfig):
     """How to quantize. Build it with `gptq_config`, which documents every field."""
 
     bits: int = 4
-    group_size: int = 128
+    group_size: int | None = None
     sym: bool = True
     act_order: str = EFFORTS["default"]["act_order"]
     damp_percent: float | None = None
@@ -99,10 +99,11 @@ class GPTQConfig(AOBaseConfig):
         _one_of("act_order", self.act_order, ACT_ORDERS)
         _one_of("method", self.method, METHODS)
         # `type(…) is`, here and below: True is an int for isinstance.
-        if type(self.group_size) is not int or (self.group_size < 2 and self.group_size != -1):
+        size = self.group_size
+        if size is not None and (type(size) is not int or (size < 2 and size != -1)):
             raise ConfigError(
-                f"group_size is {self.group_size!r}: give a number of input features that share a scale, "
-                "such as 32, 64 or 128, or -1 for one scale per output row"
+                f"group_size is {size!r}: give a number of input features that share a scale, "
+                "such as 32, 64 or 128, -1 for one scale per output row, or None to choose by the width of each weight"
             )
         if type(self.expert_min_rows) is not int or self.expert_min_rows < 0:
             raise ConfigError(
@@ -162,7 +163,8 @@ class GPTQConfig(AOBaseConfig):
 
     @property
     def recipe(self) -> Recipe:
-        """The settings that decide a weight's solution."""
+        """The settings that decide a weight's solution; its group size has been chosen by then."""
+        assert self.group_size is not None
         return Recipe(**{name: getattr(self, name) for name in OVERRIDABLE})
 
     def with_calibration(self, calibration: Calibration) -> "GPTQConfig":
@@ -185,7 +187,7 @@ class GPTQConfig(AOBaseConfig):
 
 def gptq_config(
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     *,
     sym: bool = True,
     effort: str = "default",
@@ -212,7 +214,9 @@ def gptq_config(
     Args:
         bits: width of a code: 2, 3, 4 or 8.
         group_size: input features that share one scale and zero point; it must divide `in_features`.
-            -1: one scale per output row.
+            -1: one scale per output row. None: for each weight the largest of 128, 64, 32 and 16 that divides its
+            `in_features`, and those of all weights that engines fuse with it; -1 if none does. The report says which
+            weights did not get 128.
         sym: symmetric grid, codes centred on `2**(bits-1)`; otherwise each group has its own zero point.
         effort: `"fast"`, `"default"` or `"max"`: a recipe for the five settings that follow, each of which may still be
             given. All recipes lead to the same format, at the same speed in use; they differ in the time and memory
@@ -240,8 +244,9 @@ def gptq_config(
             graph, in the memory of the device that computes, with room for a backward of one batch.
         candidates: two or more of 2, 3, 4, 8 and 16, which leaves the weight as it is.
         calibration: batches of the model's own inputs: a list or other iterable, a DataLoader, or a callable that
-            returns one. A batch is a tensor, a tuple (positional arguments) or a dict (keyword arguments).
-            Read once, never changed, never serialized.
+            returns one. A batch is a tensor, a tuple (positional arguments) or a dict (keyword arguments); a dict whose
+            `input_ids` have one dimension is a row of a tokenized data set, and a batch of one. Read once, never
+            changed, never serialized.
         rules: ordered `{pattern: override}`. A pattern is a parameter or module name, or `re:` and a regular
             expression that must match all of it; the first that matches wins. An override is a dict of `bits`,
             `group_size`, `sym`, `damp_percent`, `method` or one of those that `effort` sets; None leaves the weight as
@@ -267,7 +272,7 @@ def gptq_config(
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"preset is {preset!r}: give one of {', '.join(map(repr, PRESETS))}")
-        defaults = {"bits": 4, "group_size": 128, "act_order": None}
+        defaults = {"bits": 4, "group_size": None, "act_order": None}
         if values != defaults or desc_act is not None or target_bits is not None:
             raise ConfigError(
                 f"preset {preset!r} already sets bits, group_size and act_order: give it or them, not both"

@@ -6,18 +6,18 @@ position is wasted or masked.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_ao.errors import CalibrationError
+from gptq_ao.errors import CalibrationError, ConfigError
 
 __all__ = ["read_documents", "spaced", "text_batches", "token_chunks"]
 
-Source = str | Path | Sequence[str]
+Source = str | Path | Iterable[Any]
 
 
 def text_batches(
@@ -35,15 +35,20 @@ def text_batches(
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        source: a list of documents, a local .jsonl, .json, .txt or .parquet file, or a name for `datasets.load_dataset`
-            (`"name"` or `"name:configuration"`).
+        source: a list of documents (strings, or dicts that hold one), a `datasets.Dataset` or data frame, a local
+            .jsonl, .json, .txt or .parquet file, or a name for `datasets.load_dataset` (`"name"` or
+            `"name:configuration"`).
         num_samples: chunks to draw, without repetition; all of them if there are fewer.
         seed: of the draw. The global random state is neither read nor changed.
-        split, column: where the text is in a dataset; `column` also in files with fields.
+        split, column: where the text is in a dataset; `column` also in files and documents with fields.
 
     Raises:
-        CalibrationError: the source cannot be read, or holds less than one chunk.
+        CalibrationError: the source cannot be read, holds something that is not text, or less than one chunk.
+        ConfigError: a number is less than 1.
     """
+    for name, value in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name} is {value!r}: give a number, 1 or more")
     chunks = token_chunks(tokenizer, read_documents(source, split=split, column=column), seq_len)
     # A generator of its own, on the CPU: the same seed draws the same chunks anywhere.
     order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))[:num_samples]
@@ -56,7 +61,7 @@ def token_chunks(tokenizer: Callable[..., Any], documents: Iterable[str], seq_le
     separator = getattr(tokenizer, "bos_token_id", None)
     separator = getattr(tokenizer, "eos_token_id", None) if separator is None else separator
     tokens: list[int] = []
-    for text in documents:
+    for text in _strings(documents, "the documents"):
         if separator is not None:
             tokens.append(separator)
         # The separator is placed by hand, so the tokenizer must add none. Not verbose: it would warn of long documents.
@@ -79,7 +84,7 @@ def spaced(chunks: Tensor, at_most: int) -> Tensor:
 def read_documents(source: Source, *, split: str = "train", column: str = "text") -> list[str]:
     """The documents of a source that `text_batches` takes."""
     if not isinstance(source, str | Path):
-        documents = list(source)
+        documents = _texts(_rows(source, split, column), column, _name(source))
     elif Path(source).is_file():
         documents = _read_file(Path(source), column)
     # A mistyped file name must not be looked up as a dataset on the hub.
@@ -87,12 +92,19 @@ def read_documents(source: Source, *, split: str = "train", column: str = "text"
         raise CalibrationError(f"there is no file {str(source)!r}")
     else:
         documents = _read_dataset(str(source), split, column)
-    wrong = next((d for d in documents if not isinstance(d, str)), None)
-    if wrong is not None:
-        raise CalibrationError(f"{_name(source)}: a document is a {type(wrong).__name__}, not a string")
     if not documents:
         raise CalibrationError(f"{_name(source)} holds no document")
-    return documents
+    return list(_strings(documents, _name(source)))
+
+
+def _strings(documents: Iterable[Any], name: str) -> Iterator[str]:
+    for number, text in enumerate(documents):
+        if not isinstance(text, str):
+            what = "null" if text is None else f"a {type(text).__name__}"
+            raise CalibrationError(
+                f"{name}: document {number}, counting from 0, is {what}, not a string: leave such documents out"
+            )
+        yield text
 
 
 def _read_file(path: Path, column: str) -> list[Any]:
@@ -101,7 +113,7 @@ def _read_file(path: Path, column: str) -> list[Any]:
             f"{path}: cannot read {path.suffix or 'a file without suffix'}, give {', '.join(_READERS)}"
         )
     try:
-        return [_text(row, column, path) for row in _READERS[path.suffix](path, column)]
+        return _texts(_READERS[path.suffix](path, column), column, repr(str(path)))
     except (ValueError, OSError) as e:
         # It is a ValueError itself, with a message that needs no more.
         if isinstance(e, CalibrationError):
@@ -111,7 +123,12 @@ def _read_file(path: Path, column: str) -> list[Any]:
 
 def _jsonl(path: Path, column: str) -> Iterator[Any]:
     with path.open(encoding="utf-8") as file:
-        yield from (json.loads(line) for line in file if line.strip())
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as e:
+                raise CalibrationError(f"{path} cannot be read: line {number} is not JSON: {e}") from e
 
 
 def _json(path: Path, column: str) -> Iterator[Any]:
@@ -156,13 +173,34 @@ def _read_dataset(name: str, split: str, column: str) -> list[Any]:
     return list(rows[column])
 
 
-def _text(row: Any, column: str, path: Path) -> Any:
-    if isinstance(row, dict):
-        if column not in row:
-            raise CalibrationError(f"{path}: a record has the fields {sorted(row)}, not {column!r}")
-        return row[column]
-    return row
+def _rows(source: Iterable[Any], split: str, column: str) -> Iterable[Any]:
+    """The documents, or rows that hold them, of what is not a name."""
+    if isinstance(source, Mapping):  # a DatasetDict
+        if split not in source:
+            raise CalibrationError(f"the data set has the splits {list(source)}, not {split!r}: name one, split=…")
+        source = source[split]
+    # Those of a Dataset, or of a data frame, whose elements would be the names of its columns.
+    names = getattr(source, "column_names", None)
+    names = getattr(source, "columns", None) if names is None else names
+    if names is None:
+        return source
+    if column not in names:
+        raise CalibrationError(f"the data set has the columns {list(names)}, not {column!r}: name one, column=…")
+    # A data set that is streamed has no columns to be had at once.
+    return source[column] if hasattr(source, "__getitem__") else source
+
+
+def _texts(rows: Iterable[Any], column: str, name: str) -> list[Any]:
+    """Each row's field `column`, where it has fields."""
+    texts = []
+    for number, row in enumerate(rows):
+        if isinstance(row, Mapping) and column not in row:
+            raise CalibrationError(f"{name}: a record has the fields {sorted(row)}, not {column!r}: document {number}")
+        texts.append(row[column] if isinstance(row, Mapping) else row)
+    return texts
 
 
 def _name(source: Source) -> str:
-    return repr(str(source)) if isinstance(source, str | Path) else "the list of documents"
+    if isinstance(source, str | Path):
+        return repr(str(source))
+    return "the list of documents" if isinstance(source, list | tuple) else "the data set"

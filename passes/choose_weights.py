@@ -5,12 +5,12 @@ Everything that can be wrong with a setting is found here, before any computatio
 
 from collections.abc import Callable
 
-from gptq_ao.codes.grid import group_columns
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, NoLinearError
+from gptq_ao.passes.products.group_sizes import with_group_sizes
 from gptq_ao.passes.records import Excluded, LinearSite, Selection
 
-__all__ = ["check_group_sizes", "choose_weights"]
+__all__ = ["choose_weights"]
 
 
 def choose_weights(
@@ -65,10 +65,8 @@ def choose_weights(
             "\n".join(f"  {e.weight}: {e.reason}" for e in left) or "  (it multiplies no activation by a parameter)"
         )
         raise NoLinearError(f"the model has no weight to quantize:\n{listing}")
+    settings = with_group_sizes(sites, settings)
     _check_orders(sites, settings)
-    check_group_sizes(
-        {s.weight: (s.layout.shape, s.layout.in_features, settings[s.weight]) for s in sites if s.weight in settings}
-    )
     return Selection(tuple(s for s in sites if s.weight in settings), settings, tuple(left))
 
 
@@ -82,18 +80,3 @@ def _check_orders(sites: tuple[LinearSite, ...], settings: dict[str, GPTQConfig]
                 'activations), so act_order="group" cannot order its columns: use "static", or give it a rule, '
                 'rules={name: {"act_order": "static"}}'
             )
-
-
-def check_group_sizes(weights: dict[str, tuple[tuple[int, ...], int, GPTQConfig]]) -> None:
-    """Every weight's in_features must be a multiple of its group size."""
-    wrong = [
-        f"  {name} {list(shape)}: {width} input features, group_size {c.group_size}"
-        for name, (shape, width, c) in weights.items()
-        if width % group_columns(width, c.group_size)
-    ]
-    if wrong:
-        raise ConfigError(
-            "group_size does not divide the input features of:\n" + "\n".join(wrong) + "\n"
-            "Choose a divisor, or -1 for one scale per row, or give these weights their own: "
-            "rules={name: {'group_size': 32}}, or None to leave one as it is"
-        )

@@ -17,7 +17,7 @@ from gptq_ao.errors import ConfigError, GPTQError
         ({"bits": True}, r"bits is True: give one of 2, 3, 4, 8"),
         ({"bits": "4"}, r"bits is '4': give one of 2, 3, 4, 8"),
         ({"group_size": 0}, r"group_size is 0: give a number of input features that share a scale"),
-        ({"group_size": 1}, r"group_size is 1: .* or -1 for one scale per output row"),
+        ({"group_size": 1}, r"group_size is 1: .* -1 for one scale per output row, or None to choose by the width"),
         ({"group_size": -2}, r"group_size is -2: "),
         ({"group_size": True}, r"group_size is True: "),
         ({"group_size": "x"}, r"group_size is 'x': "),
@@ -73,13 +73,13 @@ def test_config_error_is_a_gptq_error_and_a_value_error() -> None:
 def test_limits_are_accepted() -> None:
     for bits in (2, 3, 4, 8):
         assert gptq_config(bits).bits == bits
-    for group_size in (-1, 2, 48, 4096):
+    for group_size in (-1, 2, 48, 4096, None):
         assert gptq_config(group_size=group_size).group_size == group_size
     assert gptq_config(damp_percent=10).damp_percent == 10
 
 
 def test_defaults() -> None:
-    assert gptq_config() == GPTQConfig(4, 128, True, "group_aware", None, "gptq", True, 40, 4, "residual")
+    assert gptq_config() == GPTQConfig(4, None, True, "group_aware", None, "gptq", True, 40, 4, "residual")
     assert gptq_config() == GPTQConfig()
 
 

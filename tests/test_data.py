@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
-from gptq_ao.errors import CalibrationError
+from gptq_ao.errors import CalibrationError, ConfigError
 
 
 class Bytes:
@@ -110,14 +110,21 @@ def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "one"}\n{"text": ', r"a.jsonl cannot be read: "),
+        ("a.jsonl", '{"text": "one"}\n{"text": ', r"a.jsonl cannot be read: line 2 is not JSON"),
         ("a.jsonl", '{"body": "one"}', r"a record has the fields \['body'\], not 'text'"),
-        ("a.jsonl", '{"text": 7}', r"a document is a int, not a string"),
+        ("a.jsonl", '{"text": 7}', r"a.jsonl': document 0, counting from 0, is a int, not a string"),
+        (
+            "a.jsonl",
+            '{"text": "one"}\n\n{"text": null}',
+            r"a.jsonl': document 1, counting from 0, is null, not a string",
+        ),
+        ("a.json", '["one", null]', r"a.json': document 1, counting from 0, is null, not a string: leave such"),
+        ("a.json", '{"text": ["one", ["two"]]}', r"a.json': document 1, counting from 0, is a list, not"),
         ("a.jsonl", "", r"holds no document"),
         ("a.csv", "x", r"cannot read .csv, give .jsonl, .json, .txt, .parquet"),
         ("a.parquet", "not parquet", r"a.parquet cannot be read: "),
     ],
-    ids=["cut-off", "no-column", "number", "empty", "suffix", "no-parquet"],
+    ids=["cut-off", "no-column", "number", "null", "json-null", "json-list", "empty", "suffix", "no-parquet"],
 )
 def test_files_that_cannot_be_used(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
@@ -136,7 +143,62 @@ def test_a_parquet_file_without_the_column(tmp_path: Path) -> None:
         read_documents(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("documents", [[], ["a", 3]])
+def test_a_null_in_a_parquet_file(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two", None]}), tmp_path / "a.parquet")
+    with pytest.raises(CalibrationError, match=r"a.parquet': document 2, counting from 0, is null"):
+        read_documents(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("documents", [[], ["a", 3], ["a", None], ["a", b"b"], ["a", ["b"]]])
 def test_a_list_that_cannot_be_used(documents: list[Any]) -> None:
-    with pytest.raises(CalibrationError, match=r"the list of documents( holds no document|: a document is a int)"):
+    said = r"the list of documents( holds no document|: document 1, counting from 0, is (a int|null|a bytes|a list), )"
+    with pytest.raises(CalibrationError, match=said):
         read_documents(documents)
+    if documents:
+        with pytest.raises(CalibrationError, match="the documents: document 1, counting from 0"):
+            token_chunks(Bytes(), documents, 1)
+
+
+def data_sets(column: str) -> dict[str, Any]:
+    import datasets
+    import pandas  # type: ignore[import-untyped]
+
+    rows = datasets.Dataset.from_dict({column: ["one", "two"], "id": [1, 2]})
+    return {
+        "Dataset": rows,
+        "with_format": rows.with_format("torch"),
+        "streamed": rows.to_iterable_dataset(),
+        "DatasetDict": datasets.DatasetDict(train=rows, test=rows.select([])),
+        "data frame": pandas.DataFrame({column: ["one", "two"], "id": [1, 2]}),
+        "series": pandas.Series(["one", "two"]),
+        "dicts": [{column: "one", "id": 1}, {column: "two"}],
+        "generator": (text for text in ("one", "two")),
+    }
+
+
+@pytest.mark.parametrize("kind", data_sets("text"))
+def test_data_sets_in_memory(kind: str) -> None:
+    assert read_documents(data_sets("text")[kind]) == ["one", "two"]
+    assert read_documents(data_sets("body")[kind], column="body") == ["one", "two"]
+    assert len(text_batches(Bytes(), data_sets("text")[kind], seq_len=4)) == 2
+    if kind not in ("series", "generator"):
+        with pytest.raises(CalibrationError, match=r"\[('text', 'id'|'id', 'text')\], not 'body'"):
+            read_documents(data_sets("text")[kind], column="body")
+
+
+def test_the_split_of_a_data_set_in_memory() -> None:
+    splits = data_sets("text")["DatasetDict"]
+    with pytest.raises(CalibrationError, match=r"the data set has the splits \['train', 'test'\], not 'validation'"):
+        read_documents(splits, split="validation")
+    with pytest.raises(CalibrationError, match=r"the data set holds no document"):
+        read_documents(splits, split="test")
+
+
+@pytest.mark.parametrize("name", ["num_samples", "seq_len", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_numbers_of_chunks(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is {value!r}: give a number, 1 or more"):
+        text_batches(Bytes(), ["abc"], **{name: value})

@@ -63,7 +63,9 @@ class GptqAoConfig(CheckpointConfig):
         ConfigError: as `gptq_config`.
     """
 
-    def __init__(self, bits: int = 4, group_size: int = 128, *, calibration: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, bits: int = 4, group_size: int | None = None, *, calibration: Any = None, **settings: Any
+    ) -> None:
         # Only the method goes into config.json; after loading, it is replaced by what the quantized model holds.
         super().__init__({"quant_method": "gptq_ao"})
         if calibration is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gptq_ao.errors import ConfigError, PassError
 from gptq_ao.model.inspection import check_values
 
-__all__ = ["ModelWeights", "Weights", "replace_parameter"]
+__all__ = ["ModelWeights", "Weights", "offload_hooks", "replace_parameter"]
 
 
 class Weights(Protocol):
@@ -120,14 +120,14 @@ def _offloaded(model: nn.Module, name: str) -> tuple[nn.Module, Any, str]:
     # From the tensor's own module outwards.
     for depth in reversed(range(len(parts))):
         module = model.get_submodule(".".join(parts[:depth]))
-        for hook in _hooks(module):
+        for hook in offload_hooks(module):
             # The hook of a module around it counts only if it places submodules too (`place_submodules`).
             if hook.offload and (hook.place_submodules or depth == len(parts) - 1):
                 return module, hook, ".".join(parts[depth:])
     return model, None, name
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
+def offload_hooks(module: nn.Module) -> Iterator[Any]:
     """Accelerate's hooks that place a module's tensors, recognized by what they have: accelerate may be missing."""
     hook = getattr(module, "_hf_hook", None)
     # Accelerate wraps several hooks of one module into one, which has them as `hooks`.

@@ -200,7 +200,7 @@ def _round(job: Job, measured: Prepared, typical: int) -> tuple[dict[tuple[str, 
     }
     energies = dict.fromkeys(((name, bits) for name in settings for bits in job.config.candidates), 0.0)
     errors: dict[str, Tensor] = {}
-    budget = waiting_budget(job, measured)
+    budget, _ = waiting_budget(job, measured)
     with (
         ActivationStore(calibrated.batches, job.device, budget) as store,
         Steps(job.progress, len(plan.stages), "stage") as steps,

@@ -19,12 +19,14 @@ from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError, StrictError
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.weights import ModelWeights
-from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
+from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.products.fused_sets import mixed_sets
+from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
+from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
 from gptq_ao.pipeline.solve_together import round_matrix
 from gptq_ao.planning.job import FilterFn, Job
@@ -68,7 +70,8 @@ def quantize_(
 
     Raises:
         CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, SolverError: see each message.
-        Unless it says otherwise, the model is as it was.
+        Whatever is raised, the model is as it was, unless a note on the exception says that there was no room to keep
+        the weights that had been replaced: then the model has to be loaded again.
     """
     if not isinstance(config, GPTQConfig):
         import torchao.quantization
@@ -95,7 +98,15 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
     if job.config.target_bits is not None:
         check_possible(job)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data
-    report = dataclasses.replace(_quantize(job), recipe=recipe)
+    # The model may draw random numbers when it runs.
+    with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
+        if isinstance(job.weights, ModelWeights):
+            weights = RestorableWeights(job)
+            with weights.restored_on_error():
+                report = _quantize(dataclasses.replace(job, weights=weights))
+        else:
+            report = _quantize(job)
+    report = dataclasses.replace(report, recipe=recipe)
     if origin is None:
         return report
     notes = (*report.notes, *origin.notes(job.model))
@@ -107,7 +118,8 @@ def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
     bits = f"{config.bits} bits" if config.target_bits is None else f"{config.target_bits} bits on average"
     grid = "symmetric" if config.sym else "asymmetric"
     method = f"GPTQ, act_order {config.act_order}" if config.method == "gptq" else "rounded to nearest"
-    settings = f"{bits}, group_size {config.group_size}, {grid}, {method}"
+    size = "by width" if config.group_size is None else config.group_size
+    settings = f"{bits}, group_size {size}, {grid}, {method}"
     rules = {"rules": str(config.rules)} if config.rules else {}
     if batches is None:
         return {"recipe": settings, **rules, "calibration": "none"}
@@ -118,7 +130,7 @@ def _quantize(job: Job) -> Report:
     try:
         prepared = prepare(job)
     except CaptureError as e:
-        if job.config.strict_capture or not isinstance(job.weights, ModelWeights):
+        if job.config.strict_capture or not isinstance(job.weights, RestorableWeights):
             raise
         if job.config.target_bits is not None:
             raise ConfigError(
@@ -142,14 +154,16 @@ def _quantize(job: Job) -> Report:
         done, waiting = round_all(job, prepared.selection), None
     else:
         with job.clock("plan"):
-            budget = waiting_budget(job, prepared)
+            budget, left = waiting_budget(job, prepared)
+            if left is not None and isinstance(job.weights, RestorableWeights):
+                job.weights.keep_at_most(left, job.device)
         with ActivationStore(prepared.calibrated.batches, job.device, budget) as store:
             done = run_plan(job, prepared.calibrated, store)
             waiting = store.peak
     return dataclasses.replace(_report(job, done, prepared, waiting), precision=decisions)
 
 
-def _replay(job: Job, weights: ModelWeights, reason: str) -> Report:
+def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
     """Without a graph, for `reason`."""
     if job.device != weights.device:
         raise ConfigError(
@@ -187,7 +201,7 @@ def _replay(job: Job, weights: ModelWeights, reason: str) -> Report:
         hessians=done.hessians,
         capture="replay",
         capture_reason=reason,
-        notes=(*done.notes, *_notes(prepared)),
+        notes=(*done.notes, *_notes(job, prepared)),
     )
 
 
@@ -204,8 +218,10 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
         )
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
-    check_group_sizes({name: (tuple(parameter.shape), parameter.shape[-1], config)})
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
+    check_group_sizes({name: width}, {name: config})
+    if config.group_size is None:
+        config = dataclasses.replace(config, group_size=largest_fitting([width]))
     layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
     rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), config, stage=0)
 
@@ -214,7 +230,14 @@ def _check(job: Job, selection: Selection) -> None:
     job.weights.check(selection.settings, lambda: result_size(job.model, selection))
 
 
-def _notes(prepared: Prepared) -> tuple[str, ...]:
+def _notes(job: Job, prepared: Prepared) -> tuple[str, ...]:
+    selection = prepared.selection
+    widths = {name: layout.in_features for name, layout in selection.layouts.items()}
+    notes = (_uncompensated(prepared), smaller_groups(widths, selection.settings, job.config))
+    return tuple(note for note in notes if note is not None)
+
+
+def _uncompensated(prepared: Prepared) -> str | None:
     """Which weights are not compensated although they should be."""
     wanted = [n for n, c in prepared.selection.settings.items() if c.recipe.compensates]
     if prepared.calibrated is not None:
@@ -223,8 +246,8 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
     else:
         names, why = tuple(wanted), "that needs the model as one graph"
     if not names:
-        return ()
-    return (f"not compensated for what was quantized before them, since {why}: {names_of(names)}",)
+        return None
+    return f"not compensated for what was quantized before them, since {why}: {names_of(names)}"
 
 
 def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Mapping[str, int] | None = None) -> Report:
@@ -244,5 +267,5 @@ def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Map
         peak_bytes=peak,
         warnings=prepared.warnings,
         capture="export" if "capture" in job.clock.seconds else "none",
-        notes=_notes(prepared),
+        notes=_notes(job, prepared),
     )

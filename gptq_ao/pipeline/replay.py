@@ -25,13 +25,12 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptq_ao.calibration.batches import Batch
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import CaptureError, NonFiniteError
+from gptq_ao.errors import CalibrationError, CaptureError, NonFiniteError
 from gptq_ao.model.inspection import output_heads
-from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.find_linears import ROUTER, left_out_by_name
 from gptq_ao.passes.linear_modules import linear_modules
 from gptq_ao.passes.records import Excluded, LinearSite, Part, Selection
@@ -40,6 +39,7 @@ from gptq_ao.passes.replay.padding import Padding
 from gptq_ao.passes.replay.products import Parameters, Use, Watch
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
+from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import rewrite
 from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, solve_together
 from gptq_ao.planning.job import Job
@@ -84,8 +84,9 @@ def find_products(job: Job) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...
             except Exception as e:
                 if number == 0:
                     raise CaptureError(f"the model does not run on a calibration batch: {type(e).__name__}: {e}") from e
-                e.add_note(f"in calibration batch {number}")
-                raise
+                raise CalibrationError(
+                    f"the model does not run on calibration batch {number}: {type(e).__name__}: {e}"
+                ) from e
             finally:
                 state.take()
             finder.end_batch()
@@ -103,32 +104,26 @@ def find_products(job: Job) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...
     return tuple(sites), finder.excluded({s.weight for s in sites})
 
 
-def replay(job: Job, weights: ModelWeights, selection: Selection) -> Replayed:
+def replay(job: Job, weights: RestorableWeights, selection: Selection) -> Replayed:
     """Quantize what was selected.
 
     Raises:
         NonFiniteError, SolverError: as a run of a plan does. Whatever the model itself raises.
     """
     batches, clock = job.batches or [], job.clock
-    run = _Run(job.model, selection, job.config)
+    run = _Run(weights, selection, job.config)
     with torch.no_grad(), clock("solve"):
         run.round_unreached(run.expected)  # first: nothing is done yet if `strict` forbids it
     calls = [partial(_call, run, _on(job.device, batch)) for batch in batches]
-    try:
-        with (
-            calibration_mode(job.model),
-            torch.compiler.set_stance("force_eager"),
-            forwards(job.model, calls) as under_way,
-        ):
-            run.solve_all(under_way, job)
-    except BaseException as e:
-        if run.changed:
-            total = len(selection.settings)
-            e.add_note(f"{run.changed} of {total} weights have new values already: reload the model")
-        raise
+    with (
+        calibration_mode(job.model),
+        torch.compiler.set_stance("force_eager"),
+        forwards(job.model, calls) as under_way,
+    ):
+        run.solve_all(under_way, job)
     with torch.no_grad(), clock("solve"):
         run.round_unreached(run.solved_on)  # experts that only the unquantized model chose
-        return Replayed(tuple(run.finish(weights)), run.hessians, run.notes(len(batches)))
+        return Replayed(tuple(run.finish()), run.hessians, run.notes(len(batches)))
 
 
 @dataclass(frozen=True)
@@ -166,8 +161,8 @@ def _call(run: "_Run", batch: Batch, forward: Forward) -> None:
 class _Run:
     """What the forwards have led to so far."""
 
-    def __init__(self, model: nn.Module, selection: Selection, config: GPTQConfig) -> None:
-        self.model, self.parameters = model, Parameters(model)
+    def __init__(self, weights: RestorableWeights, selection: Selection, config: GPTQConfig) -> None:
+        self.model, self.parameters, self._weights = weights.model, Parameters(weights.model), weights
         self.hessians = 0
         self._selection, self._config = selection, config
         self.expected = {Part(s.weight, *s.part): i for i, s in enumerate(selection.sites) if s.rows}  # → order
@@ -177,11 +172,6 @@ class _Run:
         self._again: Counter[str] = Counter()
         self._late: dict[str, set[int]] = {}
         self._shared: list[_Shared] = []
-
-    @property
-    def changed(self) -> int:
-        """How many weights have new values, in whole or in part."""
-        return len(self._solved)
 
     def wants(self, part: Part, batch: int) -> bool:
         """Whether a product with it has to wait."""
@@ -222,14 +212,14 @@ class _Run:
                     self._solve_rows(Part(name, end, start), None, None)
                 end = max(end, stop)
 
-    def finish(self, weights: ModelWeights) -> list[WeightReport]:
+    def finish(self) -> list[WeightReport]:
         """Put quantized tensors in place of the parameters that have their values."""
         reports = []
         settings, layouts = self._selection.settings, self._selection.layouts
         for name in sorted(settings, key=lambda n: self._stages.get(n, 0)):
-            matrix = layouts[name].matrix(weights.get(name))
+            matrix = layouts[name].matrix(self._weights.get(name))
             whole = join_parts(self._solved[name], matrix, settings[name])
-            reports.append(rewrite(weights, layouts[name], whole, settings[name], self._stages.get(name, 0)))
+            reports.append(rewrite(self._weights, layouts[name], whole, settings[name], self._stages.get(name, 0)))
         return reports
 
     def notes(self, batches: int) -> tuple[str, ...]:
@@ -261,10 +251,11 @@ class _Run:
         layout = self._selection.layouts[part.weight]
         views = layout.views(parameter, part.start, part.stop)
         if hessian is None:  # no row reached it
-            hessian = Hessian(torch.zeros(layout.in_features, layout.in_features, device=parameter.device), 0)
+            hessian = Hessian(torch.zeros((layout.in_features,) * 2, dtype=torch.float32, device=parameter.device), 0)
         (solved,) = solve_together(
             {part: torch.cat(views)}, self._selection.settings, hessian, self._config.strict, why
         )
+        self._weights.will_overwrite(part.weight)
         values = solved.solution.dequantize().to(parameter.dtype)
         for view, new in zip(views, values.split([len(v) for v in views]), strict=True):
             view.copy_(new)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import GPTQConfig
-from gptq_ao.model.weights import ModelWeights, Weights
+from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
@@ -37,24 +37,19 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
             return originals[program.parameters[placeholder]].to(job.device)
         return static_value(job, program, name)
 
-    try:
-        with Steps(job.progress, len(plan.stages), "stage") as steps:
-            for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
-                with steps.step(stage.inputs[0].weights[0].removesuffix(".weight")):
-                    with job.clock("calibrate"):
-                        hessians = calibrate(segment, stage, store, static)
-                        originals.forget(number)  # before solving, which needs the room
-                    with job.clock("solve"), torch.no_grad():
-                        for layout, matrix, parts in _solve(job, plan, stage, hessians):
-                            name = parts[0].part.weight
-                            originals.keep(name, weights)
-                            whole = join_parts(parts, matrix, settings[name])
-                            done.append(rewrite(weights, layout, whole, settings[name], number))
-                    del hessians, layout, matrix, parts, whole  # the next segment needs the room
-    except BaseException as e:
-        if done and isinstance(weights, ModelWeights):
-            e.add_note(f"{len(done)} of {len(settings)} weights are quantized already: reload the model")
-        raise
+    with Steps(job.progress, len(plan.stages), "stage") as steps:
+        for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
+            with steps.step(stage.inputs[0].weights[0].removesuffix(".weight")):
+                with job.clock("calibrate"):
+                    hessians = calibrate(segment, stage, store, static)
+                    originals.forget(number)  # before solving, which needs the room
+                with job.clock("solve"), torch.no_grad():
+                    for layout, matrix, parts in _solve(job, plan, stage, hessians):
+                        name = parts[0].part.weight
+                        originals.keep(name, weights)
+                        whole = join_parts(parts, matrix, settings[name])
+                        done.append(rewrite(weights, layout, whole, settings[name], number))
+                del hessians, layout, matrix, parts, whole  # the next segment needs the room
     return done
 
 

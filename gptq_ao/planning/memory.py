@@ -42,15 +42,18 @@ def choose_budget(limits: Limits, footprint: Footprint, device: torch.device) ->
     return Budget(None if allowed is None else max(0, allowed - footprint.working), host)
 
 
-def waiting_budget(job: Job, prepared: Prepared) -> Budget:
-    """What the activations of a plan that is about to run may take.
+def waiting_budget(job: Job, prepared: Prepared) -> tuple[Budget, int | None]:
+    """What the activations of a plan that is about to run may take, and how much of the device that computes will be
+    left when all of them wait there; None: unknown.
 
     Raises:
         ConfigError: as `choose_budget`.
     """
     if job.device.type == "cpu":
-        return Budget(device=job.limits.host)
-    return choose_budget(job.limits, simulate(job.weights, prepared, job.device), job.device)
+        return Budget(device=job.limits.host), None
+    footprint = simulate(job.weights, prepared, job.device)
+    budget = choose_budget(job.limits, footprint, job.device)
+    return budget, None if budget.device is None else max(0, budget.device - footprint.activations)
 
 
 def free_bytes(device: torch.device) -> int | None:

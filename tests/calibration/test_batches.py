@@ -38,6 +38,59 @@ def test_forms_of_a_batch(value: Any, args: tuple[Any, ...], kwargs: dict[str, A
     assert batch.kwargs == kwargs
 
 
+@pytest.mark.parametrize(
+    ("value", "ids", "mask"),
+    [
+        ({"input_ids": IDS[0]}, [[0, 1, 2]], None),
+        ({"input_ids": IDS[0], "attention_mask": MASK[0].long(), "use_cache": False}, [[0, 1, 2]], [[1, 1, 1]]),
+        ({"input_ids": [0, 1, 2], "attention_mask": [1, 1, 1]}, [[0, 1, 2]], [[1, 1, 1]]),
+        ({"input_ids": [[0, 1, 2], [3, 4, 5]]}, IDS.tolist(), None),
+        ({"input_ids": IDS[0].numpy(), "attention_mask": MASK[0].long().numpy()}, [[0, 1, 2]], [[1, 1, 1]]),
+        ({"input_ids": IDS, "attention_mask": MASK.long()}, IDS.tolist(), [[1, 1, 1]] * 2),
+    ],
+    ids=["tensor", "tensors", "numbers", "rows-of-numbers", "numpy", "a batch"],
+)
+def test_rows_of_tokenized_text_become_batches(value: Any, ids: list[Any], mask: list[Any] | None) -> None:
+    batch = as_batch(value)
+    assert batch.kwargs["input_ids"].dtype == torch.int64
+    assert batch.kwargs["input_ids"].tolist() == ids
+    assert mask is None or batch.kwargs["attention_mask"].tolist() == mask
+    assert batch.kwargs.get("use_cache") in (None, False)
+
+
+def test_rows_of_a_data_set() -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": [[1, 1], [1, 1, 0]]})
+    for calibration in (rows, list(rows), rows.with_format("torch"), rows.with_format("numpy")):
+        batches = read_batches(calibration)
+        assert [b.kwargs["input_ids"].tolist() for b in batches] == [[[1, 2]], [[3, 4, 5]]]
+        assert [b.kwargs["attention_mask"].tolist() for b in batches] == [[[1, 1]], [[1, 1, 0]]]
+
+
+def test_only_token_ids_are_known_to_have_a_batch_dimension() -> None:
+    assert as_batch({"x": IDS[0]}).kwargs["x"].shape == (3,)
+    assert as_batch(IDS[0]).args[0].shape == (3,)
+    # Images beside the ids of a batch stay as they are, and those of a row are a row's.
+    assert as_batch({"input_ids": IDS, "pixels": torch.ones(3, 4, 4)}).kwargs["pixels"].shape == (3, 4, 4)
+    assert as_batch({"input_ids": IDS[0], "pixels": torch.ones(3, 4, 4)}).kwargs["pixels"].shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2], [3]], r"'input_ids' has rows of different lengths: give each as a batch of its own, or pad them"),
+        ([IDS[0], IDS[1]], r"'input_ids' is a list of Tensor, not a tensor .*dataset.with_format\(\"torch\"\)"),
+        (["a", "b"], r"'input_ids' is a list of str"),
+        ([], r"'input_ids' is a list of nothing"),
+    ],
+    ids=["ragged", "default collation", "words", "empty"],
+)
+def test_token_ids_that_are_no_batch(ids: list[Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=f"calibration batch 1: {message}"):
+        read_batches([IDS, {"input_ids": ids}])
+
+
 def test_tensors_of_a_batch() -> None:
     batch = Batch((IDS, [3, {"x": MASK}]), {"y": (IDS, None), "z": "text"})
     assert [id(t) for t in batch.tensors()] == [id(IDS), id(MASK), id(IDS)]
@@ -52,7 +105,7 @@ def test_batch_shares_nothing_with_its_dict() -> None:
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [("a text", "str"), (3, "int"), (None, "NoneType"), ((), "tuple"), ([1, 2], "list"), ({"input_ids": [1]}, "dict")],
+    [("a text", "str"), (3, "int"), (None, "NoneType"), ((), "tuple"), ([1, 2], "list"), ({"ids": [1]}, "dict")],
     ids=["str", "int", "none", "empty-tuple", "numbers", "dict-of-lists"],
 )
 def test_batch_without_a_tensor(value: Any, kind: str) -> None:

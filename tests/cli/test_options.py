@@ -107,7 +107,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "out-in-use": (("quantize", "MODEL", "MODEL", "--method", "rtn"), "exists and is not empty"),
     "out-is-a-file": (("quantize", "MODEL", "FILE", "--method", "rtn"), "exists and is not empty"),
     "no-data": (("quantize", "MODEL", "OUT"), "GPTQ needs calibration data"),
-    "data-gone": (("quantize", "MODEL", "OUT", "--calibration", "gone.jsonl"), "gone.jsonl"),
+    "data-gone": (("quantize", TINY, "OUT", "--calibration", "gone.jsonl"), "there is no file 'gone.jsonl'"),
     "no-tokenizer": (("quantize", "MODEL", "OUT", "--calibration", "FILE"), "has no tokenizer that can be loaded"),
     "device": (("quantize", "MODEL", "OUT", "--method", "rtn", "--device", "warp"), "--device warp: "),
     "device-gone": (("quantize", "MODEL", "OUT", "--method", "rtn", "--device", "cuda:77"), "--device cuda:77: "),
@@ -238,7 +238,7 @@ def test_rules_and_presets(model: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert bits["lm_head.weight"] == 8
     assert not any("k_proj" in name for name in bits)
     plan = run(monkeypatch, "plan", TINY, "ignored", "--preset", "3bit-128-act", "--seq-len", "32", "--json")
-    assert plan["bits_per_weight"] == pytest.approx(3 + 32 / 128, abs=0.1)
+    assert 3 + 24 / 128 < plan["bits_per_weight"] < 3.5  # codes, scales and zero points; the order of the columns
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)])
@@ -304,7 +304,8 @@ def test_push_to_hub(
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     arguments = ("quantize", model, str(tmp_path / "q"), "--method", "rtn", "--push-to-hub", "me/model-4bit")
-    assert run(monkeypatch, *arguments).endswith("uploaded to hub/me/model-4bit")
+    with monkeypatch.context() as patch:
+        assert run(patch, *arguments).endswith("uploaded to hub/me/model-4bit")
     files = sorted(p.name for p in (tmp_path / "q").iterdir())
     assert calls == [
         ("whoami", False),

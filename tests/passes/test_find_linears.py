@@ -250,7 +250,7 @@ def test_defaults_none_and_filter_are_listed_with_the_reason() -> None:
         ({"embed": {"bits": 8}}, r"rule 'embed' asks to quantize 'embed.weight', which cannot be: embedding table"),
         (
             {"a.q": {"group_size": 64}},
-            r"group_size does not divide.*\n  a.q.weight \[8, 96\]: 96 input features, group_s",
+            r"group_size does not divide.*\n  64 does not divide 96, the input features of 'a.q.weight'",
         ),
     ],
 )

@@ -87,20 +87,19 @@ def test_an_infinite_activation_is_named_by_layer_and_batch() -> None:
     batches = [rows(), rows(), rows()]
     batches[1] = batches[1].clone()
     batches[1][4, 4] = 0.0
-    with pytest.raises(
-        NonFiniteError, match=r"the input of second.weight is NaN or infinite in calibration batch 1"
-    ) as e:
-        quantize_(seeded(Explodes()), gptq_config(4, 32, calibration=batches))
-    assert e.value.__notes__ == ["1 of 2 weights are quantized already: reload the model"]
+    model = seeded(Explodes())
+    with pytest.raises(NonFiniteError, match=r"the input of second.weight is NaN or infinite in calibration batch 1"):
+        quantize_(model, gptq_config(4, 32, calibration=batches))
+    assert unquantized(model)
 
 
 def test_a_group_size_that_does_not_divide_names_every_layer_before_any_work() -> None:
     model = mlp()
-    with pytest.raises(ConfigError, match=r"(?s)0.weight \[96, 64\]: 64 input.*group_size 48.*rules=\{name"):
+    with pytest.raises(ConfigError, match=r"(?s)48 does not divide 64, the input features of '0.weight'.*rules=\{name"):
         quantize_(model, gptq_config(4, 48, calibration=[rows()]))
-    with pytest.raises(ConfigError, match=r"(?s)2.weight \[32, 96\]: 96 input features, group_size 64"):
+    with pytest.raises(ConfigError, match=r"64 does not divide 96, the input features of '2.weight'"):
         quantize_(model, gptq_config(4, 64, method="rtn"))
-    with pytest.raises(ConfigError, match=r"weight \[96, 64\]: 64 input features, group_size 48"):
+    with pytest.raises(ConfigError, match=r"48 does not divide 64, the input features of 'weight'"):
         torchao.quantization.quantize_(model, gptq_config(4, 48))
     assert unquantized(model)
 
