@@ -15,6 +15,7 @@ from gptq_ao.checkpoint.native.tensors import from_stored
 from gptq_ao.checkpoint.source import source_of
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.empty import empty_model
+from gptq_ao.model.unwrap import unwrapped
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["load_quantized"]
@@ -43,12 +44,15 @@ def load_quantized(
     else:
         path, model = Path(model_or_directory), None
     if not (path / MANIFEST).is_file() and quantization_config(path) is not None:
-        return _load_foreign(path, model, torch.device(device))
+        filled = _load_foreign(path, None if model is None else unwrapped(model), torch.device(device))
+        return filled if model is None else model
     manifest = read_manifest(path)
     model = empty_model(path) if model is None else model
-    _check_fits(model, manifest, path)
+    # Unless it was a wrapper that was saved.
+    inside = model if set(model.state_dict()) == manifest.names else unwrapped(model)
+    _check_fits(inside, manifest, path)
     loaded = _load(path, manifest, torch.device(device))
-    _assign(model, loaded, manifest.tied)
+    _assign(inside, loaded, manifest.tied)
     return model
 
 
@@ -77,9 +81,8 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
 def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
     state = model.state_dict(keep_vars=True)
     # Names and shapes are compared before anything is read: loading then cannot fail for the model's sake.
-    names = {*manifest.quantized, *manifest.dense, *manifest.tied}
-    if set(state) != names:
-        lacks, extra = sorted(set(state) - names), sorted(names - set(state))
+    if set(state) != manifest.names:
+        lacks, extra = sorted(set(state) - manifest.names), sorted(manifest.names - set(state))
         what = f"lacks {lacks[0]!r}" if lacks else f"has {extra[0]!r}, which the model does not"
         raise CheckpointError(f"{directory} does not fit the {type(model).__name__}: it {what}")
     for name, old in state.items():

@@ -17,6 +17,7 @@ from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.model.inspection import check_unquantized
+from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.observe import uncompensated
@@ -75,6 +76,7 @@ def quantize_(
         given = {} if filter_fn is None else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
+    model = same_forward(model)
     check_unquantized(model)
     return quantize_weights(Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress))
 
