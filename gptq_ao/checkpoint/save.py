@@ -13,7 +13,7 @@ from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.checkpoint.native.write import CheckpointWriter, stored_bytes
 from gptq_ao.checkpoint.write import write_dense, write_foreign
 from gptq_ao.errors import CheckpointError
-from gptq_ao.model.inspection import state_names
+from gptq_ao.model.state import state_names
 from gptq_ao.model.unwrap import unwrapped
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report

@@ -1,4 +1,4 @@
-"""Whether the weights of a quantized checkpoint land in the model that `from_pretrained` builds.
+"""Whether and how the weights of a quantized checkpoint land in the model that `from_pretrained` builds.
 
 transformers initializes at random whatever it finds no values for, which is right for a new head on a trained body, and
 wrong for a checkpoint whose names are not those of the model.
@@ -8,12 +8,43 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from gptq_ao.checkpoint.files.directory import read_json
 from gptq_ao.checkpoint.formats import QuantizedFiles
 from gptq_ao.checkpoint.source import Source
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["check_landing"]
+__all__ = ["check_landing", "keep_stored_dtypes", "keep_untied"]
+
+
+def keep_stored_dtypes(directory: Path, files: QuantizedFiles, model: Any) -> None:
+    """Load tensors of the native format as they are stored, of several dtypes perhaps, as `load_quantized` does; unless
+    the caller asks for another dtype than that of the checkpoint.
+
+    Args:
+        model: on the meta device.
+    """
+    config = read_json(directory / "config.json")
+    stored = config.get("dtype", config.get("torch_dtype"))
+    # Formats of other libraries are loaded in one dtype, as those do it.
+    if files.format.hub_names or stored != str(model.config.dtype).removeprefix("torch."):
+        return
+    parameters = dict(model.named_parameters())
+    for name, tensor in files.tensors.items():
+        if (parameter := parameters.get(name)) is not None and parameter.dtype != tensor.dtype:
+            # Not a new Parameter: other names may lead to it.
+            parameter.data = torch.empty_like(parameter, dtype=tensor.dtype)
+
+
+def keep_untied(source: Source) -> None:
+    """Two weights that are both stored, one of them quantized, are not tied, whatever the config says: transformers
+    would compare them as if they were dense."""
+    ties: dict[str, str] = source.model.all_tied_weights_keys  # type: ignore[assignment]
+    made = source.conversions
+    for a, b in list(ties.items()):
+        if a in made and b in made and made[a] != made[b] and (made[a][0].quantized or made[b][0].quantized):
+            del ties[a]
 
 
 def check_landing(directory: Path, files: QuantizedFiles, source: Source) -> None:

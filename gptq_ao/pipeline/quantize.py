@@ -23,6 +23,7 @@ from gptq_ao.passes.choose_weights import check_group_sizes, choose_weights
 from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.records import Layout, Selection
+from gptq_ao.passes.tracing.stand_in import first_names
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
@@ -159,7 +160,7 @@ def _replay(job: Job, weights: ModelWeights, reason: str) -> Report:
             sites, excluded = find_products(job)
         except CaptureError as e:
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
-        selection = choose_weights(sites, excluded, job.config, job.wanted)
+        selection = choose_weights(sites, excluded, job.config, job.wanted, first_names(job.model))
         check_support(job.config, selection)
         _check(job, selection)
     prepared = Prepared(selection, job.device, mixed_sets(sites, selection), None)
