@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.checkpoint.files.directory import quantization_config
-from gptq_ao.checkpoint.files.paths import MANIFEST
+from gptq_ao.checkpoint.files.directory import check_quantized, has_manifest
+from gptq_ao.checkpoint.files.find import find_checkpoint
 from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
 from gptq_ao.checkpoint.native.manifest import Manifest, read_manifest
@@ -26,6 +26,10 @@ def load_quantized(
     directory: str | Path | None = None,
     *,
     device: torch.device | str = "cpu",
+    subfolder: str = "",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a quantized checkpoint, whose format the directory tells: the native one, GPTQ or compressed-tensors.
 
@@ -33,22 +37,34 @@ def load_quantized(
     `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta
     device).
 
+    Args:
+        directory: or the id of a model on the hub, from where what is missing here is fetched.
+        subfolder: place of the files in it.
+        revision, cache_dir: of the hub: a branch, tag or commit; and where its files are kept.
+        trust_remote_code: whether to run code that came with the checkpoint, if that is what makes the model.
+
     Raises:
-        CheckpointError: the checkpoint is incomplete, inconsistent, unsafe, or does not fit the model, which is then
-        unchanged.
+        CheckpointError: there is no such checkpoint; it is not quantized, incomplete, inconsistent, unsafe, or does not
+            fit the model, which is then unchanged.
     """
     if isinstance(model_or_directory, nn.Module):
         if directory is None:
             raise CheckpointError("load_quantized(model, directory) needs the directory")
-        path, model = Path(directory), model_or_directory
+        where, model = directory, model_or_directory
     else:
-        path, model = Path(model_or_directory), None
-    if not (path / MANIFEST).is_file() and quantization_config(path) is not None:
-        filled = _load_foreign(path, None if model is None else unwrapped(model), torch.device(device))
+        where, model = model_or_directory, None
+    path = find_checkpoint(
+        where, subfolder=subfolder, revision=revision, cache_dir=cache_dir, code=trust_remote_code and model is None
+    )
+    # Parameters are those of the model inside, if it is wrapped; unless it was the wrapper that was saved.
+    if not has_manifest(path):
+        check_quantized(path)
+        filled = _load_foreign(
+            path, None if model is None else unwrapped(model), torch.device(device), trust_remote_code
+        )
         return filled if model is None else model
     manifest = read_manifest(path)
-    model = empty_model(path) if model is None else model
-    # Unless it was a wrapper that was saved.
+    model = empty_model(path, trust_remote_code=trust_remote_code) if model is None else model
     inside = model if set(model.state_dict()) == manifest.names else unwrapped(model)
     _check_fits(inside, manifest, path)
     loaded = _load(path, manifest, torch.device(device))
@@ -56,9 +72,9 @@ def load_quantized(
     return model
 
 
-def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device) -> nn.Module:
+def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device, trust_remote_code: bool) -> nn.Module:
     files = open_quantized(directory)
-    source = source_of(directory, files.tensors, model)
+    source = source_of(directory, files.tensors, model, trust_remote_code=trust_remote_code)
     loaded: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first name of it: others are tied to that

@@ -123,6 +123,7 @@ def source_of(
     dtype: torch.dtype | None = None,
     *,
     strict: bool = True,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Which of the tensors `stored` makes which parameter.
 
@@ -131,6 +132,7 @@ def source_of(
         model: the one to fill, which is left as it is; None: the empty one of the config.
         dtype: that of `open_source`.
         strict: whether model and files have to have the same parameters.
+        trust_remote_code: see `empty_model`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape than in the model.
@@ -139,7 +141,7 @@ def source_of(
     if ours:
         # For a config that names no dtype: the dtype of the first floating-point tensor.
         floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
-        model = empty_model(directory, dtype, otherwise=next(floating, None))
+        model = empty_model(directory, dtype, otherwise=next(floating, None), trust_remote_code=trust_remote_code)
         if (directory / "generation_config.json").is_file():
             # Saved with the model again; a model built from its config does not have it.
             model.generation_config = type(model.generation_config).from_pretrained(str(directory))

@@ -243,13 +243,17 @@ class _Read(ConversionOps):
 
 def _directory(model: Any, checkpoint_files: list[str]) -> Path:
     """Where the files are that transformers found by joining the index's names, which may be anything."""
-    # A local directory, or a hub id: then the files lie in one snapshot of the hub's cache.
+    # A local directory or a folder in it; or a hub id: then the files lie in a snapshot of the hub's cache.
     local = Path(str(model.config._name_or_path))
     folders = {Path(file).parent for file in checkpoint_files}
-    directory = local if local.is_dir() else min(folders, default=local)
-    if folders != {directory}:
-        odd = sorted(str(f) for f in folders - {directory})
-        raise CheckpointError(f"{directory}: its index names files outside of it, in {', '.join(odd)}")
+    root = local if local.is_dir() else Path("/")
+    odd = {f for f in folders if not f.is_relative_to(root) or ".." in f.relative_to(root).parts}
+    directory = min(folders - odd, default=local)
+    odd |= folders - {directory}
+    if odd:
+        raise CheckpointError(
+            f"{directory}: its index names files outside of it, in {', '.join(sorted(map(str, odd)))}"
+        )
     return directory
 
 

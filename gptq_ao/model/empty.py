@@ -15,36 +15,81 @@ __all__ = ["empty_model"]
 
 
 def empty_model(
-    directory: Path, dtype: torch.dtype | None = None, *, otherwise: torch.dtype | None = None
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    otherwise: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model that `config.json` describes, parameters on the meta device, buffers computed. In eval mode.
 
     Args:
         dtype: that of the parameters; None: what the config says, or `otherwise` if it says nothing.
+        trust_remote_code: whether code in the directory may be run.
 
     Raises:
-        CheckpointError: there is no config, or it names a model that transformers does not have.
+        CheckpointError: there is no config, or it names a model that transformers does not have and whose code is not
+            to be run.
     """
-    import transformers
-
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{directory} has no config.json, so the model cannot be built from it: build it yourself and call "
             "load_quantized(model, directory)"
         )
-    config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    config = _config(directory, trust_remote_code)
+    kind = _kind(directory, config, trust_remote_code)
+    with _parameters_on_meta():
+        model: Any = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
+    if (directory / "generation_config.json").is_file() and getattr(model, "generation_config", None) is not None:
+        # A model built from its config does not have it, and it is saved with the model again.
+        model.generation_config = type(model.generation_config).from_pretrained(str(directory))
+    built: nn.Module = model.eval()
+    return built
+
+
+def _config(directory: Path, trust_remote_code: bool) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        if "trust_remote_code" in str(e):
+            raise CheckpointError(_needs_code(directory)) from e
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot read {directory / 'config.json'}: {first}"
+        ) from e
+
+
+def _kind(directory: Path, config: Any, trust_remote_code: bool) -> Any:
+    """The class of the model."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
     names = getattr(config, "architectures", None) or []
-    # Only a class of transformers itself: a name in a config must not lead to code that came with the checkpoint.
-    kind: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
+    name = names[0] if len(names) == 1 else ""
+    # A class of transformers itself: a name in a config must not lead to code that came with the checkpoint.
+    kind: Any = getattr(transformers, str(name), None)
+    own = next(
+        (str(v) for v in (getattr(config, "auto_map", None) or {}).values() if str(v).endswith(f".{name}")), None
+    )
+    if own is not None and not trust_remote_code and kind is None:
+        raise CheckpointError(_needs_code(directory))
+    if own is not None and trust_remote_code:
+        kind = get_class_from_dynamic_module(own, str(directory))
     if not (isinstance(kind, type) and hasattr(kind, "_from_config")):
         raise CheckpointError(
             f"{directory / 'config.json'} names the architecture {names}, which transformers "
-            f"{transformers.__version__} does not have (code in a checkpoint is never run): build the model and call "
-            "load_quantized(model, directory)"
+            f"{transformers.__version__} does not have: build the model and call load_quantized(model, directory)"
         )
-    with _parameters_on_meta():
-        model: nn.Module = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
-    return model.eval()
+    return kind
+
+
+def _needs_code(directory: Path) -> str:
+    return (
+        f"the model of {directory} is made by code of its own, which is not run: if you trust it, give "
+        "trust_remote_code=True; or build the model and call load_quantized(model, directory)"
+    )
 
 
 @contextlib.contextmanager

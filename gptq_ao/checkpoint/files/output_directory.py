@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gptq_ao.checkpoint.files.directory import INDEX
 from gptq_ao.checkpoint.files.model_config import config_of
+from gptq_ao.checkpoint.files.paths import INDEX
 from gptq_ao.checkpoint.files.shards import ShardWriter
 from gptq_ao.errors import CheckpointError
 
