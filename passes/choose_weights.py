@@ -3,7 +3,7 @@
 Everything that can be wrong with a setting is found here, before any computation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, NoLinearError
@@ -18,11 +18,13 @@ def choose_weights(
     excluded: tuple[Excluded, ...],
     config: GPTQConfig,
     wanted: Callable[[str], bool] = lambda weight: True,
+    first_names: Mapping[str, str] | None = None,
 ) -> Selection:
     """Apply the defaults, the rules and the filter.
 
     Args:
         wanted: a further condition on a parameter's name.
+        first_names: every name of every parameter → the one by which sites know it, to explain a rule for another one.
 
     Raises:
         ConfigError: a rule matches nothing or cannot be followed, or a group size does not divide.
@@ -33,6 +35,14 @@ def choose_weights(
     used = {config.rule_for(name) for name in names}
     unused = [pattern for pattern in config.rules if pattern not in used]
     if unused:
+        tied = [
+            (n, first) for n, first in (first_names or {}).items() if n != first and config.rule_for(n) == unused[0]
+        ]
+        if tied:
+            raise ConfigError(
+                f"rule {unused[0]!r} is for {tied[0][0]!r}, which is tied to {tied[0][1]!r}: they are one weight. "
+                "Untie them first (give one of them a parameter of its own), or write the rule for the other name"
+            )
         raise ConfigError(
             f"rule {unused[0]!r} matches no weight, or only such as an earlier rule matches. "
             f"Names look like {', '.join(map(repr, names[:3]))}; use re:… for patterns"

@@ -10,12 +10,15 @@ from gptq_ao.report import Report
 __all__ = ["convert_checkpoint"]
 
 
-def convert_checkpoint(source: Path, out: Path, format: str, *, report: Report | None = None) -> str:
+def convert_checkpoint(
+    source: Path, out: Path, format: str, *, report: Report | None = None, trust_remote_code: bool = False
+) -> str:
     """Read the directory `source` and write the directory `out`, with all files that are not weights.
 
     Args:
         format: name of the new format, as `save_quantized` takes it.
         report: of how `source` was made, for the model card.
+        trust_remote_code: whether to run code that came with the checkpoint, if that is what makes the model.
 
     Returns:
         The format of `source`.
@@ -26,5 +29,6 @@ def convert_checkpoint(source: Path, out: Path, format: str, *, report: Report |
     """
     target_format(format)  # before a model is loaded in vain
     found = format_of(source)
-    save_quantized(load_quantized(source), out, format=format, report=report)
+    model = load_quantized(source, trust_remote_code=trust_remote_code)
+    save_quantized(model, out, format=format, report=report)
     return DENSE if found is None else found.name

@@ -11,8 +11,7 @@ from typing import Any
 from gptq_ao.checkpoint.compressed_tensors.format import COMPRESSED_TENSORS
 from gptq_ao.checkpoint.exchange.format import Format, QuantizedWeight, Readable
 from gptq_ao.checkpoint.exchange.packed_weight import Rounding
-from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
-from gptq_ao.checkpoint.files.paths import MANIFEST
+from gptq_ao.checkpoint.files.directory import has_manifest, quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.shards import StoredTensor
 from gptq_ao.checkpoint.gptq.format import GPTQ, GPTQ_V2
 from gptq_ao.checkpoint.native.format import NATIVE
@@ -86,7 +85,7 @@ def format_of(directory: Path) -> Format | None:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: download the model first (`hf download`)")
     # Before config.json: a native checkpoint of a model that is not of Hugging Face has none.
-    if (directory / MANIFEST).is_file():
+    if has_manifest(directory):
         return NATIVE
     config = quantization_config(directory)
     return None if config is None else format_in(config, directory)

@@ -1,31 +1,10 @@
-"""The hub: a model as a directory, and a directory as a model."""
+"""A directory as a model of the hub."""
 
 from pathlib import Path
 
 from gptq_ao.errors import CheckpointError, ConfigError
 
-__all__ = ["check_login", "local_directory", "upload"]
-
-# Weights in formats that are never read here: pickles, and those of other frameworks.
-_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite"]
-
-
-def local_directory(source: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """A directory itself; of a hub id, its snapshot in the cache, where what is not there is fetched: all files but
-    weights that are never read.
-
-    Raises:
-        CheckpointError: there is no such model, or it cannot be fetched.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(source, revision=revision, cache_dir=cache_dir, ignore_patterns=_OTHER_WEIGHTS)
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{source!r} is neither a directory nor a model of the hub that can be read: {e}") from e
-    return Path(found)
+__all__ = ["check_login", "upload"]
 
 
 def check_login() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.checkpoint.files.directory import quantization_config
-from gptq_ao.checkpoint.files.paths import MANIFEST
+from gptq_ao.checkpoint.files.directory import check_quantized, has_manifest
+from gptq_ao.checkpoint.files.find import find_checkpoint
 from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
 from gptq_ao.checkpoint.native.manifest import Manifest, read_manifest
@@ -15,6 +15,7 @@ from gptq_ao.checkpoint.native.tensors import from_stored
 from gptq_ao.checkpoint.source import source_of
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.empty import empty_model
+from gptq_ao.model.unwrap import unwrapped
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["load_quantized"]
@@ -25,6 +26,10 @@ def load_quantized(
     directory: str | Path | None = None,
     *,
     device: torch.device | str = "cpu",
+    subfolder: str = "",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a quantized checkpoint, whose format the directory tells: the native one, GPTQ or compressed-tensors.
 
@@ -32,29 +37,44 @@ def load_quantized(
     `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta
     device).
 
+    Args:
+        directory: or the id of a model on the hub, from where what is missing here is fetched.
+        subfolder: place of the files in it.
+        revision, cache_dir: of the hub: a branch, tag or commit; and where its files are kept.
+        trust_remote_code: whether to run code that came with the checkpoint, if that is what makes the model.
+
     Raises:
-        CheckpointError: the checkpoint is incomplete, inconsistent, unsafe, or does not fit the model, which is then
-        unchanged.
+        CheckpointError: there is no such checkpoint; it is not quantized, incomplete, inconsistent, unsafe, or does not
+            fit the model, which is then unchanged.
     """
     if isinstance(model_or_directory, nn.Module):
         if directory is None:
             raise CheckpointError("load_quantized(model, directory) needs the directory")
-        path, model = Path(directory), model_or_directory
+        where, model = directory, model_or_directory
     else:
-        path, model = Path(model_or_directory), None
-    if not (path / MANIFEST).is_file() and quantization_config(path) is not None:
-        return _load_foreign(path, model, torch.device(device))
+        where, model = model_or_directory, None
+    path = find_checkpoint(
+        where, subfolder=subfolder, revision=revision, cache_dir=cache_dir, code=trust_remote_code and model is None
+    )
+    # Parameters are those of the model inside, if it is wrapped; unless it was the wrapper that was saved.
+    if not has_manifest(path):
+        check_quantized(path)
+        filled = _load_foreign(
+            path, None if model is None else unwrapped(model), torch.device(device), trust_remote_code
+        )
+        return filled if model is None else model
     manifest = read_manifest(path)
-    model = empty_model(path) if model is None else model
-    _check_fits(model, manifest, path)
+    model = empty_model(path, trust_remote_code=trust_remote_code) if model is None else model
+    inside = model if set(model.state_dict()) == manifest.names else unwrapped(model)
+    _check_fits(inside, manifest, path)
     loaded = _load(path, manifest, torch.device(device))
-    _assign(model, loaded, manifest.tied)
+    _assign(inside, loaded, manifest.tied)
     return model
 
 
-def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device) -> nn.Module:
+def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device, trust_remote_code: bool) -> nn.Module:
     files = open_quantized(directory)
-    source = source_of(directory, files.tensors, model)
+    source = source_of(directory, files.tensors, model, trust_remote_code=trust_remote_code)
     loaded: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     placed: dict[tuple[str, str], str] = {}  # what makes a parameter → the first name of it: others are tied to that
@@ -77,9 +97,8 @@ def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device
 def _check_fits(model: nn.Module, manifest: Manifest, directory: Path) -> None:
     state = model.state_dict(keep_vars=True)
     # Names and shapes are compared before anything is read: loading then cannot fail for the model's sake.
-    names = {*manifest.quantized, *manifest.dense, *manifest.tied}
-    if set(state) != names:
-        lacks, extra = sorted(set(state) - names), sorted(names - set(state))
+    if set(state) != manifest.names:
+        lacks, extra = sorted(set(state) - manifest.names), sorted(manifest.names - set(state))
         what = f"lacks {lacks[0]!r}" if lacks else f"has {extra[0]!r}, which the model does not"
         raise CheckpointError(f"{directory} does not fit the {type(model).__name__}: it {what}")
     for name, old in state.items():

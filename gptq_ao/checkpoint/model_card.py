@@ -13,6 +13,9 @@ __all__ = ["CARD", "model_card"]
 
 CARD = "README.md"
 _IMPORT = "import gptq_ao  # before the next line: transformers then knows the format"
+# A class may be in several mappings: models for images and text also count as language models.
+_MOST_TELLING = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+_LEAST_TELLING = ("AutoModelForPreTraining",)
 
 
 def model_card(
@@ -30,8 +33,7 @@ def model_card(
     tags = ["gptq_ao"] if format is None else dict.fromkeys(["gptq_ao", format.quant_method])
     # Formats that transformers has a loader for are loaded without this package.
     first = [_IMPORT] if format is not None and not format.needs else []
-    # Whatever can generate is taken for a causal language model.
-    loader = next((n for n in ("AutoModelForCausalLM",) if hasattr(model, "generate")), "AutoModel")
+    module, loader, trust = _loader(model)
     lines = ["---", "library_name: transformers"]
     lines += [f"base_model: {base}"] if _is_hub_id(base) else []
     lines += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
@@ -44,9 +46,27 @@ def model_card(
         f"- versions: {_versions()}",
         "",
     ]
-    lines += ["```python", *first, f"from transformers import {loader}", ""]
-    lines += [f'model = {loader}.from_pretrained("THIS_REPOSITORY")', "```", ""]
+    lines += ["```python", *first, f"from {module} import {loader}", ""]
+    lines += [f'model = {loader}.from_pretrained("THIS_REPOSITORY"{trust})', "```", ""]
     return "\n".join(lines)
+
+
+def _loader(model: Any) -> tuple[str, str, str]:
+    """The module and the class to load it with, and a further argument; AutoModelFor… if there is one that builds this
+    class."""
+    import transformers
+
+    kind = type(model)
+    for auto, reference in (getattr(model.config, "auto_map", None) or {}).items():
+        if str(reference).endswith(f".{kind.__name__}"):
+            return "transformers", auto, ", trust_remote_code=True"
+    names = [n for n in dir(transformers) if n.startswith("AutoModel") and n not in (*_MOST_TELLING, *_LEAST_TELLING)]
+    for name in (*_MOST_TELLING, *names, *_LEAST_TELLING):
+        # Of a config, the class or several of which its `architectures` chooses one.
+        kinds = getattr(getattr(transformers, name, None), "_model_mapping", {}).get(type(model.config), ())
+        if kind in (kinds if isinstance(kinds, tuple | list) else (kinds,)):
+            return "transformers", name, ""
+    return "transformers" if hasattr(transformers, kind.__name__) else kind.__module__, kind.__name__, ""
 
 
 def _recipe(report: Report | None) -> list[str]:

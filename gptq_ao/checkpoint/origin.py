@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gptq_ao.checkpoint.exchange.format import Readable
-from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
-from gptq_ao.checkpoint.files.paths import MANIFEST
+from gptq_ao.checkpoint.files.directory import has_manifest, quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.side_files import side_files
 from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.checkpoint.native.manifest import read_manifest
@@ -85,7 +84,7 @@ def origin_of(model: Any) -> Origin | None:
     if directory is None:
         return None
     try:
-        if (directory / MANIFEST).is_file():
+        if has_manifest(directory):
             manifest = read_manifest(directory)
             return Origin.at(directory, {name: manifest.stored[name] for name in manifest.ignored})
         dense = quantization_config(directory) is None

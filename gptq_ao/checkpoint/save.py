@@ -14,7 +14,8 @@ from gptq_ao.checkpoint.native.write import CheckpointWriter, stored_bytes
 from gptq_ao.checkpoint.origin import origin_of
 from gptq_ao.checkpoint.write import write_dense, write_foreign
 from gptq_ao.errors import CheckpointError
-from gptq_ao.model.inspection import state_names
+from gptq_ao.model.state import state_names
+from gptq_ao.model.unwrap import unwrapped
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report
 from gptq_ao.tensor.fused import FusedProjections
@@ -33,7 +34,9 @@ def save_quantized(
 ) -> None:
     """Write a quantized model, with its config and a model card if it is a Hugging Face model. Codes and scales are
     written as they are; nothing is quantized again. What else lies in the directory that it was loaded from comes
-    along: tensors that its class does not use, and files that are not weights.
+    along: tensors that its class does not use, and files that are not weights. Of a model inside of torch.compile,
+    DataParallel, DistributedDataParallel, or a module that has no other parameters, the model is written, not the
+    wrapper.
 
     Args:
         format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
@@ -44,10 +47,11 @@ def save_quantized(
 
     Raises:
         CheckpointError: the format cannot hold the model, the directory holds something, the disk is full, or the model
-            has state that is not a tensor. Nothing is left at `directory`.
+            has adapters, is sharded over processes, or has state that is not a tensor. Nothing is left at `directory`.
         ConfigError: there is no such format; a parameter is on the meta device, without values.
     """
     target = target_format(format)
+    model = unwrapped(model)
     # Its layers have no weight of their own, so the names in the files would fit no other model.
     fused = next((name for name, m in model.named_modules() if isinstance(m, FusedProjections)), None)
     if fused is not None:

@@ -100,12 +100,13 @@ class Source:
         return conversion.make(self.model)[made]
 
 
-def open_source(directory: Path, dtype: torch.dtype | None = None) -> Source:
+def open_source(directory: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Source:
     """Find every parameter of the unquantized model in `directory`. Only headers are read (and tensors that are stored
     twice).
 
     Args:
         dtype: that of the model; None: the one on which `from_pretrained(…, dtype="auto")` decides.
+        trust_remote_code: whether code in the directory may be run.
 
     Raises:
         CheckpointError: the directory is unsafe or has no safetensors, or is quantized; a tensor is missing, unknown,
@@ -116,7 +117,7 @@ def open_source(directory: Path, dtype: torch.dtype | None = None) -> Source:
         raise CheckpointError(
             f"{directory} is quantized already, says its config.json: start from the original weights"
         )
-    return source_of(directory, stored, dtype=dtype)
+    return source_of(directory, stored, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def source_of(
@@ -126,6 +127,7 @@ def source_of(
     dtype: torch.dtype | None = None,
     *,
     strict: bool = True,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Which of the tensors `stored` makes which parameter.
 
@@ -134,6 +136,7 @@ def source_of(
         model: the one to fill, which is left as it is; None: the empty one of the config.
         dtype: that of `open_source`.
         strict: whether model and files have to have the same parameters.
+        trust_remote_code: see `empty_model`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape than in the model.
@@ -142,7 +145,7 @@ def source_of(
     if ours:
         # For a config that names no dtype: the dtype of the first floating-point tensor.
         floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
-        model = empty_model(directory, dtype, otherwise=next(floating, None))
+        model = empty_model(directory, dtype, otherwise=next(floating, None), trust_remote_code=trust_remote_code)
         _keep_fp32(model)
     conversions, unknown = _conversions(model, stored)
     ignored, unexpected = _divide(model, unknown)

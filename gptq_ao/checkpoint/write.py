@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from gptq_ao.checkpoint.exchange.format import Format
 from gptq_ao.checkpoint.exchange.hub_names import revert_conversions
-from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json, has_config
+from gptq_ao.checkpoint.files.model_config import has_config
+from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json
 from gptq_ao.checkpoint.model_card import CARD, model_card
 from gptq_ao.checkpoint.origin import Origin
-from gptq_ao.model.inspection import state_names
+from gptq_ao.model.state import state_names
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor

@@ -81,7 +81,7 @@ def convert(
     """Write a quantized checkpoint in another format. The weights stay what they are: nothing is quantized again."""
     from gptq_ao.checkpoint.convert import convert_checkpoint
 
-    found = convert_checkpoint(source, out, format)
+    found = convert_checkpoint(source, out, format, trust_remote_code=trust_remote_code)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     facts = {"source": str(source), "out": str(out), "from": found, "to": format, "bytes": size}
     show(facts, f"{source}, {found}, written to {out} as {format}: {size / 2**20:.1f} MiB", as_json)

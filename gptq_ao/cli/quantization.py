@@ -32,13 +32,14 @@ def quantize(
     _check(request)
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device)
+    from gptq_ao.checkpoint.files.find import find_checkpoint
     from gptq_ao.checkpoint.files.output_directory import check_empty
-    from gptq_ao.checkpoint.hub import check_login, local_directory, upload
+    from gptq_ao.checkpoint.hub import check_login, upload
 
     check_empty(out)
     if request.push_to_hub is not None:
         check_login()
-    source = local_directory(model)
+    source = find_checkpoint(model, whole=True)
     config = _with_data(request, source)
     write = _stream if request.stream else _in_memory
     report = write(source, out, config, request, {"device": place, "max_memory": limits})
@@ -65,7 +66,8 @@ def plan(
 
     limits, place = limits_of(request.limits), device_of(request.device)
     # bf16 where the config names no dtype: without the files nothing else says what is stored.
-    frame = empty_model(config_directory(model), dtype_of(request.dtype), otherwise=torch.bfloat16)
+    trusted = {"trust_remote_code": request.trust_remote_code}
+    frame = empty_model(config_directory(model), dtype_of(request.dtype), otherwise=torch.bfloat16, **trusted)
     config = request.config
     if config.method == "gptq":
         # Only shapes count for a plan, so no text is read and no tokenizer loaded.
@@ -97,7 +99,7 @@ def _with_data(request: Request, source: Path) -> "GPTQConfig":
     from gptq_ao.model.architecture import model_class, read_config
 
     config = read_config(source, trust_remote_code=request.trust_remote_code)
-    kind = model_class(config, source)
+    kind = model_class(config, source, trust_remote_code=request.trust_remote_code)
     takes = getattr(kind, "main_input_name", "input_ids")
     if takes != "input_ids":
         raise ConfigError(
@@ -147,13 +149,14 @@ def _stream(source: Path, out: Path, config: "GPTQConfig", request: Request, whe
     from gptq_ao.checkpoint.convert import convert_checkpoint
     from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
 
-    dtype = dtype_of(request.dtype)
+    how = {"dtype": dtype_of(request.dtype), "trust_remote_code": request.trust_remote_code, **where}
     if request.format == NATIVE:
-        return quantize_checkpoint(source, out, config, dtype=dtype, **where)
+        return quantize_checkpoint(source, out, config, **how)
     # Beside OUT, so on its disk. To convert, the quantized model has to fit in memory.
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         native = Path(temporary) / "native"
-        report = quantize_checkpoint(source, native, config, dtype=dtype, **where)
-        convert_checkpoint(native, out, request.format, report=report)
+        report = quantize_checkpoint(source, native, config, **how)
+        trusted = request.trust_remote_code
+        convert_checkpoint(native, out, request.format, report=report, trust_remote_code=trusted)
     return report

@@ -23,7 +23,8 @@ from gptq_ao.checkpoint.freed_memory import return_freed_memory
 from gptq_ao.checkpoint.source import Source, source_of
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.model.inspection import state_names
+from gptq_ao.integrations.landing import check_landing, keep_stored_dtypes, keep_untied
+from gptq_ao.model.state import state_names
 from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.tensor import GroupTensor
 
@@ -104,8 +105,11 @@ class GptqAoQuantizer(HfQuantizer):
         directory = _directory(model, checkpoint_files or [])
         with torch.device("cpu"):  # transformers calls this where new tensors are on meta
             self._files = open_quantized(directory)
+            keep_stored_dtypes(directory, self._files, model)
             # Not strict: a new head that the checkpoint lacks is for transformers to initialize and report.
             self._source = source_of(directory, self._files.tensors, model, strict=False)
+        check_landing(directory, self._files, self._source)
+        keep_untied(self._source)
         # transformers would otherwise warn of codes and zero points that it has not used: it is told to read the scales
         # only.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -241,13 +245,17 @@ class _Read(ConversionOps):
 
 def _directory(model: Any, checkpoint_files: list[str]) -> Path:
     """Where the files are that transformers found by joining the index's names, which may be anything."""
-    # A local directory, or a hub id: then the files lie in one snapshot of the hub's cache.
+    # A local directory or a folder in it; or a hub id: then the files lie in a snapshot of the hub's cache.
     local = Path(str(model.config._name_or_path))
     folders = {Path(file).parent for file in checkpoint_files}
-    directory = local if local.is_dir() else min(folders, default=local)
-    if folders != {directory}:
-        odd = sorted(str(f) for f in folders - {directory})
-        raise CheckpointError(f"{directory}: its index names files outside of it, in {', '.join(odd)}")
+    root = local if local.is_dir() else Path("/")
+    odd = {f for f in folders if not f.is_relative_to(root) or ".." in f.relative_to(root).parts}
+    directory = min(folders - odd, default=local)
+    odd |= folders - {directory}
+    if odd:
+        raise CheckpointError(
+            f"{directory}: its index names files outside of it, in {', '.join(sorted(map(str, odd)))}"
+        )
     return directory
 
 

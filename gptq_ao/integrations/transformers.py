@@ -15,9 +15,9 @@ import transformers
 from torch import nn
 from transformers.quantizers import auto
 
+from gptq_ao.checkpoint.files.find import find_checkpoint
 from gptq_ao.checkpoint.files.paths import check_weight_map
 from gptq_ao.checkpoint.formats import FORMATS, format_of
-from gptq_ao.checkpoint.hub import local_directory
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
@@ -106,18 +106,20 @@ def load_model(
     Raises:
         CheckpointError: the directory is unsafe or incomplete, or the model cannot be loaded.
     """
-    directory = local_directory(source)
+    directory = find_checkpoint(source, code=trust_remote_code)
     if format_of(directory) is not None:
         # `.to`, since buffers that are in no file were computed on the CPU.
-        return load_quantized(directory, device=device).to(device)
+        return load_quantized(directory, device=device, trust_remote_code=trust_remote_code).to(device)
     # Before transformers opens anything: it would follow an index that names files elsewhere.
     check_weight_map(directory)
-    kind = _loader(directory, trust_remote_code)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    kind = model_class(config, directory, trust_remote_code=trust_remote_code)
     try:
         with _bars_on_a_terminal_only():
             # Safetensors only: other weight files are pickles, which can run code.
             model, info = kind.from_pretrained(
                 str(directory),
+                config=config,
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -130,16 +132,6 @@ def load_model(
     if missing:
         raise CheckpointError(f"{source!r} does not fit the {type(model).__name__}: it lacks {names_of(missing)}")
     return model.eval().to(device)
-
-
-def _loader(directory: Path, trust_remote_code: bool) -> Any:
-    """What loads the model of a directory: its class, or, for one whose class is in its own code, one of the classes
-    that find it there."""
-    config = read_config(directory, trust_remote_code=trust_remote_code)
-    own = getattr(config, "auto_map", None) or {}
-    if trust_remote_code and own:
-        return getattr(transformers, next((name for name in own if name.startswith("AutoModel")), "AutoModel"))
-    return model_class(config, directory)
 
 
 def config_directory(source: str) -> Path:

@@ -15,25 +15,31 @@ __all__ = ["empty_model"]
 
 
 def empty_model(
-    directory: Path, dtype: torch.dtype | None = None, *, otherwise: torch.dtype | None = None
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    otherwise: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model that `config.json` describes, parameters on the meta device, buffers computed. In eval mode.
 
     Args:
         dtype: that of the parameters; None: what the config says, or `otherwise` if it says nothing.
+        trust_remote_code: whether code in the directory may be run.
 
     Raises:
-        CheckpointError: there is no config, or it names a model that transformers does not have.
+        CheckpointError: there is no config, or it names a model that transformers does not have and whose code is not
+            to be run.
     """
-    config = read_config(directory)
-    kind = model_class(config, directory)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    kind = model_class(config, directory, trust_remote_code=trust_remote_code)
     with _parameters_on_meta():
         model: Any = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
-    if (directory / "generation_config.json").is_file() and model.can_generate():
+    if (directory / "generation_config.json").is_file() and getattr(model, "generation_config", None) is not None:
         # How it generates is in a file of its own, which a model built from its config does not know.
         model.generation_config = type(model.generation_config).from_pretrained(str(directory))
-    evaluating: nn.Module = model.eval()
-    return evaluating
+    built: nn.Module = model.eval()
+    return built
 
 
 @contextlib.contextmanager

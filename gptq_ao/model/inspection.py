@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
-from gptq_ao.errors import CheckpointError, ConfigError, NoLinearError, NonFiniteError
+from gptq_ao.errors import ConfigError, NoLinearError, NonFiniteError
 
-__all__ = ["check_unquantized", "check_values", "name_filter", "output_heads", "state_names"]
+__all__ = ["check_unquantized", "check_values", "name_filter", "output_heads"]
 
 
 def check_unquantized(model: nn.Module) -> None:
@@ -61,19 +61,3 @@ def output_heads(model: nn.Module) -> frozenset[str]:
     weight = getattr(declared, "weight", None)
     # All names of the tensor: a head that is tied to the embedding also has the embedding's.
     return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p is weight)
-
-
-def state_names(model: nn.Module) -> list[list[str]]:
-    """The names of every parameter and persistent buffer, in the model's order.
-
-    Raises:
-        CheckpointError: the model has state that is not a tensor.
-    """
-    names: dict[int, list[str]] = {}
-    # `keep_vars`: without it each name gets a detached copy, and tied parameters could not be recognized by identity.
-    for name, value in model.state_dict(keep_vars=True).items():
-        # A module may put anything into its state_dict, through `get_extra_state`.
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"state {name!r} is a {type(value).__name__}, not a tensor: it cannot be saved")
-        names.setdefault(id(value), []).append(name)
-    return list(names.values())

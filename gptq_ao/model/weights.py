@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gptq_ao.errors import ConfigError, PassError
 from gptq_ao.model.inspection import check_values
 
-__all__ = ["ModelWeights", "Weights", "offload_hooks", "replace_parameter"]
+__all__ = ["ModelWeights", "Weights", "is_offloaded", "offload_hooks", "replace_parameter", "value_in_memory"]
 
 
 class Weights(Protocol):
@@ -125,6 +125,21 @@ def _offloaded(model: nn.Module, name: str) -> tuple[nn.Module, Any, str]:
             if hook.offload and (hook.place_submodules or depth == len(parts) - 1):
                 return module, hook, ".".join(parts[depth:])
     return model, None, name
+
+
+def value_in_memory(model: nn.Module, name: str) -> Tensor | None:
+    """What a hook has in memory for a parameter or buffer on the meta device; None if it is in a file, or nowhere."""
+    _, hook, key = _offloaded(model, name)
+    values = None if hook is None else hook.weights_map
+    # Accelerate has one map for the whole model, and for each module a view of it. What is not in it is in files.
+    key = getattr(values, "prefix", "") + key
+    values = getattr(values, "dataset", values)
+    values = getattr(values, "state_dict", values)
+    return values.get(key) if isinstance(values, dict) else None
+
+
+def is_offloaded(model: nn.Module, name: str) -> bool:
+    return _tensor(model, name).device.type == "meta" and _offloaded(model, name)[1] is not None
 
 
 def offload_hooks(module: nn.Module) -> Iterator[Any]:

@@ -18,12 +18,14 @@ from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError, StrictError
 from gptq_ao.model.inspection import check_unquantized
+from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
+from gptq_ao.passes.tracing.stand_in import first_names
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
@@ -79,6 +81,7 @@ def quantize_(
         given = {} if filter_fn is None else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
+    model = same_forward(model)
     check_unquantized(model)
     job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress)
     return quantize_weights(job, origin_of(model))
@@ -186,7 +189,7 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
             sites, excluded = find_products(job)
         except CaptureError as e:
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
-        selection = choose_weights(sites, excluded, job.config, job.wanted)
+        selection = choose_weights(sites, excluded, job.config, job.wanted, first_names(job.model))
         check_support(job.config, selection)
         _check(job, selection)
     prepared = Prepared(selection, job.device, mixed_sets(sites, selection), None)

@@ -36,6 +36,7 @@ def quantize_checkpoint(
     *,
     max_memory: MaxMemory | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     tokenizer: Any = None,
     max_shard_bytes: int = 2**30,
     progress: Progress | None = None,
@@ -49,6 +50,7 @@ def quantize_checkpoint(
         device: where to compute; None: on the CPU.
         max_memory: see `quantize_`.
         dtype: of the model before quantization; None: as stored.
+        trust_remote_code: whether to run code that came with the model, if that is what makes it.
         tokenizer: to be saved with the model.
         max_shard_bytes: size of the files, and of the part of the result that is held in memory.
 
@@ -60,7 +62,7 @@ def quantize_checkpoint(
     if not Path(source).is_dir():
         raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
     with CheckpointWriter(Path(out), max_shard_bytes) as writer:
-        opened = open_source(Path(source), dtype)
+        opened = open_source(Path(source), dtype, trust_remote_code=trust_remote_code)
         origin = Origin.at(Path(source), opened.ignored)
         weights = CheckpointWeights(opened, writer)
         report = quantize_weights(Job.of(weights, config, filter_fn, device, max_memory, progress), origin)

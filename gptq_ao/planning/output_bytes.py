@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from gptq_ao.checkpoint.native.manifest import QuantizedEntry
 from gptq_ao.checkpoint.native.write import stored_bytes
-from gptq_ao.model.inspection import state_names
+from gptq_ao.model.state import state_names
 from gptq_ao.passes.records import Selection
 
 __all__ = ["result_size"]

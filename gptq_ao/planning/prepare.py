@@ -26,6 +26,7 @@ from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.reach_all_experts import reach_all_experts
 from gptq_ao.passes.records import LinearSite, Plan, Program, Selection
 from gptq_ao.passes.schedule import schedule
+from gptq_ao.passes.tracing.stand_in import first_names
 from gptq_ao.planning.job import Job
 
 __all__ = [
@@ -93,7 +94,7 @@ def prepare(job: Job) -> Prepared:
     if batches is None:
         with clock("plan"):
             sites, excluded = linear_modules(model)
-            selection = choose_weights(sites, excluded, config, job.wanted)
+            selection = choose_weights(sites, excluded, config, job.wanted, first_names(job.model))
         return Prepared(selection, job.weights.device, mixed_sets(sites, selection), None)
 
     with clock("capture"):
@@ -106,7 +107,7 @@ def prepare(job: Job) -> Prepared:
         # For the Hessians only: `found` keeps the graph that computes what the model does.
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
-        selection = choose_weights(sites, excluded, config, job.wanted)
+        selection = choose_weights(sites, excluded, config, job.wanted, first_names(job.model))
         check_support(config, selection)
         bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
         calibrated = _calibrated(program, selection, bound)

@@ -265,6 +265,14 @@ def test_a_rule_cannot_quantize_an_embedding() -> None:
         choose_weights(tied, (), gptq_config(4, 32, rules={"embed": {"bits": 8}}))
 
 
+def test_a_rule_for_another_name_of_a_tied_weight_says_so() -> None:
+    names = {"a.weight": "a.weight", "head.weight": "a.weight"}
+    with pytest.raises(
+        ConfigError, match=r"rule 'head' is for 'head.weight', which is tied to 'a.weight': they are one"
+    ):
+        choose_weights((site("a"),), (), gptq_config(4, 32, rules={"head": {"bits": 8}}), first_names=names)
+
+
 def test_nothing_left() -> None:
     with pytest.raises(NoLinearError, match=r"no weight to quantize:\n  embed.weight: embedding table\n  lm_head"):
         choose_weights((SITES[2],), OTHER, gptq_config())

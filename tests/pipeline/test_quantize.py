@@ -346,3 +346,13 @@ def test_report() -> None:
     assert "14 weights in 8 stages" in text
     assert "left as it is: lm_head.weight (output head)" in text
     assert all(w.name in text for w in report.weights)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_rule_for_a_tied_head_says_that_it_is_tied(method: str) -> None:
+    data = token_batches(1) if method == "gptq" else None
+    config = gptq_config(4, 32, method=method, calibration=data, rules={"lm_head": {"bits": 8}})
+    with pytest.raises(
+        gptq_ao.errors.ConfigError, match=r"'lm_head.weight', which is tied to 'model.embed_tokens.weight': .* Untie"
+    ):
+        quantize_(tiny_llama(tied=True), config)

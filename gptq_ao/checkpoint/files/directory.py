@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptq_ao.checkpoint.files.paths import MANIFEST, check_weight_map, shard_path
+from gptq_ao.checkpoint.files.paths import INDEX, MANIFEST, SINGLE_FILE, check_weight_map, shard_path
 from gptq_ao.checkpoint.files.shards import StoredTensor, read_header
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["INDEX", "quantization_config", "read_json", "stored_tensors", "weight_files"]
+__all__ = ["check_quantized", "has_manifest", "quantization_config", "read_json", "stored_tensors", "weight_files"]
 
-INDEX = "model.safetensors.index.json"
 # So that a hostile file cannot fill the host's memory.
 MAX_JSON_BYTES = 256 * 2**20
 _SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where GPTQ's settings were before config.json had them
@@ -33,6 +32,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_manifest(directory: Path) -> bool:
+    """Whether a manifest tells what the directory holds; not if transformers has written into it since, which leaves
+    the manifest where it is."""
+    return (directory / MANIFEST).is_file() and not _saved_by_transformers(directory)
+
+
+def _saved_by_transformers(directory: Path) -> bool:
+    """By `save_pretrained`: into one file, or with an index that counts parameters. Nothing here writes either."""
+    if (directory / SINGLE_FILE).is_file():
+        return True
+    metadata = read_json(directory / INDEX).get("metadata") if (directory / INDEX).is_file() else None
+    return isinstance(metadata, dict) and "total_parameters" in metadata
+
+
 def quantization_config(directory: Path) -> dict[str, Any] | None:
     """What the directory says of how its weights are quantized; None if it says nothing. For a model of several parts
     it may be in the config of the part that has the language model.
@@ -51,8 +64,12 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
         if not (directory / name).is_file():
             continue
         aside = read_json(directory / name)
+        if found is None and not any(n.endswith(".qweight") for n in stored_tensors(directory)):
+            continue  # dense weights were saved over quantized ones
         if found is None:
             return {"quant_method": "gptq", **aside}
+        if "gptq_ao" in str(found.get("meta")) and _saved_by_transformers(directory):
+            continue  # it was there before
         # Settings that decide what the codes mean: with the wrong one weights would load, as wrong numbers.
         for key in ("bits", "group_size", "checkpoint_format", "sym", "desc_act"):
             if key in found and key in aside and found[key] != aside[key]:
@@ -64,6 +81,33 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
     return found
 
 
+def check_quantized(directory: Path) -> None:
+    """
+    Raises:
+        CheckpointError: the directory says nothing of quantized weights.
+    """
+    if quantization_config(directory) is not None:
+        return
+    if any(directory.glob("*.safetensors")) and (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} is not quantized: load it with `from_pretrained` of transformers, and quantize the model; or "
+            "call quantize_checkpoint"
+        )
+    raise CheckpointError(
+        f"{directory} has no {MANIFEST}: not a checkpoint of gptq_ao, or one whose writing was cut off"
+        f"{_pickles(directory)}"
+    )
+
+
+def _pickles(directory: Path) -> str:
+    """A remark on files with weights that are not read."""
+    if any(directory.glob("*.safetensors")):
+        return ""
+    found = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in directory.glob(f"*.{suffix}"))
+    what = f". Its weights are in {found[0]}, a pickle, which can run code: convert it to safetensors"
+    return what if found else ""
+
+
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a directory, by their names there; the index and the files have to agree.
 
@@ -72,9 +116,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     check_weight_map(directory)
     index = directory / INDEX
-    if not index.is_file():
-        return read_header(shard_path(directory, _only_file(directory)))
     placed = _placed(index)
+    if placed is None:
+        return read_header(shard_path(directory, _only_file(directory)))
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(placed.values())):
         header = read_header(shard_path(directory, file))
@@ -95,12 +139,15 @@ def weight_files(directory: Path) -> set[str]:
         CheckpointError: there are none, or the index is damaged.
     """
     check_weight_map(directory)
-    index = directory / INDEX
-    return set(_placed(index).values()) if index.is_file() else {_only_file(directory)}
+    placed = _placed(directory / INDEX)
+    return {_only_file(directory)} if placed is None else set(placed.values())
 
 
-def _placed(index: Path) -> dict[str, str]:
-    """Tensor → file, of an index that was checked."""
+def _placed(index: Path) -> dict[str, str] | None:
+    """Tensor → file, of an index that was checked; None if all tensors are in one file."""
+    # As transformers does it: with the one file, an index is left over from what was there before.
+    if (index.parent / SINGLE_FILE).is_file() or not index.is_file():
+        return None
     placed: dict[str, str] = read_json(index)["weight_map"]
     return placed
 
@@ -108,9 +155,11 @@ def _placed(index: Path) -> dict[str, str]:
 def _only_file(directory: Path) -> str:
     """The one file with weights: `model.safetensors`, or whatever AutoGPTQ called it."""
     files = sorted(p.name for p in directory.glob("*.safetensors"))
-    if "model.safetensors" in files:
-        return "model.safetensors"
+    if SINGLE_FILE in files:
+        return SINGLE_FILE
     # The native writer always writes an index: with a manifest and none, the directory is incomplete.
     if len(files) == 1 and not (directory / MANIFEST).is_file():
         return files[0]
-    raise CheckpointError(f"{directory} has neither model.safetensors nor {INDEX}: no safetensors to read")
+    raise CheckpointError(
+        f"{directory} has neither {SINGLE_FILE} nor {INDEX}: no safetensors to read{_pickles(directory)}"
+    )

@@ -4,7 +4,6 @@ Files grow in a temporary directory beside its place, which is renamed at the en
 """
 
 import contextlib
-import copy
 import errno
 import json
 import shutil
@@ -17,12 +16,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gptq_ao.checkpoint.files.directory import INDEX
+from gptq_ao.checkpoint.files.model_config import config_of
+from gptq_ao.checkpoint.files.paths import INDEX
 from gptq_ao.checkpoint.files.shards import ShardWriter
 from gptq_ao.checkpoint.files.side_files import copy_side_files
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["OutputDirectory", "as_json", "check_empty", "has_config"]
+__all__ = ["OutputDirectory", "as_json", "check_empty"]
 
 
 class OutputDirectory:
@@ -88,7 +88,7 @@ class OutputDirectory:
             texts: other file → its content, in the order in which they are written.
             files: what is copied, unless there is one of that name: path → source.
         """
-        parts: tuple[Any, ...] = (_config(model, quantization), getattr(model, "generation_config", None), tokenizer)
+        parts: tuple[Any, ...] = (config_of(model, quantization), getattr(model, "generation_config", None), tokenizer)
         with self._disk_errors():
             for part in parts:
                 if hasattr(part, "save_pretrained"):
@@ -124,23 +124,3 @@ def check_empty(directory: Path) -> None:
 
 def as_json(content: object) -> str:
     return json.dumps(content, indent=1) + "\n"
-
-
-def has_config(model: nn.Module) -> bool:
-    """Whether it is a Hugging Face model."""
-    return hasattr(getattr(model, "config", None), "save_pretrained")
-
-
-def _config(model: nn.Module, quantization: Mapping[str, Any] | None) -> Any:
-    """The model's config, which names the class to build; a model made from a config does not say that by itself."""
-    if not has_config(model):
-        return None
-    config: Any = copy.deepcopy(model.config)
-    # `empty_model` reads this to know what to build.
-    config.architectures = [type(model).__name__]
-    if quantization is not None:
-        config.quantization_config = dict(quantization)
-    # The dense copy of a model that was loaded as a quantized one must not claim to be quantized.
-    elif hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["MANIFEST", "check_weight_map", "confined", "shard_path"]
+__all__ = ["INDEX", "MANIFEST", "SINGLE_FILE", "check_weight_map", "confined", "shard_path"]
 
 
 MANIFEST = "gptq_ao.json"
+SINGLE_FILE = "model.safetensors"
+INDEX = f"{SINGLE_FILE}.index.json"
 
 
 # Begins with a letter or digit and has no slash: no "..", no absolute path, no hidden file.
@@ -19,6 +21,8 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 def check_weight_map(directory: Path) -> None:
     """Refuse a Hugging Face directory whose index names shards outside of it; transformers would follow such a name."""
     for index in directory.glob("*.index.json"):
+        if index.name == INDEX and (directory / SINGLE_FILE).is_file():
+            continue  # nobody reads it then
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
@@ -45,7 +49,8 @@ def confined(directory: Path, file: str) -> Path:
     # `resolve` follows links, so that what counts is where the file really lies.
     root = directory.resolve()
     path = (directory / file).resolve()
-    # A hub cache has MODEL/snapshots/COMMIT/file as a link into MODEL/blobs.
-    if not path.is_relative_to(root) and path.parent != root.parent.parent / "blobs":
+    # A hub cache has MODEL/snapshots/COMMIT/file as a link into MODEL/blobs; also MODEL/snapshots/COMMIT/FOLDER/file.
+    blobs = [p.parent.parent / "blobs" for p in (root, *root.parents) if p.parent.name == "snapshots"]
+    if not path.is_relative_to(root) and path.parent not in blobs:
         raise CheckpointError(f"{file!r} of {directory} links to {path}, outside the checkpoint")
     return path

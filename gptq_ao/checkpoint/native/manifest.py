@@ -119,6 +119,11 @@ class Manifest:
     ignored: dict[str, Header]
     stored: dict[str, StoredTensor]
 
+    @property
+    def names(self) -> set[str]:
+        """All that a model has."""
+        return {*self.quantized, *self.dense, *self.tied}
+
 
 def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
     """An entry as the file has it."""

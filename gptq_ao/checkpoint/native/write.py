@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json, has_config
+from gptq_ao.checkpoint.files.model_config import has_config
+from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json
 from gptq_ao.checkpoint.files.paths import MANIFEST
 from gptq_ao.checkpoint.files.shards import NAME_OF
 from gptq_ao.checkpoint.model_card import CARD, model_card
@@ -17,7 +18,7 @@ from gptq_ao.checkpoint.native.read import native_config
 from gptq_ao.checkpoint.native.tensors import encode_native, from_stored, stored_entry
 from gptq_ao.checkpoint.origin import Origin
 from gptq_ao.errors import CheckpointError
-from gptq_ao.model.inspection import state_names
+from gptq_ao.model.state import state_names
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
 

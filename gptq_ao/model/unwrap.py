@@ -1,0 +1,113 @@
+"""The model inside of wrappers: what is quantized, and what the names in a checkpoint are those of.
+
+A wrapper puts a name of its own before, or into, the names of the parameters. Files with such names fit no model:
+transformers would load random weights from them.
+"""
+
+import copy
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from gptq_ao.errors import CheckpointError
+
+__all__ = ["is_hf_model", "same_forward", "unwrapped"]
+
+
+def same_forward(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile, DataParallel, DistributedDataParallel, which take the same arguments as it."""
+    while True:
+        # torch.compile's class has the model under this name; importing the class would import the compiler.
+        inside = (
+            model.module
+            if isinstance(model, DataParallel | DistributedDataParallel)
+            else model._modules.get("_orig_mod")
+        )
+        if inside is None:
+            return model
+        model = inside
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that a checkpoint holds. Wrappers of `same_forward` are left out wherever they are; and what is around
+    a Hugging Face model, if it has no parameter or buffer of its own. Modules are shared with the model, which stays as
+    it is; those around a wrapper are copies.
+
+    Raises:
+        CheckpointError: the parameters are not those of a model alone: it has adapters, is sharded over processes, or
+            is around a Hugging Face model and has parameters of its own.
+    """
+    bare = _bare(model, {})
+    _refuse_adapters(bare)
+    _refuse_shards(bare)
+    inside = next((m for m in bare.modules() if is_hf_model(m)), None)
+    if inside is None or inside is bare:
+        return bare
+    own = next((n for n, t in _tensors(bare) if id(t) not in {id(t) for _, t in _tensors(inside)}), None)
+    if own is None:
+        return inside
+    # Without a config it is like any module of torch. With one, its files would pass for those of the model inside.
+    if hasattr(getattr(bare, "config", None), "save_pretrained"):
+        raise CheckpointError(
+            f"the {type(bare).__name__} has the config of the {type(inside).__name__} inside of it, and parameters of "
+            f"its own, such as {own!r}, that no loader would find: save the {type(inside).__name__}"
+        )
+    return bare
+
+
+def is_hf_model(module: nn.Module) -> bool:
+    """Whether transformers can build such a model from a config. Wrappers often have a `config` too."""
+    return hasattr(type(module), "_from_config")
+
+
+def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    module = same_forward(module)
+    while _is_empty_adapter(module):
+        module = module.base_layer  # type: ignore[assignment]
+    if id(module) not in done:
+        done[id(module)] = module  # a module may contain itself
+        children = {name: None if m is None else _bare(m, done) for name, m in module._modules.items()}
+        if any(m is not module._modules[name] for name, m in children.items()):
+            done[id(module)] = same = copy.copy(module)
+            same._modules = children
+    return done[id(module)]
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return any(c.__module__.split(".")[0] == "peft" for c in type(module).__mro__)
+
+
+def _is_empty_adapter(module: nn.Module) -> bool:
+    """What is left of a layer of PEFT whose adapters were deleted."""
+    names = getattr(module, "adapter_layer_names", ())
+    return _is_peft(module) and "base_layer" in module._modules and not any(len(getattr(module, n, ())) for n in names)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    found = next(((name, m) for name, m in model.named_modules() if _is_peft(m)), None)
+    if found is not None:
+        name, module = found
+        what = f"{name!r} is a {type(module).__name__}" if name else f"the model is a {type(module).__name__}"
+        raise CheckpointError(
+            f"{what}: with the layers of an adapter in between, no loader would find the weights. Save the adapter by "
+            "itself (its own `save_pretrained`), and the model without it: after `model = model.unload()` of a "
+            "PeftModel, or `model.delete_adapter(name)` of a model of transformers. To have the adapter in the "
+            "weights, merge it before they are quantized (`merge_and_unload`)"
+        )
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    for name, t in [*model.named_modules(), *_tensors(model)]:
+        home = next((c.__module__ for c in type(t).__mro__ if c.__module__.startswith("torch.distributed.")), "")
+        if ".fsdp" in home or ".tensor" in home:
+            what = f"{name!r} is a {type(t).__name__}" if name else f"the model is a {type(t).__name__}"
+            raise CheckpointError(
+                f"{what}, of which each process has a part: gather the values first, into a model that is not sharded "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+            )
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, object]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
