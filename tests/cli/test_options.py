@@ -97,11 +97,11 @@ def test_strictness_not_met_has_a_status_of_its_own(
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "model-gone": (
         ("quantize", "no/such-model", "OUT", "--method", "rtn"),
-        "'no/such-model' is neither a directory nor",
+        "'no/such-model' is neither a directory",
     ),
     "model-is-a-file": (
         ("quantize", "FILE", "OUT", "--method", "rtn"),
-        "is neither a directory nor a model of the hub",
+        "is a file: give the directory that it is in",
     ),
     "no-config": (("quantize", "EMPTY", "OUT", "--method", "rtn"), "has no config.json"),
     "out-in-use": (("quantize", "MODEL", "MODEL", "--method", "rtn"), "exists and is not empty"),
@@ -138,7 +138,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "rules-unmatched": (("quantize", "MODEL", "OUT", "--method", "rtn", "--rules", "RULES"), "rule 'nothing'"),
     "binary": (("quantize", "MODEL", "OUT", "--config", "BINARY"), "cannot be read: "),
     "eval-gone": (("eval", "no/such-model", "--data", "FILE"), "'no/such-model' has no tokenizer"),
-    "plan-gone": (("plan", "no/such-model"), "'no/such-model' is neither a directory nor"),
+    "plan-gone": (("plan", "no/such-model"), "'no/such-model' is neither a directory"),
     "inspect-file": (("inspect", "FILE"), "FILE"),
     "convert-file": (("convert", "FILE", "OUT", "--format", "gptq"), "is not a directory"),
     "convert-dense": (("convert", "MODEL", "OUT", "--format", "gptq"), ""),

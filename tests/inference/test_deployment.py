@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -187,6 +189,44 @@ torch.save([run(x) for x in inputs], data + ".program")
 """
 
 
+@pytest.fixture
+def dynamic_libstdcpp(tmp_path: Path) -> Iterator[None]:
+    """PyTorch's compiler links the C++ library that PyTorch itself uses. Some have a copy of their own that they link
+    into what they make; two copies in a process take each other's tables, and it crashes. For those, a compiler that
+    is told where PyTorch's is."""
+    with torch._inductor.config.patch({"cpp.cxx": (_compiler(tmp_path),)}):
+        yield
+
+
+def _compiler(directory: Path) -> str:
+    usual = [c for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c is not None and shutil.which(c)]
+    for compiler in usual:
+        if _links_dynamically(compiler, directory):
+            return compiler
+    if not usual:
+        pytest.skip("there is no C++ compiler")
+    mapped = Path("/proc/self/maps").read_text().split() if Path("/proc/self/maps").exists() else []
+    library = next((word for word in mapped if "/libstdc++.so" in word), None)
+    told = directory / "compiler"
+    told.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -c "*) exec {usual[0]} "$@";; esac\nexec {usual[0]} -nostdlib++ "$@" {library}\n'
+    )
+    told.chmod(0o755)
+    if library is None or not _links_dynamically(str(told), directory):
+        pytest.skip(f"no C++ compiler here links libstdc++ dynamically, which PyTorch's packages need: {usual}")
+    return str(told)
+
+
+def _links_dynamically(compiler: str, directory: Path) -> bool:
+    source, library = directory / "probe.cpp", directory / "probe.so"
+    source.write_text("#include <string>\nstd::string f(std::string a) { throw a + a; }\n")
+    command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
+    made = subprocess.run(command, capture_output=True, check=False)
+    # The name is in the table of libraries that the file needs, or nowhere.
+    return made.returncode == 0 and b"libstdc++.so.6\0" in library.read_bytes()
+
+
+@pytest.mark.usefixtures("dynamic_libstdcpp")
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_package_runs_in_another_process(device: str, tmp_path: Path) -> None:
     model = seeded(Attention(1024, 8))
