@@ -208,8 +208,10 @@ def _compiler(directory: Path) -> str:
     mapped = Path("/proc/self/maps").read_text().split() if Path("/proc/self/maps").exists() else []
     library = next((word for word in mapped if "/libstdc++.so" in word), None)
     told = directory / "compiler"
+    # First in line: what it has is not taken from the static one, which the compiler puts last.
     told.write_text(
-        f'#!/bin/sh\ncase " $* " in *" -c "*) exec {usual[0]} "$@";; esac\nexec {usual[0]} -nostdlib++ "$@" {library}\n'
+        f'#!/bin/sh\ncase " $* " in *" -c "*) exec {usual[0]} "$@";; esac\n'
+        f'exec {usual[0]} -Wl,--no-as-needed {library} "$@"\n'
     )
     told.chmod(0o755)
     if library is None or not _links_dynamically(str(told), directory):
