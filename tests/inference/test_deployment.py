@@ -210,8 +210,8 @@ def _compiler(directory: Path) -> str:
     told = directory / "compiler"
     # First in line: what it has is not taken from the static one, which the compiler puts last.
     told.write_text(
-        f'#!/bin/sh\ncase " $* " in *" -c "*) exec {usual[0]} "$@";; esac\n'
-        f'exec {usual[0]} -Wl,--no-as-needed {library} "$@"\n'
+        f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- -Wl,--no-as-needed {library} "$@";; esac\n'
+        f'exec {usual[0]} "$@"\n'
     )
     told.chmod(0o755)
     if library is None or not _links_dynamically(str(told), directory):
