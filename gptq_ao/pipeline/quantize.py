@@ -78,7 +78,6 @@ def quantize_(
         given = {} if filter_fn is None else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
-    check_unquantized(model)
     return quantize_weights(Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress))
 
 
@@ -199,6 +198,7 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
             f"target_bits chooses the bits of all of a model's weights with calibration data, not those of {name!r} "
             "alone: give bits"
         )
+    check_unquantized(module, lambda each: each == name)
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
