@@ -42,7 +42,7 @@ class NonFiniteError(GPTQError, ValueError):
 
 
 class SolverError(GPTQError, RuntimeError):
-    """The Hessian of a layer could not be factored, or `strict` forbids the fallback."""
+    """The Hessian of a layer could not be factored."""
 
 
 class StrictError(SolverError, ConfigError):

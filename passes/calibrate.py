@@ -42,10 +42,13 @@ def calibrate(
     statics = [static(name) for name in segment.statics]
     observers = [cast(HessianObserver, segment.module.get_submodule(shared.name)) for shared in stage.inputs]
     for index, values in enumerate(store.read(segment.reads)):
-        # Nothing here holds on to what was written: the store may have put it elsewhere.
-        store.replace(
-            index, dict(zip(segment.writes, run_segment(segment, values, statics), strict=True)), segment.keeps
-        )
+        try:
+            written = dict(zip(segment.writes, run_segment(segment, values, statics), strict=True))
+        except Exception as e:
+            e.add_note(f"in calibration batch {index}")
+            raise
+        store.replace(index, written, segment.keeps)
+        del written  # the store may have put it elsewhere
         for observer in observers:
             observer.end_batch()
     hessians = tuple(observer.finish() for observer in observers)

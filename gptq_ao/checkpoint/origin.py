@@ -61,6 +61,11 @@ class Origin:
             value = stored.read()
             yield name, value.dequantize() if isinstance(value, GroupTensor) else value
 
+    def loss(self, model: Any) -> str:
+        """What is not in the model."""
+        what = f"{len(self.lost)} tensors of {self.directory} are not in this {type(model).__name__}"
+        return f"{what}, so they are not saved: {names_of(self.lost)}"
+
     def notes(self, model: Any) -> tuple[str, ...]:
         """What is to be said of it, a line each."""
         kind, notes = type(model).__name__, []
@@ -68,8 +73,7 @@ class Origin:
             what = f"{len(self.ignored)} tensors of {self.directory} that {kind} does not use are saved as they are"
             notes.append(f"{what}: {names_of(self.ignored)}")
         if self.lost:
-            what = f"{len(self.lost)} tensors of {self.directory} are not in this {kind}, so they are not saved"
-            notes.append(f"{what}: {names_of(self.lost)}")
+            notes.append(self.loss(model))
         if self.left:
             notes.append(f"not copied from {self.directory}, as they hold other weights: {names_of(self.left)}")
         if self.unread:

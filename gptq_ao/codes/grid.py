@@ -78,7 +78,7 @@ def candidate_grids(group: Tensor, bits: int, sym: bool, signed: bool, count: in
     """
     low, high = group.aminmax(dim=0)
     levels, half = max_code(bits), 2 ** (bits - 1)
-    shares = torch.linspace(1, NARROWEST[bits], count, device=group.device).unsqueeze(1)
+    shares = torch.linspace(1, NARROWEST[bits], count, dtype=group.dtype, device=group.device).unsqueeze(1)
     if sym:
         scale = shares * (2 * torch.maximum(-low, high) / levels)
         scale = _stored(torch.cat([scale, -scale]) if signed else scale)

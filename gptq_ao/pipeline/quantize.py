@@ -71,7 +71,8 @@ def quantize_(
         What was done, per weight; None for another library's config.
 
     Raises:
-        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, SolverError: see each message.
+        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, SolverError, StrictError: see each
+        message.
         Whatever is raised, the model is as it was, unless a note on the exception says that there was no room to keep
         the weights that had been replaced: then the model has to be loaded again.
     """
@@ -82,7 +83,6 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     model = same_forward(model)
-    check_unquantized(model)
     job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress)
     return quantize_weights(job, origin_of(model))
 
@@ -97,7 +97,7 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
         StrictError: with `strict`, the model is only a part of what is stored there.
     """
     if origin is not None and origin.lost and job.config.strict:
-        raise StrictError(f"strict=True, and {origin.notes(job.model)[-1]}")
+        raise StrictError(f"strict=True, and {origin.loss(job.model)}")
     if job.config.target_bits is not None:
         check_possible(job)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data
@@ -219,6 +219,7 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
             f"target_bits chooses the bits of all of a model's weights with calibration data, not those of {name!r} "
             "alone: give bits"
         )
+    check_unquantized(module, lambda each: each == name)
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
     stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]

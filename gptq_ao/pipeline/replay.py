@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_ao.calibration.batches import Batch
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import CalibrationError, CaptureError, NonFiniteError
+from gptq_ao.errors import CalibrationError, CaptureError, GPTQError, NonFiniteError
 from gptq_ao.model.inspection import output_heads
 from gptq_ao.passes.find_linears import ROUTER, left_out_by_name
 from gptq_ao.passes.linear_modules import linear_modules
@@ -77,16 +77,17 @@ def find_products(job: Job) -> tuple[tuple[LinearSite, ...], tuple[Excluded, ...
         state = ModuleState(model)
         for number, batch in enumerate(job.batches or ()):
             batch = _on(job.device, batch)
-            finder.start_batch(batch)
+            finder.start_batch(batch, f"calibration batch {number}")
             try:
                 with finder:
                     model(*batch.args, **batch.kwargs)
+            except GPTQError:
+                raise
             except Exception as e:
+                said = f"{type(e).__name__}: {e}{_suspicion(model, batch)}"
                 if number == 0:
-                    raise CaptureError(f"the model does not run on a calibration batch: {type(e).__name__}: {e}") from e
-                raise CalibrationError(
-                    f"the model does not run on calibration batch {number}: {type(e).__name__}: {e}"
-                ) from e
+                    raise CaptureError(f"the model does not run on a calibration batch: {said}") from e
+                raise CalibrationError(f"the model does not run on calibration batch {number}: {said}") from e
             finally:
                 state.take()
             finder.end_batch()
@@ -308,6 +309,17 @@ class _Shared:
 def _key(use: Use) -> tuple[Any, ...]:
     x = use.activation
     return id(x), None if x.is_inference() else x._version, use.arrange, id(use.offsets), use.experts
+
+
+def _suspicion(model: nn.Module, batch: Batch) -> str:
+    """What may be wrong with a batch that a model does not take."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    for t in batch.tensors():
+        if t.is_floating_point() and len(dtypes) == 1 and t.dtype not in dtypes:
+            return f"\nAn input is {t.dtype}, and the model is {dtypes.pop()}: convert one of them"
+        if not t.is_floating_point() and t.dim() == 1:
+            return f"\nAn input has one dimension, {tuple(t.shape)}: is that of the batch missing? tensor.unsqueeze(0)"
+    return ""
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import SolverError
+from gptq_ao.errors import SolverError, StrictError
 from gptq_ao.passes.records import Part
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
@@ -71,7 +71,8 @@ def solve_together(
         residual_parts: the parts that the Hessian's `residuals` belong to, in order.
 
     Raises:
-        SolverError: the Hessian cannot be factored, or `strict` forbids to round what no data reached.
+        SolverError: the Hessian cannot be factored.
+        StrictError: `strict` forbids to round what no data reached.
     """
     alike: dict[Recipe, list[Part]] = {}
     residuals = dict(zip(residual_parts, hessian.residuals, strict=True))
@@ -84,7 +85,7 @@ def solve_together(
         if blind and recipe.method == "gptq":
             why = "no calibration row reached it"
         if why and strict:
-            raise SolverError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
+            raise StrictError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
         dense = [matrices[part] for part in parts]
         sizes = [m.shape[0] for m in dense]
         targets = [m.float() for m in dense]

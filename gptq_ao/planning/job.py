@@ -8,7 +8,7 @@ from torch import nn
 
 from gptq_ao.calibration.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
-from gptq_ao.model.inspection import name_filter
+from gptq_ao.model.inspection import check_unquantized, name_filter
 from gptq_ao.model.weights import Weights
 from gptq_ao.planning.limits import Limits, MaxMemory, read_limits
 from gptq_ao.progress import Progress
@@ -55,10 +55,12 @@ class Job:
 
         Raises:
             CalibrationError, ConfigError: one of the arguments is not what it should be.
+            NoLinearError: the model has no parameters.
         """
+        wanted = _wanted_by(weights.model, filter_fn)
+        check_unquantized(weights.model, lambda name: wanted(name) and config.for_weight(name) is not None)
         run_on = torch.device(device) if device is not None else weights.device
         limits = read_limits(max_memory, run_on)
-        wanted = _wanted_by(weights.model, filter_fn)
         without_data = config.method == "rtn" and config.calibration is None
         batches = None if without_data else read_batches(config.calibration)
         return cls(weights, config, batches, wanted, run_on, limits, progress)

@@ -1,6 +1,6 @@
 """Model + config → what will be done: the passes in order, up to the first computation.
 
-batches → capture → canonicalize → find_linears → choose_weights → schedule → observe
+batches → capture → canonicalize → check_batches → find_linears → choose_weights → schedule → observe
 
 `quantize_` carries it out, `plan` describes it. No weight is read here.
 """
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import ConfigError, FusedSettingsWarning
+from gptq_ao.errors import FusedSettingsWarning, StrictError
 from gptq_ao.model.inspection import output_heads
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
+from gptq_ao.passes.check_batches import check_dtypes, check_lookups
 from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.follow_original import follow_original
@@ -102,6 +103,9 @@ def prepare(job: Job) -> Prepared:
         # to the one that computes.
         program = canonicalize(capture(model, batches[0], job.weights.device, batches[1:]), job.device)
     with clock("plan"):
+        check_dtypes(program)
+        bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
+        check_lookups(program, bound, job.weights.get)
         sites, excluded = find_linears(program, output_heads(model))
         found = Found(program, sites)
         # For the Hessians only: `found` keeps the graph that computes what the model does.
@@ -109,7 +113,6 @@ def prepare(job: Job) -> Prepared:
             program, sites = reach_all_experts(program, sites)
         selection = choose_weights(sites, excluded, config, job.wanted, first_names(job.model))
         check_support(config, selection)
-        bound = tuple(program.bind(batch, f"calibration batch {i}") for i, batch in enumerate(batches))
         calibrated = _calibrated(program, selection, bound)
     where = job.device if calibrated else job.weights.device
     return Prepared(selection, where, mixed_sets(sites, selection), calibrated, found)
@@ -138,7 +141,7 @@ def check_support(config: GPTQConfig, selection: Selection) -> None:
     missed = [e for e in selection.excluded if not e.expected]
     if config.strict and missed:
         listing = "\n".join(f"  {e.weight}: {e.reason}" for e in missed)
-        raise ConfigError(
+        raise StrictError(
             f"strict=True, and these weights would be left as they are:\n{listing}\nExclude them by a rule "
             "(name: None) to say that this is meant"
         )

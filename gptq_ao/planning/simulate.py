@@ -332,12 +332,12 @@ class _Observer(HessianObserver):
     def __init__(self, shared: SharedInput, calls: Sequence[fx.Node], device: torch.device) -> None:
         super().__init__(shared.in_features, shared.experts)
         k = shared.in_features
-        self._sum = torch.zeros((shared.experts, k, k), device=device)
+        self._sum = torch.zeros((shared.experts, k, k), dtype=torch.float32, device=device)
         originals, streams = zip(*(call.args[3:] for call in calls), strict=True)  # see `observe`
         if any(node is not None for node in originals):
-            self._drift = torch.zeros((k, k), device=device)
+            self._drift = torch.zeros((k, k), dtype=torch.float32, device=device)
         widths = [now.meta["val"].shape[-1] for now, _ in streams[0]]
-        self._residuals = tuple(torch.zeros((width, k), device=device) for width in widths)
+        self._residuals = tuple(torch.zeros((width, k), dtype=torch.float32, device=device) for width in widths)
         self.seen = 0  # rows
 
     @property

@@ -46,13 +46,13 @@ def measure_speed(device: torch.device, dtypes: Iterable[torch.dtype]) -> Speed:
     for dtype in {torch.float32, torch.float64, *(d for d in dtypes if d.is_floating_point)}:
         a = torch.ones(side, side, dtype=dtype, device=device)
         flops[dtype] = 2 * side**3 / _shortest(lambda a=a: a @ a, device)  # type: ignore[misc]
-    large = torch.ones(16 * side * side, device=device)
+    large = torch.ones(16 * side * side, dtype=torch.float32, device=device)
     columns = MAX_COLUMNS
-    eye = torch.eye(columns, device=device)
+    eye = torch.eye(columns, dtype=torch.float32, device=device)
     f = factor(Hessian(eye, columns), Recipe(4, columns, act_order="static"))
-    weight = torch.ones(16, columns, device=device)
-    grids = torch.ones(32, 64 if device.type == "cpu" else 8192, device=device)
-    block = torch.ones(columns, grids.shape[1], device=device)
+    weight = torch.ones(16, columns, dtype=torch.float32, device=device)
+    grids = torch.ones(32, 64 if device.type == "cpu" else 8192, dtype=torch.float32, device=device)
+    block = torch.ones(columns, grids.shape[1], dtype=torch.float32, device=device)
     return Speed(
         flops,
         2 * large.nbytes / _shortest(lambda: large + 1, device),

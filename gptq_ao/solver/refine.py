@@ -39,7 +39,9 @@ def refine(solution: Solution, target: Tensor, hessian: Hessian, factor: Factor)
     if not recipe.refine_sweeps:
         return solution
     # The same H as in `factor`: dead columns have the mean as their diagonal, and all have the damping.
-    H = hessian.matrix + torch.diag((hessian.matrix.diagonal() <= 0) * factor.mean + factor.added)
+    # (A bool times a number would be of torch's default dtype.)
+    dead = (hessian.matrix.diagonal() <= 0).to(hessian.matrix.dtype)
+    H = hessian.matrix + torch.diag(dead * factor.mean + factor.added)
     W = target.float()
     if solution.perm is not None:
         H, W = H[solution.perm][:, solution.perm], W[:, solution.perm]

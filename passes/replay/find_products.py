@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gptq_ao.calibration.batches import Batch
+from gptq_ao.passes.products.lookups import check_rows
 from gptq_ao.passes.products.operators import ATTENTION, CHOICES, EMBEDDINGS
 from gptq_ao.passes.records import Excluded, LinearSite, Part, Rows
 from gptq_ao.passes.replay.products import Parameters, Problem, Use, Watch, multiplies, operator_name
@@ -50,7 +51,8 @@ class ProductFinder(Watch):
         self._product_of: Any = WeakTensorKeyDictionary()
         self._made_of: Any = WeakTensorKeyDictionary()
 
-    def start_batch(self, batch: Batch) -> None:
+    def start_batch(self, batch: Batch, where: str = "the batch") -> None:
+        self._where = where
         self._data = WeakTensorKeyDictionary(dict.fromkeys(batch.tensors(), True))
 
     def end_batch(self) -> None:
@@ -62,6 +64,7 @@ class ProductFinder(Watch):
         self._found = self._parameters.find(func, args, kwargs)
         if operator_name(func) in EMBEDDINGS:
             self.embedded |= self._names((args, kwargs))
+            self._check_rows([t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
         if isinstance(self._found, Use):
             self._note(self._found)
         else:
@@ -135,6 +138,13 @@ class ProductFinder(Watch):
     def seen(self) -> set[str]:
         """Parameters that were read in any way."""
         return {p.weight for p in self._uses} | self._problems.keys() | self._read_by.keys() | self.embedded
+
+    def _check_rows(self, tensors: list[Tensor]) -> None:
+        """The index and the table, in either order; a bag's offsets and weights follow."""
+        for table, index in itertools.permutations(tensors[:2], 2):
+            name = self._parameters.name_of(table)
+            if name is not None and not index.is_floating_point():
+                check_rows(index, table.shape[0], 0, name, None, self._where)
 
     def _note(self, use: Use) -> None:
         self._reached.setdefault(use.part)

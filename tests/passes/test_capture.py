@@ -290,7 +290,7 @@ def test_calibration_mode_restores_when_the_body_raises() -> None:
     ("batch", "message"),
     [
         ({"ids": torch.zeros(2, 9, dtype=torch.long)}, r"batch 3 has the inputs \['ids'\], .* with \['input_ids'\]"),
-        ({"input_ids": [torch.zeros(2, 9)]}, r"batch 3 has the structure"),
+        ({"input_ids": (torch.zeros(2, 9),)}, r"batch 3 has the structure"),
         ({"input_ids": torch.zeros(2, 9, 1, dtype=torch.long)}, r"'input_ids' is torch.int64 \(2, 9, 1\)"),
         ({"input_ids": torch.zeros(2, 9)}, r"'input_ids' is torch.float32 \(2, 9\).*captured with torch.int64"),
     ],

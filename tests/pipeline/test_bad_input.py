@@ -1,5 +1,6 @@
 """What goes wrong in practice, and the one error that says so. Afterwards the model is as it was, or the error tells"""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torchao.quantization
 from torch import Tensor, nn
 
-from gptq_ao import gptq_config, quantize_
+from gptq_ao import gptq_config, plan, quantize_
 from gptq_ao.errors import CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError
 from gptq_ao.tensor import GroupTensor
 
@@ -137,8 +138,92 @@ def test_quantizing_twice() -> None:
     model = tiny_llama(layers=1)
     config = gptq_config(4, 32, calibration=token_batches())
     quantize_(model, config)
-    with pytest.raises(ConfigError, match=r"already quantized: 7 of its parameters, such as .*Int4GroupTensor"):
+    with pytest.raises(ConfigError, match=r"already quantized: 7 of its weights, such as .*Int4GroupTensor"):
         quantize_(model, config)
+
+
+class Params4bit(nn.Parameter):
+    """What bitsandbytes calls its parameters; quanto's and torchao's are recognized by their classes' names, too."""
+
+
+class QTensor(Params4bit):
+    pass
+
+
+class Packed(nn.Module):
+    """As GPTQ, AWQ and HQQ store weights: no parameter is called `weight`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.register_buffer(name, torch.ones(8, 64, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def with_weight(weight: Tensor) -> nn.Sequential:
+    class Dequantizes(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, self.weight.to(input.dtype))
+
+    model = nn.Sequential(Dequantizes(64, 64, bias=False), nn.Linear(64, 64))
+    model[0].weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+QUANTIZED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "bitsandbytes": (lambda: with_weight(Params4bit(torch.ones(64, 64))), r"'0.weight' \(Params4bit\)"),
+    "quanto": (lambda: with_weight(QTensor(torch.ones(64, 64))), r"'0.weight' \(QTensor\)"),
+    "int8": (lambda: with_weight(torch.ones(64, 64, dtype=torch.int8)), r"'0.weight' \(torch.int8\)"),
+    "uint8": (lambda: with_weight(torch.ones(64, 64, dtype=torch.uint8)), r"'0.weight' \(torch.uint8\)"),
+    "fp8": (lambda: with_weight(torch.ones(64, 64).to(torch.float8_e4m3fn)), r"'0.weight' \(torch.float8_e4m3fn\)"),
+    "gptq": (lambda: nn.Sequential(Packed("qweight"), nn.Linear(64, 64)), r"'0.qweight' \(torch.int32\)"),
+    "compressed": (
+        lambda: nn.Sequential(Packed("weight_packed"), nn.Linear(64, 64)),
+        r"'0.weight_packed' \(torch.int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", [{"method": "rtn"}, {"calibration": [rows()]}], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_weights_that_another_library_has_quantized(kind: str, settings: dict[str, Any]) -> None:
+    make, said = QUANTIZED[kind]
+    model = make()
+    before = [(id(p), p.detach().clone()) for p in model.parameters()]
+    config = gptq_config(4, 32, **settings)
+    for refuses in (quantize_, plan):
+        with pytest.raises(
+            ConfigError, match=f"already quantized: 1 of its weights, such as {said}.* original weights"
+        ):
+            refuses(model, config)
+    assert all(id(p) == i and torch.equal(p, t) for p, (i, t) in zip(model.parameters(), before, strict=True))
+    # Left out by whoever knows of them, they stay; the report lists them.
+    report = quantize_(model, config, filter_fn=lambda module, name: name == "1")
+    assert report is not None
+    assert [w.name for w in report.weights] == ["1.weight"]
+    assert id(next(model.parameters())) == before[0][0] or kind in ("gptq", "compressed")
+    if kind in ("int8", "fp8"):
+        report = quantize_(make(), gptq_config(4, 32, rules={"0": None}, **settings))
+        assert report is not None
+        assert report.excluded == {"0.weight": "rule '0'"}
+
+
+def test_single_layers_and_modules_that_hold_no_tensors() -> None:
+    with pytest.raises(ConfigError, match=r"already quantized: 1 of its weights, such as 'weight' \(torch.int8\)"):
+        torchao.quantization.quantize_(with_weight(torch.ones(64, 64, dtype=torch.int8)), gptq_config(4, 32))
+    with pytest.raises(ConfigError, match=r"'0.weight' has no shape yet: run the model once"):
+        quantize_(nn.Sequential(nn.LazyLinear(4)), gptq_config(4, 32, method="rtn"))
+
+
+def test_half_of_a_model_first_and_the_other_half_later() -> None:
+    model = tiny_llama(layers=2)
+    for half in ("layers.0", "layers.1"):
+        config = gptq_config(4, 32, effort="fast", calibration=token_batches(2))
+        report = quantize_(model, config, filter_fn=lambda module, name, half=half: half in name)  # type: ignore[misc]
+        assert report is not None
+        assert len(report.weights) == 7
+    assert sum(isinstance(p, GroupTensor) for p in model.parameters()) == 14
 
 
 def test_a_whole_model_config_on_single_linears() -> None:

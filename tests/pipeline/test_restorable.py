@@ -155,8 +155,13 @@ def test_where_the_need_is_known_only_what_it_leaves_is_used(monkeypatch: pytest
         weight = model[0].weight
         weights = RestorableWeights(Job.of(ModelWeights(model), gptq_config(4, 32, method="rtn")))
         weights.keep_at_most(room, torch.device("cpu"))
-        with pytest.raises(RuntimeError) as e, weights.restored_on_error():
+
+        @weights.restored_on_error()
+        def fails(weights: RestorableWeights = weights) -> None:
             weights.replace("0.weight", torch.zeros(64, 64))
-            raise RuntimeError
+            raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop") as e:
+            fails()
         assert (model[0].weight is weight) == kept
         assert hasattr(e.value, "__notes__") != kept
