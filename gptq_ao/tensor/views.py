@@ -48,30 +48,26 @@ def transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 @implements([aten.expand.default])
 def expand(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """A matrix [N, K] as a stack [..., N, K] of equal ones.
+    """A matrix [N, K], or a stack of them, as a stack [..., N, K] in which equal ones lie on top of each other.
 
     Raises:
-        NotImplementedError: it is a stack already, or the matrix itself would grow.
+        NotImplementedError: the matrix itself would grow.
     """
     weight, size = args
     *lead, n, k = size
-    if tuple(size) == tuple(weight.shape):
-        # Nothing to expand: another tensor object of the same weight.
-        lead = []
-    elif weight.dim() != 2 or (n, k) not in (tuple(weight.shape), (-1, -1)):
+    # Nothing to expand: another tensor object of the same weight.
+    same = tuple(size) == tuple(weight.shape)
+    if not same and (weight.view_as is not None or (n, k) not in (tuple(weight.shape[-2:]), (-1, -1))):
         raise NotImplementedError(f"{weight!r} cannot be expanded to {tuple(size)}")
     with torch.inference_mode(False):
-        stack = weight.expanded(tuple(lead)) if lead else weight.replace()
+        stack = weight.replace() if same else weight.each(lambda t: t.expand(*lead, *t.shape[-3:]))
     return _aliased(func, args, kwargs, stack)
 
 
 @implements([aten.view.default, aten._unsafe_view.default])
 def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """The same matrices under other leading dimensions, or their rows cut into other matrices.
-
-    Raises:
-        NotImplementedError: columns would be cut or joined.
-    """
+    """The same matrices under other leading dimensions, or their rows cut into other matrices; any other shape is
+    dense, with the same values."""
     weight, size = args
     # `matmul` expands a matrix over the batch and flattens that: the matrices of such a stack lie on top of each other.
     one_matrix = weight.qdata.stride()[:-3] == (0,) * (weight.dim() - 2)
@@ -79,9 +75,13 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         # A view must be a new tensor object even if nothing changes.
         if tuple(size) == tuple(weight.shape):
             return _aliased(func, args, kwargs, weight.replace())
-        if one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:]):
-            matrix = weight.expanded(())
-            same = matrix.expanded(tuple(size[:-2])) if len(size) > 2 else matrix
+        if weight.view_as is None and tuple(size[-2:]) == tuple(weight.shape[-2:]):
+            *lead, _, _ = size
+            if one_matrix and -1 not in lead:
+                same = weight.expanded(()).expanded(tuple(lead))
+            else:
+                # A copy of what was expanded, if the stack has no such view.
+                same = weight.each(lambda t: t.reshape(*lead, *t.shape[-3:]))
             return _aliased(func, args, kwargs, same)
         if weight.view_as is None and not weight.transposed and size[-1] == weight.in_features:
             return _aliased(func, args, kwargs, _restacked(weight, tuple(size)))
