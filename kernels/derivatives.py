@@ -5,6 +5,7 @@ tangent of zero, and `torch.func` would refuse it.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ def register_derivatives(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            setup_context(ctx, inputs[1:])
+            ctx.call, *arguments = inputs
+            setup_context(ctx, tuple(arguments))
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,7 +62,9 @@ def register_derivatives(
 
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
-            return tangent(ctx, *tangents)
+            # Nor does its tangent have one. Without this, forward mode in forward mode would miss a part.
+            with forward_ad._set_fwd_grad_enabled(ctx.call.forwards):
+                return tangent(ctx, *tangents)
 
     Derivatives.__name__ = f"{name}_derivatives"  # what a result's `grad_fn` is called
 
@@ -70,13 +74,14 @@ def register_derivatives(
             return result
 
     def differentiated(keys: Any, *arguments: Any) -> Tensor:
-        call = _Call(keys, torch.is_grad_enabled(), _C._is_fwd_grad_enabled())
-        if _C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
-                return Derivatives.apply(call, *arguments)
+        backwards, transformed = torch.is_grad_enabled(), _C._are_functorch_transforms_active()
+        needed = transformed or (backwards and _C._any_requires_grad(*arguments))
         # The level of dual numbers is −1 outside of all.
-        if (call.backwards and _C._any_requires_grad(*arguments)) or forward_ad._current_level >= 0:
-            return Derivatives.apply(call, *arguments)
-        return below(keys, *arguments)
+        if not needed and forward_ad._current_level < 0:
+            return below(keys, *arguments)
+        allowed = enable_single_level_autograd_function() if transformed else nullcontext()
+        with allowed:
+            call = _Call(keys, backwards, _C._is_fwd_grad_enabled())
+            return Derivatives.apply(call, *arguments)  # type: ignore[attr-defined]
 
     library.impl(name, differentiated, "Autograd", with_keyset=True)

@@ -221,10 +221,13 @@ dequantize = torch.ops.gptq_ao.dequantize.default
 
 for _operator in (linear, grouped_linear, grouped_linear_backward, dequantize):
 
-    @torch.library.register_vmap(_operator, lib=_library)
+    @torch.library.register_vmap(_operator._schema.name, lib=_library)
     def _(info: Any, dims: tuple[Any, ...], *arguments: Any, operator: Any = _operator) -> tuple[Tensor, int]:
         # x may have any dimensions in front. Of anything else that differs, one result is computed after the other.
         if operator is linear and all(d is None for d in dims[1:]):
             return operator(arguments[0].movedim(dims[0], 0), *arguments[1:]), 0
-        batch = ([a if d is None else a.select(d, i) for a, d in zip(arguments, dims)] for i in range(info.batch_size))
+        batch = (
+            [a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)]
+            for i in range(info.batch_size)
+        )
         return torch.stack([operator(*one) for one in batch]), 0
