@@ -16,6 +16,7 @@ from gptq_ao.codes.tiles import pack_codes, pack_scale_zero, pack_words, unpack_
 from gptq_ao.errors import ConfigError, NonFiniteError
 from gptq_ao.kernels import ops
 from gptq_ao.tensor.parameter import ParameterClass
+from gptq_ao.tensor.saved import check_parts
 from gptq_ao.tensor.values import on_values
 
 __all__ = ["GroupTensor"]
@@ -47,6 +48,17 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
     optional_tensor_data_names: ClassVar[list[str]] = ["high_plane", "perm"]
     # Operators of other libraries, which may be registered after this class: name → implementation.
     implemented_by_name: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # torchao gives every class its own, which fills in what older files lack.
+        restore = cls.__setstate__
+
+        def restore_and_check(self: "GroupTensor", state: Any) -> None:
+            restore(self, state)
+            check_parts(self)
+
+        cls.__setstate__ = restore_and_check
 
     qdata: Tensor
     scale_zero: Tensor

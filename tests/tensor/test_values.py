@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptq_ao.errors import CheckpointError
 from gptq_ao.tensor import GroupTensor
 from tests.tensor.test_tensor import BF16, CLASSES, FP16, K, N, linear_of, make, random, weight_of
 
@@ -244,6 +245,31 @@ def test_saved_and_loaded_by_torch(kind: str, bits: int) -> None:
         assert type(w) is type(weight)
         assert torch.equal(w.dequantize(), weight.dequantize())
     assert torch.equal(pickle.loads(pickle.dumps(weight)).dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"out_features": 4000},
+            r"a saved Int3GroupTensor\(.* is damaged: it has parts .*, and needs {'qdata'",
+        ),
+        ({"in_features": 64}, "is damaged"),
+        ({"group_size": 31}, "is damaged"),
+        ({"transposed": True}, "is damaged"),
+        ({"high_plane": None}, "is damaged"),
+        ({"qdata": torch.zeros(3, 1, 128)}, "is damaged"),
+        ({"perm": torch.zeros(K, dtype=torch.int32)}, "its perm is not a permutation"),
+    ],
+)
+def test_a_damaged_file_of_torch(change: dict[str, Any], message: str) -> None:
+    """Kernels go by these numbers, and would read beyond the parts."""
+    weight, file = make(bits=3, permuted=True), io.BytesIO()
+    weight.__dict__.update(change)
+    torch.save(weight, file)
+    file.seek(0)
+    with pytest.raises(CheckpointError, match=message):
+        torch.load(file)
 
 
 def test_memory() -> None:
