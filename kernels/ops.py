@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gptq_ao.kernels import cpu, cuda, cuda_experts, reference
+from gptq_ao.kernels.derivatives import register_derivatives
 from gptq_ao.kernels.packed import Packed
 
 __all__ = ["dequantize", "grouped_linear", "grouped_linear_backward", "kernel_name", "linear"]
@@ -153,44 +154,80 @@ def _(qdata: Tensor, *more: Any) -> Tensor:
     return qdata.new_empty(*qdata.shape[:-3], out_features, in_features, dtype=dtype)
 
 
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # x and the eight fields of `Packed`. A bias may follow, and is not needed for any gradient.
-    _, qdata, scale_zero, high_plane, perm, *ctx.numbers = inputs[:9]
-    ctx.save_for_backward(qdata, scale_zero, high_plane, perm)
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    # x and the eight fields of `Packed`. A bias or offsets may follow.
+    x, qdata, scale_zero, high_plane, perm, *ctx.numbers = inputs[:9]
+    ctx.count, ctx.rows = len(inputs), x.shape[:-1]
+    # A bias is not needed for any derivative. Offsets are, and they are integers.
+    offsets = [t for t in inputs[9:] if t is not None and not t.is_floating_point()]
+    ctx.save_for_backward(qdata, scale_zero, high_plane, perm, *offsets)
+    ctx.save_for_forward(qdata, scale_zero, high_plane, perm, *offsets)
 
 
-def _input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _weight(ctx: Any) -> tuple[Any, ...]:
+    """The fields of `Packed`, and what else was kept."""
+    return (*ctx.saved_tensors[:4], *ctx.numbers, *ctx.saved_tensors[4:])
+
+
+def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dX = dY·W, and the sum of dY's rows. Codes are integers: the weight itself has no gradient."""
-    needed = ctx.needs_input_grad  # as many as inputs were given: a bias is optional
+    needed = ctx.needs_input_grad[1:]
     dx = dbias = None
     if needed[0]:
-        dx = grad @ torch.ops.gptq_ao.dequantize(*ctx.saved_tensors, *ctx.numbers, grad.dtype)
+        dx = grad @ dequantize(*_weight(ctx), grad.dtype)
     if any(needed[9:]):
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (dx, *([None] * 8), dbias)[: len(needed)]
+    return (dx, *([None] * 8), dbias)[: ctx.count]
 
 
-torch.library.register_autograd("gptq_ao::linear", _input_gradient, setup_context=_save_weight, lib=_library)
+# The products are linear in x (and in the bias): a tangent takes the place of what it is the tangent of.
+def _linear_tangent(ctx: Any, x: Tensor | None, *more: Tensor | None) -> Tensor:
+    bias = more[8] if len(more) > 8 else None
+    if x is None:
+        assert bias is not None
+        return bias.expand(*ctx.rows, -1)
+    return linear(x, *_weight(ctx), bias)
 
 
-def _save_stack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, qdata, scale_zero, high_plane, perm, *ctx.numbers, offsets = inputs
-    ctx.save_for_backward(qdata, scale_zero, high_plane, perm, offsets)
+def _experts_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (grouped_linear_backward(grad, *_weight(ctx)), *([None] * 9))
 
 
-def _experts_input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *packed, offsets = ctx.saved_tensors
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = grouped_linear_backward(grad, *packed, *ctx.numbers, offsets)
-    return (dx, *([None] * 9))
+def _experts_tangent(ctx: Any, x: Tensor, *_: None) -> Tensor:
+    return grouped_linear(x, *_weight(ctx))
 
 
-torch.library.register_autograd(
-    "gptq_ao::grouped_linear", _experts_input_gradient, setup_context=_save_stack, lib=_library
-)
+# The gradient of a product is a linear map as well, and the product is that map's gradient.
+def _experts_gradient_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (grouped_linear(grad, *_weight(ctx)), *([None] * 9))
+
+
+def _experts_gradient_tangent(ctx: Any, grad: Tensor, *_: None) -> Tensor:
+    return grouped_linear_backward(grad, *_weight(ctx))
+
+
+for _name, _gradient, _tangent in (
+    ("linear", _linear_gradient, _linear_tangent),
+    ("grouped_linear", _experts_gradient, _experts_tangent),
+    ("grouped_linear_backward", _experts_gradient_gradient, _experts_gradient_tangent),
+):
+    register_derivatives(_library, _name, setup_context=_keep_weight, gradient=_gradient, tangent=_tangent)
+
 
 linear = torch.ops.gptq_ao.linear.default
 grouped_linear = torch.ops.gptq_ao.grouped_linear.default
 grouped_linear_backward = torch.ops.gptq_ao.grouped_linear_backward.default
 dequantize = torch.ops.gptq_ao.dequantize.default
+
+for _operator in (linear, grouped_linear, grouped_linear_backward, dequantize):
+
+    @torch.library.register_vmap(_operator._schema.name, lib=_library)
+    def _(info: Any, dims: tuple[Any, ...], *arguments: Any, operator: Any = _operator) -> tuple[Tensor, int]:
+        # x may have any dimensions in front. Of anything else that differs, one result is computed after the other.
+        if operator is linear and all(d is None for d in dims[1:]):
+            return operator(arguments[0].movedim(dims[0], 0), *arguments[1:]), 0
+        batch = (
+            [a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)]
+            for i in range(info.batch_size)
+        )
+        return torch.stack([operator(*one) for one in batch]), 0

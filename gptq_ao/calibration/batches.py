@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from gptq_ao.codes.reinterpret import reinterpret
 from gptq_ao.config import Calibration
 from gptq_ao.errors import CalibrationError
 
@@ -31,9 +32,9 @@ def digest(batches: Iterable[Batch]) -> str:
     hashed = hashlib.sha256()
     for batch in batches:
         for tensor in batch.tensors():
-            values = tensor.detach().cpu().contiguous().flatten()
+            values = tensor.detach().cpu().flatten()
             hashed.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-            hashed.update(values.view(torch.uint8).numpy().data)
+            hashed.update(reinterpret(values, torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 

@@ -10,6 +10,8 @@ matrix of words, with one row for each output feature.
 import torch
 from torch import Tensor
 
+from gptq_ao.codes.reinterpret import reinterpret
+
 __all__ = ["codes_to_words", "pack_bits", "unpack_bits", "word_count", "words_to_codes"]
 
 
@@ -26,7 +28,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     words = eights[..., :1].long()  # eight codes each, in the low `bits` bytes
     for i in range(1, 8):
         words |= eights[..., i : i + 1].long() << (bits * i)
-    return words.view(torch.uint8)[..., :bits].flatten(-2)[..., :size].contiguous()
+    return reinterpret(words, torch.uint8)[..., :bits].flatten(-2)[..., :size].contiguous()
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
@@ -35,7 +37,7 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
         place = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
         return (stream.unsqueeze(-1) >> place).bitwise_and_(2**bits - 1).flatten(-2)[..., :count]
     eights = _fill(stream, -(-count // 8) * bits).unflatten(-1, (-1, bits))
-    words = _fill(eights, 8).view(torch.int64)
+    words = reinterpret(_fill(eights, 8), torch.int64)
     codes = stream.new_empty(*eights.shape[:-1], 8)
     for i in range(8):
         codes[..., i : i + 1] = words >> (bits * i) & (2**bits - 1)
@@ -49,15 +51,14 @@ def word_count(codes: int, bits: int) -> int:
 
 def words_to_codes(words: Tensor, bits: int, count: int) -> Tensor:
     """int32 [R, W] to the first `count` codes of each row, uint8 [R, count]."""
-    return unpack_bits(words.contiguous().view(torch.uint8), bits, count)
+    return unpack_bits(reinterpret(words, torch.uint8), bits, count)
 
 
 def codes_to_words(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `words_to_codes`: uint8 [R, count] to int32 [R, word_count(count, bits)]."""
     stream = pack_bits(codes, bits)
     count = word_count(codes.shape[1], bits)
-    filled = torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[1]))
-    return filled.flatten().view(torch.int32).unflatten(0, (-1, count))  # flat: a single row may have any stride
+    return reinterpret(_fill(stream, 4 * count), torch.int32)
 
 
 def _fill(x: Tensor, size: int) -> Tensor:

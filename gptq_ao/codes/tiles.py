@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from gptq_ao.codes.bit_stream import unpack_bits
+from gptq_ao.codes.reinterpret import reinterpret
 
 __all__ = [
     "TILE_ROWS",
@@ -132,7 +133,7 @@ def pack_codes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 def pack_words(words: Tensor, bits: int, in_features: int) -> tuple[Tensor, Tensor | None]:
     """What `pack_codes` makes, of codes in the file layout: int32 [..., N, ⌈K·bits/32⌉], in any strides."""
     if bits not in _EXCHANGES:  # 3 bits: codes cross words
-        return pack_codes(unpack_bits(words.contiguous().view(torch.uint8), bits, in_features), bits)
+        return pack_codes(unpack_bits(reinterpret(words, torch.uint8), bits, in_features), bits)
     *lead, n, width = words.shape
     tile_rows, tile_cols = -(-n // TILE_ROWS), -(-in_features // tile_columns(bits))
     tiles = words.new_empty(torch.Size(lead).numel(), tile_rows, tile_cols, 8, 2, 2, 4)  # a lane is g, t // 2, t % 2
@@ -182,14 +183,14 @@ def _pack_plane(codes: Tensor, plane: Plane) -> Tensor:
     while bits < 8:  # the last factors, of two each, are places within a byte: what moves is bytes, not codes
         low, high = split.unbind(-1)
         split, bits = low | high << bits, 2 * bits
-    return split.flatten().view(torch.int32).view(*lead, tile_rows, tile_cols, -1)
+    return reinterpret(split.flatten(), torch.int32).view(*lead, tile_rows, tile_cols, -1)
 
 
 def _unpack_plane(words: Tensor, plane: Plane) -> Tensor:
     *lead, tile_rows, tile_cols, _ = words.shape
     # Byte by byte, a quarter of the traffic of whole words.
     place = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=words.device)
-    codes = (words.contiguous().view(torch.uint8).unsqueeze(-1) >> place).bitwise_and_(2**plane.bits - 1)
+    codes = (reinterpret(words, torch.uint8).unsqueeze(-1) >> place).bitwise_and_(2**plane.bits - 1)
     factors = (2, 8, *plane.columns)
     split = codes.reshape(-1, tile_rows, tile_cols, *(factors[axis] for axis in plane.order))
     inverse = sorted(range(len(plane.permutation)), key=plane.permutation.__getitem__)

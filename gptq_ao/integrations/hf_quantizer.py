@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gptq_ao.checkpoint.formats import FORMATS, QuantizedFiles, format_in, open_quantized
@@ -25,10 +26,11 @@ from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.landing import check_landing, keep_stored_dtypes, keep_untied
 from gptq_ao.model.state import state_names
+from gptq_ao.model.weights import ModelWeights
 from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["CheckpointConfig", "GptqAoConfig", "GptqAoQuantizer"]
+__all__ = ["CheckpointConfig", "GptqAoConfig", "GptqAoQuantizer", "TorchAoQuantizer"]
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -94,10 +96,18 @@ class GptqAoQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and getattr(self.quantization_config, "recipe", None) is None:
-            raise ConfigError("the model is not quantized: give quantization_config=GptqAoConfig(calibration=…)")
+            raise ConfigError(
+                f"the model is not quantized, and {type(self.quantization_config).__name__} does not say how to do it "
+                "here: give quantization_config=gptq_ao.GptqAoConfig(bits, group_size, calibration=…), whose settings "
+                "are those of gptq_config (docs/migrating.md has their names), with calibration="
+                "gptq_ao.data.text_batches(tokenizer, dataset)"
+            )
         # accelerate writes offloaded tensors as plain arrays, which a tensor subclass is not.
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ConfigError("quantized weights cannot be offloaded to the disk: leave 'disk' out of device_map")
+            raise ConfigError(
+                "quantized weights cannot be offloaded to the disk: give 'cpu' in place of 'disk' in device_map, or, "
+                "with 'auto', more memory to the host: max_memory={…, 'cpu': '64GB'}"
+            )
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -164,10 +174,7 @@ class GptqAoQuantizer(HfQuantizer):
         for parameter in model.parameters():
             if isinstance(parameter, GroupTensor):
                 parameter.requires_grad_(False)
-        # On saving, this class names and splits the tensors: transformers has nothing left to revert.
-        used = (_original(c) for c in getattr(model, "_weight_conversions", None) or ())
-        self._conversions = list({id(c): c for c in used if c is not None}.values())
-        model._weight_conversions = []
+        self.take_over(model)
         if self._files is not None:
             self._files.rounding.warn()
         # They hold the headers of all files.
@@ -177,11 +184,17 @@ class GptqAoQuantizer(HfQuantizer):
             quantize_(model, recipe)
             self.quantization_config.recipe = None  # and with it the data
 
+    def take_over(self, model: Any) -> None:
+        """On saving, this class names and splits the tensors: transformers has nothing left to revert."""
+        used = (_original(c) for c in getattr(model, "_weight_conversions", None) or ())
+        self._conversions = list({id(c): c for c in used if c is not None}.values())
+        model._weight_conversions = []
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the format that was loaded, or the native one."""
-        state = model.state_dict(keep_vars=True)
-        # Of tied parameters one name is written, as transformers does.
-        values = {first: state[first].detach() for first, *_ in state_names(model)}
+        # Of tied parameters one name is written, as transformers does; what is offloaded comes from where it is kept.
+        weights = ModelWeights(model)
+        values = {first: weights.get(first) for first, *_ in state_names(model)}
         settings = self.quantization_config.to_dict()
         # A model of a gptq checkpoint is saved as one, so that whatever reads the original reads this too.
         format = format_in(settings, type(model).__name__)
@@ -216,10 +229,23 @@ class GptqAoQuantizer(HfQuantizer):
             for name, parameter in list(module._parameters.items()):
                 if isinstance(parameter, GroupTensor):
                     dense = parameter.dequantize(wanted or parameter.dtype)
-                    module._parameters[name] = nn.Parameter(dense, requires_grad=False)
+                    module._parameters[name] = nn.Parameter(dense)  # trains, as what was never quantized does
         # The model is dense now: when it is saved, transformers itself reverts its conversions.
         model._weight_conversions = self._conversions
         return model
+
+
+class TorchAoQuantizer(TorchAoHfQuantizer):
+    """transformers' own for `TorchAoConfig(gptq_config(…))`, but for what it cannot write."""
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the native format, if there are weights of this package."""
+        if not any(isinstance(p, GroupTensor) for p in model.parameters()):
+            return super().get_state_dict_and_metadata(model)
+        # torchao's files have a fixed set of names for the parts of a weight. From now on the model is one of ours.
+        model.hf_quantizer = GptqAoQuantizer(CheckpointConfig({"quant_method": "gptq_ao"}), pre_quantized=True)
+        model.hf_quantizer.take_over(model)
+        return model.hf_quantizer.get_state_dict_and_metadata(model)
 
 
 class _Read(ConversionOps):

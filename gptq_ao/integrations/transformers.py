@@ -20,7 +20,8 @@ from gptq_ao.checkpoint.files.paths import check_weight_map
 from gptq_ao.checkpoint.formats import FORMATS, format_of
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
+from gptq_ao.integrations.given_config import merge_with
+from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer, TorchAoQuantizer
 from gptq_ao.model.architecture import model_class, read_config
 from gptq_ao.report import names_of
 
@@ -42,6 +43,11 @@ def register() -> None:
 
     Importing this module does that; importing gptq_ao imports it as soon as transformers' models are there.
     """
+    hub: Any = auto.AutoHfQuantizer
+    hub.merge_quantization_configs = staticmethod(
+        merge_with(hub.merge_quantization_configs, auto.AutoQuantizationConfig.from_dict)
+    )
+    auto.AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoQuantizer
     for format in FORMATS.values():
         # No loader of transformers is displaced.
         if not format.needs:

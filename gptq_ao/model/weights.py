@@ -91,8 +91,7 @@ class ModelWeights:
     def replace(self, name: str, new: Tensor) -> None:
         """See `Weights`. The new tensor is put on the device where the old one computes.
 
-        Accelerate cannot offload a tensor subclass. A quantized weight therefore stays, and with it what else the same
-        hook brought in: usually the bias.
+        It stays there, as it is small, and with it what else the same hook brought in: usually the bias.
         """
         for each in replace_parameter(self.model, name, new.to(self._execution_device(name))):
             module, hook, _ = _offloaded(self.model, each)

@@ -1,8 +1,10 @@
 """The classes of quantized weights, one for each number of bits."""
 
+import torch
+
 # First: torchao gives a subclass a copy of its base's table of operators at the moment the class is made. An operator
 # that is registered later would be missing in these four, which shows only under torch.compile.
-from gptq_ao.tensor import copies, products, views  # noqa: F401
+from gptq_ao.tensor import copies, methods, products, views  # noqa: F401
 from gptq_ao.tensor.group_tensor import GroupTensor
 
 __all__ = ["Int2GroupTensor", "Int3GroupTensor", "Int4GroupTensor", "Int8GroupTensor", "tensor_class"]
@@ -36,6 +38,10 @@ class Int8GroupTensor(GroupTensor):
 
     __module__ = ROOM
     bits = 8
+
+
+# So that `torch.load` reads them with `weights_only=True`, its default.
+torch.serialization.add_safe_globals([Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor])
 
 
 def tensor_class(bits: int) -> type[GroupTensor]:

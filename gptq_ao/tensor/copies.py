@@ -11,6 +11,8 @@ from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.tensor.group_tensor import GroupTensor
 from gptq_ao.tensor.table import aten, implements
 
+__all__ = ["kind_of"]
+
 _codes, _scale, _zero_point = GroupTensor.codes, attrgetter("scale"), attrgetter("zero_point")
 
 
@@ -106,11 +108,10 @@ def copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     # Converting codes to other bits or groups would be quantizing again: `copy_` only ever copies.
     if type(target) is not type(source) or _layout(target) != _layout(source):
         raise ValueError(
-            f"cannot copy {_kind(source)} into {target!r}: a quantized weight takes one of the same kind and groups"
+            f"cannot copy {kind_of(source)} into {target!r}: a quantized weight takes one of the same kind and groups"
         )
     # In place, tensor by tensor: whoever holds the inner tensors (a captured CUDA graph, a view) sees the new values.
-    for name in target.__tensor_flatten__()[0]:
-        inner = getattr(target, name)
+    for name, inner in target.parts().items():
         inner.copy_(getattr(source, name))
         if not inner.is_inference():
             # Below autograd nothing counts versions, by which a kernel knows that its converted weight is out of date.
@@ -124,5 +125,6 @@ def _layout(weight: GroupTensor) -> tuple[Any, ...]:
     return weight.shape, names, attributes
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Tensor) -> str:
+    """What a message calls it."""
     return repr(value) if isinstance(value, GroupTensor) else f"a {value.dtype} tensor {tuple(value.shape)}"

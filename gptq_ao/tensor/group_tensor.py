@@ -15,11 +15,14 @@ from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero, pack_words, unpack_codes, unpack_scale_zero
 from gptq_ao.errors import ConfigError, NonFiniteError
 from gptq_ao.kernels import ops
+from gptq_ao.tensor.parameter import ParameterClass
+from gptq_ao.tensor.saved import check_parts
+from gptq_ao.tensor.values import on_values
 
 __all__ = ["GroupTensor"]
 
 
-class GroupTensor(TorchAOBaseTensor):
+class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
     """The shared base: everything but the number of bits.
 
     Attributes:
@@ -45,6 +48,17 @@ class GroupTensor(TorchAOBaseTensor):
     optional_tensor_data_names: ClassVar[list[str]] = ["high_plane", "perm"]
     # Operators of other libraries, which may be registered after this class: name → implementation.
     implemented_by_name: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # torchao gives every class its own, which fills in what older files lack.
+        restore = cls.__setstate__
+
+        def restore_and_check(self: "GroupTensor", state: Any) -> None:
+            restore(self, state)
+            check_parts(self)
+
+        cls.__setstate__ = restore_and_check
 
     qdata: Tensor
     scale_zero: Tensor
@@ -230,6 +244,8 @@ class GroupTensor(TorchAOBaseTensor):
         by_name = cls.implemented_by_name.get(func._schema.name)
         if by_name is not None:
             return by_name(func, types, args, kwargs)
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            return on_values(GroupTensor, func, args, kwargs or {})
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def storage(self) -> NoReturn:
@@ -259,6 +275,15 @@ class GroupTensor(TorchAOBaseTensor):
         # The order of the constructor's parameters.
         names = [*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names]
         return type(self)(*(attributes.get(n, getattr(self, n)) for n in names))
+
+    def parts(self) -> dict[str, Tensor]:
+        """All inner tensors by name."""
+        return {n: getattr(self, n) for n in self.__tensor_flatten__()[0]}
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory. (`element_size()` is that of the dtype it pretends to be.)"""
+        return sum(part.nbytes for part in self.parts().values())
 
     def tiled(self) -> dict[str, Tensor]:
         """The inner tensors that have one part for each tile of rows, by name: all but `perm`."""

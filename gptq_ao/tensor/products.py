@@ -83,9 +83,8 @@ def addmm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         torch.conv_transpose3d,
     ]
 )
-@implements([aten.convolution.default, aten.baddbmm.default, aten.mv.default])
 def on_dense(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Operators that have no kernel for packed codes: the same operator on the weight they stand for."""
+    """Functions that have no kernel for packed codes: the same on the weight they stand for."""
     dense = torch.utils._pytree.tree_map_only(GroupTensor, lambda w: w.dequantize(), (args, kwargs or {}))
     return func(*dense[0], **dense[1])
 

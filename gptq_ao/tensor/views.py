@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.tensor.group_tensor import GroupTensor
 from gptq_ao.tensor.table import aten, implements
+from gptq_ao.tensor.values import on_values
 
 
 def _aliased(func: Any, args: Any, kwargs: Any, part: Tensor) -> Tensor:
@@ -23,11 +24,7 @@ def _aliased(func: Any, args: Any, kwargs: Any, part: Tensor) -> Tensor:
 
 @implements([aten.t.default, aten.transpose.int, aten.permute.default])
 def transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """[..., N, K] as [..., K, N], or the other way round.
-
-    Raises:
-        NotImplementedError: other dimensions would move.
-    """
+    """[..., N, K] as [..., K, N], or the other way round; dense, if other dimensions move."""
     weight = args[0]
     d = weight.dim()
     # All three operators as one list of axes; `t` takes none, it is the transpose of dimensions 0 and 1.
@@ -39,7 +36,7 @@ def transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         axes[i], axes[j] = axes[j], axes[i]
     identity = list(range(d))
     if axes not in (identity, [*identity[:-2], d - 1, d - 2]):
-        raise NotImplementedError(f"{weight!r}: only the last two dimensions can be exchanged, got {axes}")
+        return on_values(GroupTensor, func, args, kwargs)
     with torch.inference_mode(False):  # a view of an ordinary tensor is an ordinary tensor, also under inference_mode
         # The codes stay where they are; a flag says which way they are read.
         flipped = weight.replace(transposed=weight.transposed != (axes != identity))
@@ -48,30 +45,23 @@ def transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 @implements([aten.expand.default])
 def expand(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """A matrix [N, K] as a stack [..., N, K] of equal ones.
-
-    Raises:
-        NotImplementedError: it is a stack already, or the matrix itself would grow.
-    """
-    weight, size = args
-    *lead, n, k = size
-    if tuple(size) == tuple(weight.shape):
-        # Nothing to expand: another tensor object of the same weight.
-        lead = []
-    elif weight.dim() != 2 or (n, k) not in (tuple(weight.shape), (-1, -1)):
-        raise NotImplementedError(f"{weight!r} cannot be expanded to {tuple(size)}")
+    """A matrix [N, K], or a stack of them, as a stack [..., N, K] in which equal ones lie on top of each other; dense,
+    if the matrix itself grows."""
+    weight, size = args[:2]
+    lead, last = size[:-2], tuple(size[-2:])
+    # Nothing to expand: another tensor object of the same weight.
+    same = tuple(size) == tuple(weight.shape)
+    if not same and (weight.view_as is not None or last not in (tuple(weight.shape[-2:]), (-1, -1))):
+        return on_values(GroupTensor, func, args, kwargs)
     with torch.inference_mode(False):
-        stack = weight.expanded(tuple(lead)) if lead else weight.replace()
+        stack = weight.replace() if same else weight.each(lambda t: t.expand(*lead, *t.shape[-3:]))
     return _aliased(func, args, kwargs, stack)
 
 
 @implements([aten.view.default, aten._unsafe_view.default])
 def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """The same matrices under other leading dimensions, or their rows cut into other matrices.
-
-    Raises:
-        NotImplementedError: columns would be cut or joined.
-    """
+    """The same matrices under other leading dimensions, or their rows cut into other matrices; any other shape is
+    dense, with the same values."""
     weight, size = args
     # `matmul` expands a matrix over the batch and flattens that: the matrices of such a stack lie on top of each other.
     one_matrix = weight.qdata.stride()[:-3] == (0,) * (weight.dim() - 2)
@@ -79,13 +69,18 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         # A view must be a new tensor object even if nothing changes.
         if tuple(size) == tuple(weight.shape):
             return _aliased(func, args, kwargs, weight.replace())
-        if one_matrix and tuple(size[-2:]) == tuple(weight.shape[-2:]):
-            matrix = weight.expanded(())
-            same = matrix.expanded(tuple(size[:-2])) if len(size) > 2 else matrix
+        if weight.view_as is None and tuple(size[-2:]) == tuple(weight.shape[-2:]):
+            *lead, _, _ = size
+            if one_matrix and -1 not in lead:
+                same = weight.expanded(()).expanded(tuple(lead))
+            else:
+                # A copy of what was expanded, if the stack has no such view.
+                same = weight.each(lambda t: t.reshape(*lead, *t.shape[-3:]))
             return _aliased(func, args, kwargs, same)
         if weight.view_as is None and not weight.transposed and size[-1] == weight.in_features:
             return _aliased(func, args, kwargs, _restacked(weight, tuple(size)))
-    raise NotImplementedError(f"{weight!r} cannot be viewed as {tuple(size)}: packed codes have no other shape")
+    # Not `view`: the dense weight of a transposed one is not contiguous.
+    return weight.dequantize().reshape(size)
 
 
 def _restacked(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
@@ -172,15 +167,11 @@ def select(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 @implements([aten.squeeze.default, aten.squeeze.dim])
 def squeeze(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """The weight without leading dimensions of size 1, or without one of them.
-
-    Raises:
-        NotImplementedError: a dimension of the matrix would go.
-    """
+    """The weight without leading dimensions of size 1, or without one of them; dense, if one of the matrix goes."""
     weight, *given = args
     dims = [d % weight.dim() for d in given] or [d for d in range(weight.dim()) if weight.shape[d] == 1]
     if weight.view_as is not None or any(d > weight.dim() - 3 for d in dims):
-        raise NotImplementedError(f"{weight!r}: only dimensions in front of the matrices' can be removed, not {dims}")
+        return on_values(GroupTensor, func, args, kwargs)
     # From the last one on: removing a dimension would renumber those behind it.
     for dim in sorted(dims, reverse=True):
         # A dimension of another size stays, as `torch.squeeze` leaves it.

@@ -365,23 +365,6 @@ def test_view_made_under_inference_mode_can_be_trained_through() -> None:
     check(gradient, weight.dequantize().double().sum(0).expand(5, K), weight.dequantize().double().abs().sum(0))
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (
-            lambda w: w.transpose(0, 1),
-            r"Int4GroupTensor\(shape=\(3, 40, 96\).*: only the last two dimensions can be ex",
-        ),
-        (lambda w: w.transpose(-1, 0), r"only the last two dimensions can be exchanged, got \[2, 1, 0\]"),
-        (lambda w: w.permute(2, 0, 1), r"only the last two dimensions can be exchanged, got \[2, 0, 1\]"),
-    ],
-    ids=["transpose(0,1)", "transpose(-1,0)", "permute(2,0,1)"],
-)
-def test_unsupported_views_of_a_stack(function: Callable[[Tensor], Tensor], message: str) -> None:
-    with pytest.raises(NotImplementedError, match=message):
-        function(make(3, N, K))
-
-
 def test_linear_with_a_stack() -> None:
     message = r"linear: x \(3, 5, 96\) and weight \(3, 40, 96\) do not fit"
     with pytest.raises(ValueError, match=message):
@@ -400,25 +383,6 @@ def test_linear_of_a_quantized_input() -> None:
         F.linear(make(), random(5, K))
     with pytest.raises(NotImplementedError, match=r"linear takes a quantized weight only, got \('Tensor', 'Int4Group"):
         F.linear(random(5, K), make(), make(1, N, group=N))
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (
-            lambda w: w.view(-1),
-            r"Int4GroupTensor\(shape=\(40, 96\).* cannot be viewed as \(-1,\): packed codes have no oth",
-        ),
-        (lambda w: w.view(8, 480), r"cannot be viewed as \(8, 480\)"),
-        (lambda w: w.expand(2, 40, 97), r"Int4GroupTensor\(shape=\(40, 96\).* cannot be expanded to \(2, 40, 97\)"),
-        (lambda w: w + 1, r"Int4GroupTensor dispatch: attempting to run unimplemented operator.*aten\.add"),
-        (torch.isnan, r"Int4GroupTensor dispatch: attempting to run unimplemented operator.*aten\.isnan"),
-    ],
-    ids=["view(-1)", "view(8,480)", "expand", "add", "isnan"],
-)
-def test_unsupported_functions(function: Callable[[Tensor], Tensor], message: str) -> None:
-    with pytest.raises(NotImplementedError, match=message):
-        function(make())
 
 
 @every_bits

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptq_ao.checkpoint.native.manifest import DTYPES, QuantizedEntry
 from gptq_ao.codes.bit_stream import pack_bits
+from gptq_ao.codes.reinterpret import reinterpret
 from gptq_ao.errors import CheckpointError, ConfigError, NonFiniteError
 from gptq_ao.tensor import GroupTensor, tensor_class
 
@@ -65,4 +66,4 @@ def _words(stream: Tensor) -> Tensor:
     # A row of bytes need not fill its last word; what is added is zero, as in a stream of words. Bytes are little-
     # endian.
     rest = -stream.shape[-1] % 4
-    return (torch.nn.functional.pad(stream, (0, rest)) if rest else stream).view(torch.int32)
+    return reinterpret(torch.nn.functional.pad(stream, (0, rest)) if rest else stream, torch.int32)

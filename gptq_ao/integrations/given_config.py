@@ -1,0 +1,63 @@
+"""A `quantization_config` that is given to `from_pretrained` for a checkpoint which has one: whether the two agree.
+
+Programs give a GPTQConfig to choose kernels of other libraries. That is no reason not to load; another number of bits
+is. transformers itself compares the names of the two classes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gptq_ao.errors import ConfigError
+from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig
+
+__all__ = ["merge_with"]
+
+SETTINGS = ("bits", "group_size", "sym", "desc_act")  # of both, if they have them: what the files hold
+
+
+def merge_with(merge: Callable[..., Any], parse: Callable[[Any], Any]) -> Callable[..., Any]:
+    """In place of transformers' `AutoHfQuantizer.merge_quantization_configs`, for checkpoints that this package loads.
+
+    Args:
+        merge: transformers' own.
+        parse: makes a config of a checkpoint's dict.
+
+    The result raises a ConfigError if the given config contradicts the checkpoint's.
+    """
+
+    def merged(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if quantization_config_from_args is not None:
+            stored = parse(quantization_config) if isinstance(quantization_config, dict) else quantization_config
+            if isinstance(stored, CheckpointConfig):
+                _check(stored.content, quantization_config_from_args)
+                return stored
+        return merge(quantization_config, quantization_config_from_args)
+
+    return merged
+
+
+def _check(stored: Mapping[str, Any], given: Any) -> None:
+    name = type(given).__name__
+    if isinstance(given, GptqAoConfig):
+        raise ConfigError(
+            f"the checkpoint is quantized already (quant_method {stored['quant_method']!r}): leave quantization_config "
+            "out to load it, or quantize the original model"
+        )
+    settings = given if isinstance(given, dict) else vars(given)
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method", stored["quant_method"]))
+    differ = {"quant_method": (method, stored["quant_method"])} if method != stored["quant_method"] else {}
+    # What nobody has chosen contradicts nothing.
+    defaults = {} if isinstance(given, dict) else inspect.signature(type(given).__init__).parameters
+    for key in SETTINGS:
+        default = getattr(defaults.get(key), "default", None)
+        if key in settings and key in stored and settings[key] not in (stored[key], default):
+            differ[key] = (settings[key], stored[key])
+    if settings.get("dequantize"):
+        raise ConfigError(f"{name}(dequantize=True): leave quantization_config out, and call model.dequantize()")
+    if differ:
+        text = ", ".join(f"{key} {ours!r}, the files {theirs!r}" for key, (ours, theirs) in differ.items())
+        raise ConfigError(
+            f"the {name} that is given contradicts the checkpoint, which is quantized already: it says {text}. Leave "
+            "quantization_config out: what the files hold decides"
+        )
