@@ -80,7 +80,8 @@ def _kind(directory: Path, config: Any, trust_remote_code: bool) -> Any:
     if not (isinstance(kind, type) and hasattr(kind, "_from_config")):
         raise CheckpointError(
             f"{directory / 'config.json'} names the architecture {names}, which transformers "
-            f"{transformers.__version__} does not have: build the model and call load_quantized(model, directory)"
+            f"{transformers.__version__} does not have (code in a checkpoint is never run unless you trust it): build "
+            "the model and call load_quantized(model, directory)"
         )
     return kind
 
