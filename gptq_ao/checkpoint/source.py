@@ -141,10 +141,13 @@ def source_of(
     if ours:
         # For a config that names no dtype: the dtype of the first floating-point tensor.
         floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
-        model = empty_model(directory, dtype, otherwise=next(floating, None), trust_remote_code=trust_remote_code)
-        if (directory / "generation_config.json").is_file():
-            # Saved with the model again; a model built from its config does not have it.
-            model.generation_config = type(model.generation_config).from_pretrained(str(directory))
+        model = empty_model(
+            directory,
+            dtype,
+            otherwise=next(floating, None),
+            shapes=[t.shape for t in stored.values()],
+            trust_remote_code=trust_remote_code,
+        )
         _keep_fp32(model)
     conversions, unknown = _conversions(model, stored)
     # Such a bias belongs to no parameter, and changes nothing.

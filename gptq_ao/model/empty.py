@@ -1,7 +1,8 @@
 """A Hugging Face model as an empty frame: every module, no weight in memory."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from gptq_ao.errors import CheckpointError
+from gptq_ao.model.limits import Limits, check_counts
 
 __all__ = ["empty_model"]
 
@@ -19,17 +21,19 @@ def empty_model(
     dtype: torch.dtype | None = None,
     *,
     otherwise: torch.dtype | None = None,
+    shapes: Iterable[Sequence[int]] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model that `config.json` describes, parameters on the meta device, buffers computed. In eval mode.
 
     Args:
         dtype: that of the parameters; None: what the config says, or `otherwise` if it says nothing.
+        shapes: those of the tensors in the files, which bound what is built.
         trust_remote_code: whether code in the directory may be run.
 
     Raises:
-        CheckpointError: there is no config, or it names a model that transformers does not have and whose code is not
-            to be run.
+        CheckpointError: there is no config; it names a model that transformers does not have and whose code is not to
+            be run; or it describes one that cannot be built, or is larger than can be.
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(
@@ -38,7 +42,8 @@ def empty_model(
         )
     config = _config(directory, trust_remote_code)
     kind = _kind(directory, config, trust_remote_code)
-    with _parameters_on_meta():
+    where = directory / "config.json"
+    with _cannot(f"{kind.__name__} cannot be built from {where}"), _parameters_on_meta(Limits(shapes, where)):
         model: Any = kind._from_config(config, dtype=dtype or config.dtype or otherwise)
     if (directory / "generation_config.json").is_file() and getattr(model, "generation_config", None) is not None:
         # A model built from its config does not have it, and it is saved with the model again.
@@ -50,15 +55,27 @@ def empty_model(
 def _config(directory: Path, trust_remote_code: bool) -> Any:
     import transformers
 
+    path = directory / "config.json"
+    with _cannot(f"transformers {transformers.__version__} cannot read {path}"):
+        check_counts(json.loads(path.read_text(encoding="utf-8")), path)
+        try:
+            return transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+        except ValueError as e:
+            if "trust_remote_code" in str(e):
+                raise CheckpointError(_needs_code(directory)) from e
+            raise
+
+
+@contextlib.contextmanager
+def _cannot(what: str) -> Iterator[None]:
+    """Whatever transformers, torch or Python say of a wrong number, in one error."""
     try:
-        return transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        if "trust_remote_code" in str(e):
-            raise CheckpointError(_needs_code(directory)) from e
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise CheckpointError(
-            f"transformers {transformers.__version__} cannot read {directory / 'config.json'}: {first}"
-        ) from e
+        yield
+    except (CheckpointError, ImportError):
+        raise  # a package that is missing is no defect of the checkpoint
+    except Exception as e:
+        lines = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])
+        raise CheckpointError(f"{what}: {type(e).__name__}: {lines}") from e
 
 
 def _kind(directory: Path, config: Any, trust_remote_code: bool) -> Any:
@@ -94,7 +111,7 @@ def _needs_code(directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(limits: Limits) -> Iterator[None]:
     """Parameters that modules create meanwhile take no memory. Buffers do: some are computed, not loaded."""
     # Not `torch.device("meta")`, which would also take the buffers: rotary frequencies are in no file, they must be
     # computed.
@@ -102,10 +119,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
+        limits.count_parameter()
         # Each parameter's memory is freed as soon as it is registered, so the model never takes more than one of them.
         if parameter is not None and parameter.device.type != "meta":
             empty = torch.empty_like(parameter, device="meta")
             module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
-    with patch.object(nn.Module, "register_parameter", register_on_meta):
+    with patch.object(nn.Module, "register_parameter", register_on_meta), limits:
         yield
