@@ -163,7 +163,7 @@ def test_errors_are_one_message_and_a_status(
         (("quantize", TINY, out, "--method", "rtn", "--group-size", "100"), "group_size does not divide"),
         (("inspect", TINY), "has no gptq_ao.json"),
         (("convert", "gone", out, "--format", "gptq"), "gone is not a directory: download the model first"),
-        (("convert", TINY, out, "--format", "gptq"), "has no gptq_ao.json"),
+        (("convert", TINY, out, "--format", "gptq"), "is not quantized"),
         (("quantize", TINY, out, "--group-sizes", "1"), "--group-size"),
     ]
     for arguments, message in cases:

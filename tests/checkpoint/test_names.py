@@ -38,8 +38,8 @@ def test_parameters_named_like_parts(
     alone: bool, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaders: None
 ) -> None:
     parts = sorted({part for f in FORMATS.values() for part in f.parts})
-    # One by one, and all but the codes, which are what a weight is recognized by.
-    for more in [(part,) for part in parts] if alone else [tuple(p for p in parts if p not in CODES)]:
+    # A weight is recognized by its codes and something beside them.
+    for more in [(part,) for part in sorted(CODES)] if alone else [tuple(p for p in parts if p not in CODES)]:
         monkeypatch.setattr(WithMore, "more", more)
         model = WithMore(tiny_llama().config).eval()
         quantize_(model, gptq_config(bits=4, group_size=32, method="rtn"))
