@@ -30,7 +30,7 @@ def in_a_folder_like_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     # Whatever is neither run here nor listed must not be written as a snippet.
-    assert {kind for kind, _ in blocks} <= {"python", "console", "bash"}
+    assert {kind for kind, _ in blocks} <= {"python", "console", "bash", "yaml"}
     namespace: dict[str, object] = {"__name__": "snippet"}
     for kind, body in blocks:
         if kind == "python":

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gptq_ao.checkpoint.files.find import find_checkpoint
 from gptq_ao.checkpoint.formats import DENSE, format_of, target_format
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.checkpoint.save import save_quantized
@@ -13,7 +14,8 @@ __all__ = ["convert_checkpoint"]
 def convert_checkpoint(
     source: Path, out: Path, format: str, *, report: Report | None = None, trust_remote_code: bool = False
 ) -> str:
-    """Read the directory `source` and write the directory `out`, with all files that are not weights.
+    """Read `source`, a directory or the id of a model on the hub, and write the directory `out`, with all files that
+    are not weights.
 
     Args:
         format: name of the new format, as `save_quantized` takes it.
@@ -28,7 +30,8 @@ def convert_checkpoint(
         ConfigError: there is no such format.
     """
     target_format(format)  # before a model is loaded in vain
-    found = format_of(source)
-    model = load_quantized(source, trust_remote_code=trust_remote_code)
+    directory = find_checkpoint(source, code=trust_remote_code, whole=True)
+    found = format_of(directory)
+    model = load_quantized(directory, trust_remote_code=trust_remote_code)
     save_quantized(model, out, format=format, report=report)
     return DENSE if found is None else found.name

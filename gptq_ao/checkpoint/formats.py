@@ -103,11 +103,10 @@ def open_quantized(directory: Path) -> QuantizedFiles:
         raise CheckpointError(f"{directory} is not a quantized checkpoint: its config.json has no quantization_config")
     format = format_in(config, directory)
     stored, rounding = stored_tensors(directory), Rounding()
-    # What is not named as a part of a quantized weight.
-    dense = {name: t for name, t in stored.items() if name.rpartition(".")[2] not in format.parts}
+    dense = {name: t for name, t in stored.items() if not _is_part(name, stored, format)}
     weights: dict[str, QuantizedWeight] = {}
     try:
-        for weight in format.read(config, stored, rounding):
+        for weight in format.read(config, {name: t for name, t in stored.items() if name not in dense}, rounding):
             if weight.name in dense or weight.name in weights:
                 raise CheckpointError(f"{weight.name!r} is there twice, dense and quantized")
             weights[weight.name] = weight
@@ -118,3 +117,12 @@ def open_quantized(directory: Path) -> QuantizedFiles:
             f"{directory} says that it is quantized with {format.quant_method!r}, and has no quantized weight"
         )
     return QuantizedFiles(format, weights, dense, rounding)
+
+
+def _is_part(name: str, stored: Mapping[str, StoredTensor], format: Format) -> bool:
+    """Whether it is a part of a quantized weight. A parameter of the model may be called like one ("scale")."""
+    prefix, _, part = name.rpartition(".")
+    if part not in format.parts:
+        return False
+    codes, *others = (f"{prefix}.{p}" in stored for p in format.parts)
+    return codes and any(others)

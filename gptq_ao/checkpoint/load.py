@@ -64,7 +64,8 @@ def load_quantized(
         )
         return filled if model is None else model
     manifest = read_manifest(path)
-    model = empty_model(path, trust_remote_code=trust_remote_code) if model is None else model
+    if model is None:
+        model = empty_model(path, shapes=manifest.shapes, trust_remote_code=trust_remote_code)
     inside = model if set(model.state_dict()) == manifest.names else unwrapped(model)
     _check_fits(inside, manifest, path)
     loaded = _load(path, manifest, torch.device(device))

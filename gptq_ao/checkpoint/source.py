@@ -145,7 +145,13 @@ def source_of(
     if ours:
         # For a config that names no dtype: the dtype of the first floating-point tensor.
         floating = (t.dtype for t in stored.values() if t.dtype.is_floating_point)
-        model = empty_model(directory, dtype, otherwise=next(floating, None), trust_remote_code=trust_remote_code)
+        model = empty_model(
+            directory,
+            dtype,
+            otherwise=next(floating, None),
+            shapes=[t.shape for t in stored.values()],
+            trust_remote_code=trust_remote_code,
+        )
         _keep_fp32(model)
     conversions, unknown = _conversions(model, stored)
     ignored, unexpected = _divide(model, unknown)

@@ -14,14 +14,16 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="IN", help="A quantized chec
 
 def inspect(path: Checkpoint, as_json: AsJson = False) -> None:
     """What a quantized checkpoint holds. Reads its configs and headers, no weight."""
-    from gptq_ao.checkpoint.files.paths import MANIFEST
-    from gptq_ao.checkpoint.formats import format_of
+    from gptq_ao.checkpoint.files.directory import check_quantized, has_manifest
+    from gptq_ao.checkpoint.files.find import find_checkpoint
 
-    # A native checkpoint has a manifest, which says more than the other formats can.
-    if path.is_dir() and not (path / MANIFEST).is_file() and format_of(path) is not None:
-        _inspect_foreign(path, as_json)
+    directory = find_checkpoint(path)
+    # A manifest says more than the other formats can.
+    if has_manifest(directory):
+        _inspect_native(directory, as_json)
     else:
-        _inspect_native(path, as_json)
+        check_quantized(directory)
+        _inspect_foreign(directory, as_json)
 
 
 def _inspect_native(path: Path, as_json: bool) -> None:

@@ -66,8 +66,12 @@ def plan(
 
     limits, place = limits_of(request.limits), device_of(request.device)
     # bf16 where the config names no dtype: without the files nothing else says what is stored.
-    trusted = {"trust_remote_code": request.trust_remote_code}
-    frame = empty_model(config_directory(model), dtype_of(request.dtype), otherwise=torch.bfloat16, **trusted)
+    frame = empty_model(
+        config_directory(model),
+        dtype_of(request.dtype),
+        otherwise=torch.bfloat16,
+        trust_remote_code=request.trust_remote_code,
+    )
     config = request.config
     if config.method == "gptq":
         # Only shapes count for a plan, so no text is read and no tokenizer loaded.

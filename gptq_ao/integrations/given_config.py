@@ -1,9 +1,11 @@
-"""A `quantization_config` that is given to `from_pretrained` for a checkpoint which has one: whether the two agree.
+"""Which `quantization_config` counts in `from_pretrained`: that of the checkpoint, under whatever name, if the one that
+is given agrees with it.
 
 Programs give a GPTQConfig to choose kernels of other libraries. That is no reason not to load; another number of bits
 is. transformers itself compares the names of the two classes.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from gptq_ao.errors import ConfigError
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig
 
-__all__ = ["merge_with"]
+__all__ = ["merge_with", "with_old_key"]
 
 SETTINGS = ("bits", "group_size", "sym", "desc_act")  # of both, if they have them: what the files hold
 
@@ -35,6 +37,25 @@ def merge_with(merge: Callable[..., Any], parse: Callable[[Any], Any]) -> Callab
         return merge(quantization_config, quantization_config_from_args)
 
     return merged
+
+
+def with_old_key(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of transformers' `get_hf_quantizer`: early versions of compressed-tensors wrote `compression_config`,
+    which transformers does not look at. It would take the quantized weights for missing ones, and go on with random
+    numbers.
+
+    Args:
+        choose: transformers' own, whose first argument is the model's config.
+    """
+
+    @functools.wraps(choose)
+    def chosen(config: Any, *args: Any, **kwargs: Any) -> Any:
+        old = getattr(config, "compression_config", None)
+        if isinstance(old, dict) and getattr(config, "quantization_config", None) is None:
+            config.quantization_config = {"quant_method": "compressed-tensors", **old}
+        return choose(config, *args, **kwargs)
+
+    return chosen
 
 
 def _check(stored: Mapping[str, Any], given: Any) -> None:

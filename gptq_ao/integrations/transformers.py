@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import modeling_utils
 from transformers.quantizers import auto
 
 from gptq_ao.checkpoint.files.find import find_checkpoint
@@ -20,7 +21,7 @@ from gptq_ao.checkpoint.files.paths import check_weight_map
 from gptq_ao.checkpoint.formats import FORMATS, format_of
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.integrations.given_config import merge_with
+from gptq_ao.integrations.given_config import merge_with, with_old_key
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer, TorchAoQuantizer
 from gptq_ao.model.architecture import model_class, read_config
 from gptq_ao.report import names_of
@@ -47,6 +48,7 @@ def register() -> None:
     hub.merge_quantization_configs = staticmethod(
         merge_with(hub.merge_quantization_configs, auto.AutoQuantizationConfig.from_dict)
     )
+    modeling_utils.get_hf_quantizer = with_old_key(modeling_utils.get_hf_quantizer)
     auto.AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoQuantizer
     for format in FORMATS.values():
         # No loader of transformers is displaced.

@@ -1,11 +1,15 @@
 """Which class a model is of, by the word of its config.json."""
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gptq_ao.errors import CheckpointError
+from gptq_ao.model.limits import check_counts
 
-__all__ = ["model_class", "read_config"]
+__all__ = ["model_class", "read_config", "refused"]
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -25,13 +29,26 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
             f"{directory} has no config.json, so the model cannot be built from it: build it yourself and call "
             "load_quantized(model, directory)"
         )
+    with refused(f"transformers {transformers.__version__} cannot read {path}"):
+        check_counts(json.loads(path.read_text(encoding="utf-8")), path)
+        try:
+            return transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+        except ValueError as e:
+            if "trust_remote_code" in str(e):
+                raise CheckpointError(_needs_code(directory)) from e
+            raise
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Whatever transformers, torch or Python say of a wrong number, in one error."""
     try:
-        return transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        if "trust_remote_code" in str(e):
-            raise CheckpointError(_needs_code(directory)) from e
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise CheckpointError(f"transformers {transformers.__version__} cannot read {path}: {first}") from e
+        yield
+    except (CheckpointError, ImportError):
+        raise  # a package that is missing is no defect of the checkpoint
+    except Exception as e:
+        lines = " ".join(line.strip() for line in str(e).strip().splitlines()[:2])
+        raise CheckpointError(f"{what}: {type(e).__name__}: {lines}") from e
 
 
 def model_class(config: Any, directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -56,7 +73,8 @@ def model_class(config: Any, directory: Path, *, trust_remote_code: bool = False
     if not (isinstance(kind, type) and hasattr(kind, "_from_config")):
         raise CheckpointError(
             f"{directory / 'config.json'} names the architecture {names}, which transformers "
-            f"{transformers.__version__} does not have: build the model and call load_quantized(model, directory)"
+            f"{transformers.__version__} does not have (code in a checkpoint is never run unless you trust it): build "
+            "the model and call load_quantized(model, directory)"
         )
     return kind
 

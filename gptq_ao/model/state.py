@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.weights import ModelWeights, is_offloaded, value_in_memory
@@ -38,8 +37,9 @@ def state_names(model: nn.Module) -> list[list[str]]:
 def _place(tensor: Tensor) -> Any:
     """Equal for two tensors that show the same elements of the same memory. Tied parameters may be two objects
     (`a.data = b.data`), and parameters in the same memory need not be tied (parts of a larger one)."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, attributes = tensor.__tensor_flatten__()
+    made_of: Any = getattr(tensor, "__tensor_flatten__", None)  # of a subclass that wraps other tensors
+    if made_of is not None:
+        names, attributes = made_of()
         return type(tensor), repr(attributes), tuple(_place(getattr(tensor, name)) for name in names)
     # Its storage by identity, not by address: on meta there is none. Python objects for one storage come and go.
     storage = tensor.untyped_storage()._cdata

@@ -1,15 +1,20 @@
 """compressed-tensors' pack-quantized: every number exactly, at all widths it has."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from gptq_ao import load_quantized, save_quantized
 from gptq_ao.checkpoint.compressed_tensors.read import Scheme, compressed_schemes
 from gptq_ao.checkpoint.compressed_tensors.tensors import decode_compressed, encode_compressed
 from gptq_ao.errors import CheckpointError
 
+from .test_directories import assert_same_weights, quantized
 from .writers import compressed_tensors, dense, meant
 
 
@@ -77,6 +82,41 @@ def test_schemes() -> None:
     assert compressed_schemes(mixed) == [Scheme(4, True, 32)]
 
 
+# What versions from 0.5 to 0.20 write of nothing more than packed weights: changes of the config, of its scheme.
+SPARSE_IN_NAME = {"format": "dense", "global_sparsity": 0.14, "ignore": [], "sparsity_structure": "unstructured"}
+SPARSE_IN_NAME |= {"registry_requires_subclass": False, "targets": []}
+WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense sparsity": ({"sparsity_config": SPARSE_IN_NAME}, {}),
+    "empty sparsity": ({"sparsity_config": {}, "moe_sparsity_config": None}, {}),
+    "frozen": ({"quantization_status": "frozen"}, {}),
+    "calibration": ({"quantization_status": "calibration"}, {}),
+    "no status": ({"quantization_status": None}, {}),
+    "version": ({"version": "0.9.2.a20250101", "global_compression_ratio": 1.8, "kv_cache_scheme": None}, {}),
+    "no transforms": ({"transform_config": {"config_groups": {}}, "ignore": None}, {}),
+    "no format": ({"format": None}, {}),
+    "unknown": ({"of_tomorrow": None, "more": {}}, {"of_tomorrow": None}),
+    "nulls": ({}, {"symmetric": None, "strategy": None, "type": None, "observer_kwargs": {}, "block_structure": None}),
+    "old observer": ({}, {"observer": "minmax", "actorder": "weight", "dynamic": False, "zp_dtype": None}),
+}
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("case", WRITTEN)
+def test_configs_of_all_versions_are_read(case: str, key: str, tmp_path: Path, loaders: None) -> None:
+    save_quantized(quantized(), tmp_path / "a", format="compressed-tensors")
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    found = content.pop("quantization_config")
+    change, scheme_change = WRITTEN[case]
+    for scheme in found["config_groups"].values():
+        scheme["weights"] |= scheme_change
+        scheme |= {"input_activations": None, "output_activations": {}}
+    if key == "compression_config":
+        del found["quant_method"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps({**content, key: {**found, **change}}))
+    for load in (load_quantized, AutoModelForCausalLM.from_pretrained):
+        assert assert_same_weights(quantized(), load(tmp_path / "a")) == 14
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"format": "int-quantized"}, r"of the format 'int-quantized' cannot be read, only 'pack-quantized'"),
     "mixed": ({"format": "mixed-precision"}, r"of the format 'mixed-precision'"),
@@ -91,7 +131,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "float": (config(type="float"), r"weights of 4 bits, type 'float'"),
     "bits": (config(num_bits=16), r"weights of 16 bits"),
     "strategy": (config(strategy="block"), r"the strategy 'block' with group_size 32"),
-    "status": ({"quantization_status": "frozen"}, r"is 'frozen', only 'compressed'"),
+    "tensor": (config(strategy=None, group_size=None), r"the strategy 'tensor' with group_size None"),
+    "status": ({"quantization_status": "initialized"}, r"is 'initialized', only 'compressed', 'frozen', 'calibration'"),
+    "sparse": (
+        {"sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}},
+        r"has a sparsity_config of the format 'sparse-24-bitmask': it is more than quantized weights",
+    ),
+    "unnamed sparsity": ({"sparsity_config": {"sparsity_structure": "2:4"}}, r"has a sparsity_config: it is more"),
+    "rotations": ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, r"has a transform_config"),
 }
 
 

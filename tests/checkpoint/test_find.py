@@ -72,7 +72,7 @@ def test_what_there_is_none_of(tmp_path: Path) -> None:
     save_quantized(quantized(), tmp_path / "a")
     hub_cache(tmp_path / "hub", "org/name", (COMMIT, tmp_path / "a"))
     (tmp_path / "empty").mkdir()
-    for source, options, message in (
+    cases: list[tuple[str | Path, dict[str, Any], str]] = [
         (tmp_path / "nothing", {}, "nothing does not exist: give a directory, or the id of a model on the hub"),
         ("./nothing", {}, "does not exist"),
         (tmp_path / "a" / "config.json", {}, r"config.json is a file: give the directory that it is in"),
@@ -83,7 +83,8 @@ def test_what_there_is_none_of(tmp_path: Path) -> None:
         ("org/name", {"revision": "v9"}, "the hub that can be read at revision 'v9': "),
         ("org/name", {"subfolder": "b"}, "org/name has no folder 'b'"),
         (tmp_path / "empty", {}, r"empty has no gptq_ao\.json: not a checkpoint of gptq_ao, or one whose writing"),
-    ):
+    ]
+    for source, options, message in cases:
         with pytest.raises(CheckpointError, match=message):
             load_quantized(source, cache_dir=tmp_path / "hub", **options)
 

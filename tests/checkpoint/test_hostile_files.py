@@ -98,7 +98,11 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "ct-inf": ("compressed-tensors", put(f"{Q}.weight_scale", lambda t: t.fill_(float("inf"))), r"is not finite"),
     "native-missing": ("native", lambda t: t.pop(f"{Q}.weight.scale"), r"tensor '.*weight.scale' is missing"),
     "native-shape": ("native", put(f"{Q}.weight.codes", lambda t: t[:-1]), r"tensor '.*codes' is .*config.json says"),
-    "native-unknown": ("native", lambda t: t.update({"a.codes": torch.zeros(2)}), r"'a.codes' belongs to no weight"),
+    "native-unknown": (
+        "native",
+        lambda t: t.update({"a.codes": torch.zeros(2)}),
+        r"it has 'a.codes', which the model does not",
+    ),
     "native-zero-point": ("native", put(f"{Q}.weight.zero_point", lambda t: t.fill_(16)), r"zero_point reach 16, 4"),
 }
 

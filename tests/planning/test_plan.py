@@ -341,7 +341,7 @@ def test_errors_of_the_command(
     monkeypatch.setattr(sys, "argv", ["gptq-ao", "plan", TINY, *arguments])
     with pytest.raises(SystemExit) as e:
         cli.main()
-    assert e.value.code == 1
+    assert e.value.code == 2
     assert message.replace("\\", "") in capsys.readouterr().err
 
 

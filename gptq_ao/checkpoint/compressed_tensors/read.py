@@ -21,6 +21,9 @@ __all__ = ["COMPRESSED_PARTS", "Scheme", "compressed_schemes", "compressed_weigh
 
 COMPRESSED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _FORMAT = "pack-quantized"
+_DENSE = "dense"  # the sparse format that is none
+# Observers may still be attached to the model, or its weights have been what they are in files: packed all the same.
+_DONE = ("compressed", "frozen", "calibration")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -42,17 +45,24 @@ def compressed_schemes(config: Mapping[str, Any]) -> list[Scheme]:
     if not isinstance(schemes, dict) or not schemes:
         raise CheckpointError("the config is damaged: it has no 'config_groups'")
     inner = [s.get("format") for s in schemes.values() if isinstance(s, dict)]
-    # The config as a whole may name no format, or a mixture, if each of its schemes says what it is.
-    allowed = [_FORMAT, "mixed-precision", None] if all(f == _FORMAT for f in inner) else [_FORMAT]
+    # The config as a whole may name no format, or a mixture, if each of its schemes says what it is. Without any, the
+    # tensors have to show it.
+    allowed = [_FORMAT, "mixed-precision", None] if all(f == _FORMAT for f in inner) else [_FORMAT, None]
     odd = [f for f in inner if f not in (_FORMAT, None)] + [f for f in [config.get("format")] if f not in allowed]
     if odd:
         raise CheckpointError(f"compressed-tensors of the format {odd[0]!r} cannot be read, only {_FORMAT!r}")
-    # With one of these the stored weights alone do not give the model's outputs.
+    # With one of these the stored weights alone do not give the model's outputs. Versions differ in how they write that
+    # there is none.
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
-        if config.get(key):
-            raise CheckpointError(f"the checkpoint has a {key}: it is more than quantized weights, and cannot be read")
-    if config.get("quantization_status", "compressed") != "compressed":
-        raise CheckpointError(f"the checkpoint is {config['quantization_status']!r}, only 'compressed' can be read")
+        value = config.get(key)
+        if not _is_empty(value) and not (isinstance(value, dict) and value.get("format") == _DENSE):
+            what = f" of the format {value['format']!r}" if isinstance(value, dict) and value.get("format") else ""
+            raise CheckpointError(
+                f"the checkpoint has a {key}{what}: it is more than quantized weights, and cannot be read"
+            )
+    status = config.get("quantization_status")
+    if status not in (*_DONE, None):
+        raise CheckpointError(f"the checkpoint is {status!r}, only {', '.join(map(repr, _DONE))} can be read")
     return [_scheme(name, scheme) for name, scheme in schemes.items()]
 
 
@@ -79,22 +89,30 @@ def compressed_weights(
         yield PackedWeight(f"{module}.weight", bits, group_size, (n, k), scale.dtype, parts, decode, rounding)
 
 
+def _is_empty(value: Any) -> bool:
+    """None, or nothing but containers of it."""
+    return not value or (isinstance(value, dict) and all(map(_is_empty, value.values())))
+
+
 def _scheme(name: str, scheme: Any) -> Scheme:
     weights = scheme.get("weights") if isinstance(scheme, dict) else None
     if not isinstance(weights, dict):
         raise CheckpointError(f"the config is damaged: config group {name!r} has no 'weights'")
     for key in ("input_activations", "output_activations"):
-        if scheme.get(key):
+        if not _is_empty(scheme.get(key)):
             raise CheckpointError(f"config group {name!r} quantizes activations ({key}): only weights can be read")
-    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-    if weights.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8:
-        raise CheckpointError(f"config group {name!r} has weights of {bits!r} bits, type {weights.get('type')!r}: only "
+    # What is null or left out has the library's default.
+    given = {key: value for key, value in weights.items() if value is not None}
+    bits, size, sym = given.get("num_bits", 8), given.get("group_size"), given.get("symmetric", True) is True
+    strategy = given.get("strategy", "tensor" if size is None else "group")
+    if given.get("type", "int") != "int" or type(bits) is not int or not 2 <= bits <= 8:
+        raise CheckpointError(f"config group {name!r} has weights of {bits!r} bits, type {given.get('type')!r}: only "
                               "integers of 2 to 8 bits can be read")  # fmt: skip
     if strategy == "group" and type(size) is int and size > 0:
-        return Scheme(bits, weights.get("symmetric", True) is True, size)
+        return Scheme(bits, sym, size)
     # Two spellings of one scale per row.
     if strategy == "channel" or (strategy == "group" and size == -1):
-        return Scheme(bits, weights.get("symmetric", True) is True, None)
+        return Scheme(bits, sym, None)
     raise CheckpointError(f"config group {name!r} has the strategy {strategy!r} with group_size {size!r}: only groups "
                           "and channels can be read")  # fmt: skip
 

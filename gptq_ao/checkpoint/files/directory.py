@@ -12,6 +12,7 @@ __all__ = ["check_quantized", "has_manifest", "quantization_config", "read_json"
 
 # So that a hostile file cannot fill the host's memory.
 MAX_JSON_BYTES = 256 * 2**20
+_KEYS = ("quantization_config", "compression_config")  # the second in early versions of compressed-tensors
 _SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where GPTQ's settings were before config.json had them
 
 
@@ -55,11 +56,12 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / "config.json"
     content = read_json(path) if path.is_file() else {}
-    found = content.get("quantization_config")
-    if found is None and isinstance(content.get("text_config"), dict):
-        found = content["text_config"].get("quantization_config")
+    parts = [content, *(p for p in [content.get("text_config")] if isinstance(p, dict))]
+    found = next((p[key] for p in parts for key in _KEYS if p.get(key) is not None), None)
     if found is not None and not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: its quantization_config is a {type(found).__name__}")
+    if found is not None and "compression_config" in content:
+        found = {"quant_method": "compressed-tensors", **found}
     for name in _SIDE_CONFIGS:
         if not (directory / name).is_file():
             continue
@@ -104,8 +106,7 @@ def _pickles(directory: Path) -> str:
     if any(directory.glob("*.safetensors")):
         return ""
     found = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in directory.glob(f"*.{suffix}"))
-    what = f". Its weights are in {found[0]}, a pickle, which can run code: convert it to safetensors"
-    return what if found else ""
+    return f". Its weights are in {found[0]}, a pickle, which can run code: convert it to safetensors" if found else ""
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -98,8 +98,14 @@ class ShardWriter:
         self._headers: dict[int, dict[str, StoredTensor]] = {}  # of the shards that were read again
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors on the CPU, name → tensor; the caller must not change them any more."""
+        """Take over tensors on the CPU, name → tensor; the caller must not change them any more.
+
+        Raises:
+            CheckpointError: there is one of that name already.
+        """
         for name, tensor in tensors.items():
+            if name in self._pending or name in self._placed:
+                raise CheckpointError(f"two tensors would be called {name!r}: the model has a parameter of that name")
             # A tensor larger than the limit gets a shard of its own.
             if self._pending and self._size + tensor.nbytes > self.limit:
                 self._flush()

@@ -124,6 +124,11 @@ class Manifest:
         """All that a model has."""
         return {*self.quantized, *self.dense, *self.tied}
 
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Of all parameters and buffers."""
+        return [e.parameter_shape for e in self.quantized.values()] + [shape for _, shape in self.dense.values()]
+
 
 def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
     """An entry as the file has it."""

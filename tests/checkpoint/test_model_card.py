@@ -1,0 +1,71 @@
+"""The model card tells to load the model with a class that builds it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from torch import nn
+
+from gptq_ao import gptq_config, quantize_, save_quantized
+from gptq_ao.checkpoint.model_card import model_card
+
+from .test_directories import SMALL
+from .test_model_config import llava, t5
+
+LLAMA = {**SMALL, "num_hidden_layers": 1}
+BERT: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 96}
+BERT |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+WHISPER: dict[str, Any] = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+WHISPER |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 96}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+
+MODELS: dict[str, tuple[Any, str]] = {
+    "LlamaForCausalLM": (transformers.LlamaConfig(**LLAMA), "AutoModelForCausalLM"),
+    "LlamaForSequenceClassification": (transformers.LlamaConfig(**LLAMA), "AutoModelForSequenceClassification"),
+    "LlamaForTokenClassification": (transformers.LlamaConfig(**LLAMA), "AutoModelForTokenClassification"),
+    "LlamaModel": (transformers.LlamaConfig(**LLAMA), "AutoModel"),
+    "BertModel": (transformers.BertConfig(**BERT), "AutoModel"),
+    "BertForMaskedLM": (transformers.BertConfig(**BERT), "AutoModelForMaskedLM"),
+    "BertForPreTraining": (transformers.BertConfig(**BERT), "AutoModelForPreTraining"),
+    "BertForQuestionAnswering": (transformers.BertConfig(**BERT), "AutoModelForQuestionAnswering"),
+    "WhisperForConditionalGeneration": (transformers.WhisperConfig(**WHISPER), "AutoModelForSpeechSeq2Seq"),
+}
+
+
+def loading(card: str) -> str:
+    return card.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_class_builds_the_model(name: str, tmp_path: Path) -> None:
+    config, auto = MODELS[name]
+    model = getattr(transformers, name)(config).eval()
+    quantize_(model, gptq_config(bits=4, group_size=32, method="rtn"))
+    save_quantized(model, tmp_path / "a", format="native")
+    code = loading((tmp_path / "a" / "README.md").read_text())
+    assert f"model = {auto}.from_pretrained(" in code
+    # As it is written there.
+    names: dict[str, Any] = {}
+    exec(code.replace("THIS_REPOSITORY", str(tmp_path / "a")), names)
+    assert type(names["model"]) is type(model)
+
+
+@pytest.mark.parametrize(("make", "auto"), [(lambda: llava(tied=True), "ImageTextToText"), (t5, "Seq2SeqLM")])
+def test_other_kinds(make: Any, auto: str) -> None:
+    assert f"\nmodel = AutoModelFor{auto}.from_pretrained(" in model_card(make(), None, [])
+
+
+def test_a_class_that_no_auto_class_builds() -> None:
+    class Mine(transformers.LlamaForCausalLM):
+        pass
+
+    model = Mine(transformers.LlamaConfig(**LLAMA))
+    assert f"from {__name__} import Mine\n\nmodel = Mine.from_pretrained(" in model_card(model, None, [])
+    model.config.auto_map = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.Mine"}
+    code = loading(model_card(model, None, []))
+    assert "from transformers import AutoModelForCausalLM" in code
+    assert 'AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)' in code
+    encoder = transformers.T5EncoderModel(t5().config)
+    assert isinstance(encoder, nn.Module)
+    assert "AutoModelForTextEncoding" in loading(model_card(encoder, None, []))
