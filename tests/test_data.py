@@ -179,7 +179,10 @@ def data_sets(column: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", data_sets("text"))
+KINDS = ("Dataset", "with_format", "streamed", "DatasetDict", "data frame", "series", "dicts", "generator")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_data_sets_in_memory(kind: str) -> None:
     assert read_documents(data_sets("text")[kind]) == ["one", "two"]
     assert read_documents(data_sets("body")[kind], column="body") == ["one", "two"]

@@ -72,6 +72,30 @@ def test_to_the_disk_as_dense_weights(way: str, tmp_path: Path) -> None:
     assert torch.equal(found, logits(quantized()))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["cpu_offload", "dispatch_model", "device_map", "auto"])
+@pytest.mark.parametrize("format", ["native", "gptq", "compressed-tensors"])
+def test_spilling_over_from_a_gpu(format: str, way: str, tmp_path: Path) -> None:
+    """A model that does not fit on the GPU computes there all the same, layer by layer."""
+    save_quantized(quantized(), tmp_path / "a", format=format)
+    whole: Any = load_quantized(tmp_path / "a", device="cuda").to("cuda")
+    places = dict.fromkeys(PLACES, 0) | {"model.layers.1": "cpu"}
+    load = AutoModelForCausalLM.from_pretrained
+    if way == "cpu_offload":
+        model = accelerate.cpu_offload(load(tmp_path / "a"), execution_device="cuda:0")
+    elif way == "dispatch_model":
+        model = accelerate.dispatch_model(load(tmp_path / "a"), places)
+    elif way == "device_map":
+        model = load(tmp_path / "a", device_map=places)
+    else:
+        model = load(tmp_path / "a", device_map="auto", max_memory={0: 80_000, "cpu": "1GiB"})
+        assert {"cpu", 0} <= set(model.hf_device_map.values())
+    ids = IDS.cuda()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(ids).logits.cuda(), whole(ids).logits)
+
+
 class Tied(nn.Module):
     """Two layers with one weight, among others."""
 

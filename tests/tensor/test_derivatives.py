@@ -172,3 +172,37 @@ def test_a_saved_program_has_them_too() -> None:
     module, x, v = linear_of(make()), random(5, K), random(5, K, seed=5)
     program = torch.export.export(module, (x,)).module()
     same(dual(program, x, v), v @ module.weight.dequantize().T)
+
+
+def near(actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """A handful of roundings to `dtype`, of numbers about as large as the largest."""
+    largest = exact.detach().abs().max().item()
+    assert largest > 1e-3
+    torch.testing.assert_close(actual.float().cpu(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps * largest)
+
+
+@pytest.mark.gpu
+@every_transform
+@pytest.mark.parametrize("permuted", [False, True], ids=["", "perm"])
+@pytest.mark.parametrize("bits", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_of_kernels(dtype: torch.dtype, bits: int, permuted: bool, transform: str) -> None:
+    weight = make(256, 512, bits=bits, permuted=permuted, dtype=dtype)
+    # Small, so that the sine is not of numbers whose rounding is a whole turn.
+    x, v = ((random(5, 512, seed=i) / 256).to(dtype) for i in (1, 2))
+    placed, dense, apply = weight.cuda(), weight.dequantize().float(), TRANSFORMS[transform]
+    exact = apply(lambda t: F.linear(t, dense), x.float(), v.float())
+    near(apply(lambda t: F.linear(t, placed), x.cuda(), v.cuda()), exact, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vjp", "forward over backward", "autograd twice"])
+@pytest.mark.parametrize("name", experts.FUNCTIONS)
+def test_experts_of_kernels(name: str, transform: str) -> None:
+    weight, x = experts.stack(True), experts.rows() / 256
+    v, dense, apply = random(*x.shape, seed=5) / 256, weight.dequantize(), TRANSFORMS[transform]
+    expert = torch.bucketize(torch.arange(len(x)), experts.OFFSETS, right=True)
+    exact = apply(lambda rows: torch.einsum("rk,rkn->rn", rows, dense[expert]), x, v)
+    placed, offsets = weight.to(torch.bfloat16).cuda(), experts.OFFSETS.cuda()
+    function = experts.FUNCTIONS[name]
+    near(apply(lambda t: function(t, placed, offsets), x.bfloat16().cuda(), v.bfloat16().cuda()), exact, torch.bfloat16)
