@@ -139,9 +139,9 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "binary": (("quantize", "MODEL", "OUT", "--config", "BINARY"), "cannot be read: "),
     "eval-gone": (("eval", "no/such-model", "--data", "FILE"), "'no/such-model' has no tokenizer"),
     "plan-gone": (("plan", "no/such-model"), "'no/such-model' is neither a directory"),
-    "inspect-file": (("inspect", "FILE"), "FILE"),
-    "convert-file": (("convert", "FILE", "OUT", "--format", "gptq"), "is not a directory"),
-    "convert-dense": (("convert", "MODEL", "OUT", "--format", "gptq"), ""),
+    "inspect-file": (("inspect", "FILE"), "is a file: give the directory"),
+    "convert-file": (("convert", "FILE", "OUT", "--format", "gptq"), "is a file: give the directory"),
+    "convert-dense": (("convert", "MODEL", "OUT", "--format", "gptq"), "is not quantized: load it with"),
 }
 
 
