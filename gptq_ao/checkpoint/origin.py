@@ -54,6 +54,11 @@ class Origin:
         """Of all that comes along."""
         return sum(t.nbytes for t in self.ignored.values()) + sum(f.stat().st_size for f in self.files.values())
 
+    @property
+    def matrices(self) -> list[str]:
+        """Those tensors that are saved as they are and could be taken for weights that are quantized."""
+        return [name for name, t in self.ignored.items() if len(t.shape) == 2]
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of what is saved as it is, one at a time, dense (if a checkpoint has it quantized, its
         settings are those of that checkpoint)."""

@@ -41,7 +41,7 @@ def write_foreign(
     """
     exported = format.export(model, _values(model))
     if origin is not None:
-        exported = exported.and_plain(matrix for matrix in origin.ignored if len(origin.ignored[matrix].shape) == 2)
+        exported = exported.and_plain(origin.matrices)
     # Raises if the format cannot hold a weight, so it comes before anything is written.
     config = format.config(exported)
     weights = [(w.bits, w.group_size) for w in exported.quantized.values()]

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gptq_ao.checkpoint.formats import FORMATS, QuantizedFiles, format_in, open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
+from gptq_ao.checkpoint.origin import origin_of
 from gptq_ao.checkpoint.source import Source, source_of
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.errors import CheckpointError, ConfigError
@@ -128,8 +129,7 @@ class GptqAoQuantizer(HfQuantizer):
         keep_untied(self._source)
         # transformers would otherwise warn of codes and zero points that it has not used: it is told to read the scales
         # only.
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, self._files.format.others}
+        model._keys_to_ignore_on_load_unexpected |= {self._files.format.others}
 
     def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, made
@@ -175,8 +175,8 @@ class GptqAoQuantizer(HfQuantizer):
         return float(param.element_size())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if "_keys_to_ignore_on_load_unexpected" in vars(model):
-            del model._keys_to_ignore_on_load_unexpected
+        if self._files is not None:
+            model._keys_to_ignore_on_load_unexpected -= {self._files.format.others}
         for parameter in model.parameters():
             if isinstance(parameter, GroupTensor):
                 parameter.requires_grad_(False)
@@ -213,7 +213,12 @@ class GptqAoQuantizer(HfQuantizer):
             exported = format.export(model, values)
         finally:
             model._weight_conversions = []
+        origin = origin_of(model)
+        if origin is not None:
+            exported = exported.and_plain(origin.matrices)
         content, tensors = format.config(exported), dict(format.tensors(exported, model.dtype))
+        if origin is not None:
+            tensors |= dict(origin.tensors())
         model.config.quantization_config = self.quantization_config = CheckpointConfig(content)
         return tensors, {}
 

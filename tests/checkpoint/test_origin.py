@@ -109,7 +109,9 @@ def test_tensors_that_the_class_ignores_come_along(family: str, mode: str, tmp_p
     ids = torch.arange(8)[None]
     if mode != "dense":
         assert torch.equal(load_quantized(tmp_path / "b")(ids).logits, loaded(ids).logits)
-        # Nor lost on the way into another format.
+        # Nor lost when transformers saves it again, nor on the way into another format.
+        loaded.save_pretrained(tmp_path / "d")
+        assert {name for name in tensors(tmp_path / "d") if name in more} == set(more)
         convert_checkpoint(tmp_path / "b", tmp_path / "c", "dense")
         assert {name for name in tensors(tmp_path / "c") if name in more} == set(more)
 
