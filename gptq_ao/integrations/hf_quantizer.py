@@ -93,6 +93,7 @@ class GptqAoQuantizer(HfQuantizer):
         self.quantization_config: Any = quantization_config
         self._files: QuantizedFiles | None = None
         self._source: Source | None = None
+        self._ignored: Any = None  # what the model ignores of a checkpoint, by its own word
         self._conversions: list[Any] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -124,12 +125,14 @@ class GptqAoQuantizer(HfQuantizer):
             keep_stored_dtypes(directory, self._files, model)
             # Not strict: a new head that the checkpoint lacks is for transformers to initialize and report.
             self._source = source_of(directory, self._files.tensors, model, strict=False)
+        if Path(model.config._name_or_path).is_dir():
+            model.config._name_or_path = str(directory)  # with `subfolder`
         check_landing(directory, self._files, self._source)
         keep_untied(self._source)
         # transformers would otherwise warn of codes and zero points that it has not used: it is told to read the scales
         # only.
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, self._files.format.others}
+        self._ignored = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), self._files.format.others}
 
     def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, made
@@ -175,8 +178,8 @@ class GptqAoQuantizer(HfQuantizer):
         return float(param.element_size())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if "_keys_to_ignore_on_load_unexpected" in vars(model):
-            del model._keys_to_ignore_on_load_unexpected
+        if self._files is not None:
+            model._keys_to_ignore_on_load_unexpected = self._ignored
         for parameter in model.parameters():
             if isinstance(parameter, GroupTensor):
                 parameter.requires_grad_(False)
