@@ -103,6 +103,20 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("quantize", "FILE", "OUT", "--method", "rtn"),
         "is a file: give the directory that it is in",
     ),
+    **{
+        f"{command}-{what}": ((command, source, *more), message)
+        for command, *more in (
+            ("quantize", "OUT", "--method", "rtn"),
+            ("plan",),
+            ("eval", "--data", "FILE"),
+            ("inspect",),
+        )
+        for what, source, message in (
+            ("file", "FILE", "is a file: give the directory that it is in"),
+            ("path-gone", "/no/such", "/no/such does not exist: give a directory, or the id of a model on the hub"),
+            ("long-name", "x" * 5000, "xxx"),
+        )
+    },
     "no-config": (("quantize", "EMPTY", "OUT", "--method", "rtn"), "has no config.json"),
     "out-in-use": (("quantize", "MODEL", "MODEL", "--method", "rtn"), "exists and is not empty"),
     "out-is-a-file": (("quantize", "MODEL", "FILE", "--method", "rtn"), "exists and is not empty"),
@@ -140,7 +154,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "eval-gone": (("eval", "no/such-model", "--data", "FILE"), "'no/such-model' has no tokenizer"),
     "plan-gone": (("plan", "no/such-model"), "'no/such-model' is neither a directory"),
     "inspect-file": (("inspect", "FILE"), "FILE"),
-    "convert-file": (("convert", "FILE", "OUT", "--format", "gptq"), "is not a directory"),
+    "convert-file": (("convert", "FILE", "OUT", "--format", "gptq"), "is a file: give the directory that it is in"),
     "convert-dense": (("convert", "MODEL", "OUT", "--format", "gptq"), ""),
 }
 
