@@ -45,11 +45,13 @@ def text_batches(
 
     Raises:
         CalibrationError: the source cannot be read, holds something that is not text, or less than one chunk.
-        ConfigError: a number is less than 1.
+        ConfigError: a number is less than 1, or the seed is too large.
     """
     for name, value in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}: give a number, 1 or more")
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed is {seed!r}: give a number of at most 64 bits")
     chunks = token_chunks(tokenizer, read_documents(source, split=split, column=column), seq_len)
     # A generator of its own, on the CPU: the same seed draws the same chunks anywhere.
     order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))[:num_samples]

@@ -159,8 +159,8 @@ def test_errors_are_one_message_and_a_status(
         (("quantize", TINY, out, "--calibration", "gone.jsonl"), "error: there is no file 'gone.jsonl'"),
         (("quantize", str(tmp_path), out, "--method", "rtn"), "has no config.json"),
         (("quantize", TINY, out, "--method", "rtn", "--group-size", "100"), "group_size does not divide"),
-        (("inspect", TINY), "has no gptq_ao.json"),
-        (("convert", "gone", out, "--format", "gptq"), "gone is not a directory: download the model first"),
+        (("inspect", TINY), "is not quantized: load it with"),
+        (("convert", "gone", out, "--format", "gptq"), "'gone' is neither a directory here, nor a model of the hub"),
         (("convert", TINY, out, "--format", "gptq"), "is not quantized: load it with"),
         (("quantize", TINY, out, "--group-sizes", "1"), "--group-size"),
     ]
