@@ -93,7 +93,6 @@ class GptqAoQuantizer(HfQuantizer):
         self.quantization_config: Any = quantization_config
         self._files: QuantizedFiles | None = None
         self._source: Source | None = None
-        self._ignored: Any = None  # what the model ignores of a checkpoint, by its own word
         self._conversions: list[Any] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -131,8 +130,7 @@ class GptqAoQuantizer(HfQuantizer):
         keep_untied(self._source)
         # transformers would otherwise warn of codes and zero points that it has not used: it is told to read the scales
         # only.
-        self._ignored = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), self._files.format.others}
+        model._keys_to_ignore_on_load_unexpected |= {self._files.format.others}
 
     def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, made
@@ -179,7 +177,7 @@ class GptqAoQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._files is not None:
-            model._keys_to_ignore_on_load_unexpected = self._ignored
+            model._keys_to_ignore_on_load_unexpected -= {self._files.format.others}
         for parameter in model.parameters():
             if isinstance(parameter, GroupTensor):
                 parameter.requires_grad_(False)

@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
             ("inspect",),
         )
         for what, source, message in (
-            ("file", "FILE", "is a file: give the directory that it is in"),
+            ("is-a-file", "FILE", "is a file: give the directory that it is in"),
             ("path-gone", "/no/such", "/no/such does not exist: give a directory, or the id of a model on the hub"),
             ("long-name", "x" * 5000, "xxx"),
         )
@@ -159,9 +159,9 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "binary": (("quantize", "MODEL", "OUT", "--config", "BINARY"), "cannot be read: "),
     "eval-gone": (("eval", "no/such-model", "--data", "FILE"), "'no/such-model' has no tokenizer"),
     "plan-gone": (("plan", "no/such-model"), "'no/such-model' is neither a directory"),
-    "inspect-file": (("inspect", "FILE"), "FILE"),
-    "convert-file": (("convert", "FILE", "OUT", "--format", "gptq"), "is a file: give the directory that it is in"),
-    "convert-dense": (("convert", "MODEL", "OUT", "--format", "gptq"), ""),
+    "inspect-file": (("inspect", "FILE"), "is a file: give the directory"),
+    "convert-file": (("convert", "FILE", "OUT", "--format", "gptq"), "is a file: give the directory"),
+    "convert-dense": (("convert", "MODEL", "OUT", "--format", "gptq"), "is not quantized: load it with"),
 }
 
 
