@@ -6,6 +6,7 @@ position is wasted or masked.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,13 @@ def text_batches(
 
     Raises:
         CalibrationError: the source cannot be read, holds something that is not text, or less than one chunk.
-        ConfigError: a number is less than 1.
+        ConfigError: a number is less than 1, or the seed is too large.
     """
     for name, value in (("num_samples", num_samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}: give a number, 1 or more")
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed is {seed!r}: give a number of at most 64 bits")
     chunks = token_chunks(tokenizer, read_documents(source, split=split, column=column), seq_len)
     # A generator of its own, on the CPU: the same seed draws the same chunks anywhere.
     order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))[:num_samples]
@@ -85,7 +88,7 @@ def read_documents(source: Source, *, split: str = "train", column: str = "text"
     """The documents of a source that `text_batches` takes."""
     if not isinstance(source, str | Path):
         documents = _texts(_rows(source, split, column), column, _name(source))
-    elif Path(source).is_file():
+    elif os.path.isfile(source):
         documents = _read_file(Path(source), column)
     # A mistyped file name must not be looked up as a dataset on the hub.
     elif Path(source).suffix in _READERS:
@@ -104,6 +107,10 @@ def _strings(documents: Iterable[Any], name: str) -> Iterator[str]:
             raise CalibrationError(
                 f"{name}: document {number}, counting from 0, is {what}, not a string: leave such documents out"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:  # half of a pair, such as "\\ud83d" in JSON
+            raise CalibrationError(f"{name}: document {number}, counting from 0, is no text: {e}") from e
         yield text
 
 
@@ -122,7 +129,7 @@ def _read_file(path: Path, column: str) -> list[Any]:
 
 
 def _jsonl(path: Path, column: str) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
@@ -132,14 +139,14 @@ def _jsonl(path: Path, column: str) -> Iterator[Any]:
 
 
 def _json(path: Path, column: str) -> Iterator[Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
     # An object either has a list of texts under the name of the column, or is a single record.
     content = content.get(column, [content]) if isinstance(content, dict) else content
     yield from content if isinstance(content, list) else [content]
 
 
 def _txt(path: Path, column: str) -> Iterator[Any]:
-    yield path.read_text(encoding="utf-8")
+    yield path.read_text(encoding="utf-8-sig")
 
 
 def _parquet(path: Path, column: str) -> Iterator[Any]:

@@ -166,7 +166,8 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 def _weight(ctx: Any) -> tuple[Any, ...]:
     """The fields of `Packed`, and what else was kept."""
-    return (*ctx.saved_tensors[:4], *ctx.numbers, *ctx.saved_tensors[4:])
+    saved = ctx.saved_tensors  # asked for once: `torch.utils.checkpoint` gives it once
+    return (*saved[:4], *ctx.numbers, *saved[4:])
 
 
 def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -123,13 +123,34 @@ def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("a.jsonl", "", r"holds no document"),
         ("a.csv", "x", r"cannot read .csv, give .jsonl, .json, .txt, .parquet"),
         ("a.parquet", "not parquet", r"a.parquet cannot be read: "),
+        (
+            "a.jsonl",
+            '{"text": "one"}\n{"text": "\\ud83d"}',
+            r"a.jsonl': document 1, counting from 0, is no text: .*ud83d",
+        ),
     ],
-    ids=["cut-off", "no-column", "number", "null", "json-null", "json-list", "empty", "suffix", "no-parquet"],
+    ids=["cut-off", "no-column", "number", "null", "json-null", "json-list", "empty", "suffix", "no-parquet", "half"],
 )
 def test_files_that_cannot_be_used(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(CalibrationError, match=message):
         read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", "one"), ("a.jsonl", '{"text": "one"}'), ("a.json", '["one"]')],
+    ids=["txt", "jsonl", "json"],
+)
+def test_a_mark_of_the_encoding_is_not_text(name: str, content: str, tmp_path: Path) -> None:
+    """Editors on Windows begin files with it."""
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_documents(tmp_path / name) == ["one"]
+
+
+def test_a_name_longer_than_any_file_has() -> None:
+    with pytest.raises(CalibrationError, match="there is no file"):
+        read_documents("x" * 5000 + ".txt")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from gptq_ao.checkpoint.native.tensors import from_stored
 from gptq_ao.checkpoint.source import source_of
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.empty import empty_model
-from gptq_ao.model.unwrap import unwrapped
+from gptq_ao.model.unwrap import is_hf_model, unwrapped
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["load_quantized"]
@@ -59,9 +59,9 @@ def load_quantized(
     # Parameters are those of the model inside, if it is wrapped; unless it was the wrapper that was saved.
     if not has_manifest(path):
         check_quantized(path)
-        filled = _load_foreign(
-            path, None if model is None else unwrapped(model), torch.device(device), trust_remote_code
-        )
+        inside = None if model is None else unwrapped(model)
+        filled = _load_foreign(path, inside, torch.device(device), trust_remote_code)
+        _remember(filled, path)
         return filled if model is None else model
     manifest = read_manifest(path)
     if model is None:
@@ -70,7 +70,14 @@ def load_quantized(
     _check_fits(inside, manifest, path)
     loaded = _load(path, manifest, torch.device(device))
     _assign(inside, loaded, manifest.tied)
+    _remember(inside, path)
     return model
+
+
+def _remember(model: nn.Module, directory: Path) -> None:
+    """As `from_pretrained` does: what the directory has besides the model comes along when that is saved."""
+    if is_hf_model(model):
+        model.config._name_or_path = str(directory)  # type: ignore[union-attr]
 
 
 def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device, trust_remote_code: bool) -> nn.Module:

@@ -4,6 +4,7 @@ Such are tensors that the model's class ignores on loading (layers that predict 
 not weights (tokenizer, processor, chat template, license, code).
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ from gptq_ao.report import names_of
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["Origin", "origin_of"]
+
+_NO_CONFIG = (
+    "there is no config.json (now, as seen from here, or in the hub's usual cache), and no other file of it is saved. "
+    "If the model is in a folder of it, give from_pretrained the path of that folder, not subfolder="
+)
 
 
 @dataclass(frozen=True)
@@ -82,16 +88,26 @@ class Origin:
         if self.left:
             notes.append(f"not copied from {self.directory}, as they hold other weights: {names_of(self.left)}")
         if self.unread:
-            notes.append(f"whether {self.directory} has tensors that this {kind} has not is unknown: {self.unread}")
+            notes.append(self.doubt(model))
         return tuple(notes)
+
+    def doubt(self, model: Any) -> str:
+        """What is not known of it."""
+        return (
+            f"whether {self.directory} has tensors that this {type(model).__name__} has not is unknown: {self.unread}"
+        )
 
 
 def origin_of(model: Any) -> Origin | None:
-    """The directory that a Hugging Face model was loaded from; None if it was not, or if that is gone. Nothing is
-    fetched, and only headers are read."""
-    directory = _directory(model)
-    if directory is None:
+    """The directory that a Hugging Face model was loaded from; None if it was not. Nothing is fetched, and only headers
+    are read."""
+    # Set by transformers, to what was given to `from_pretrained`; a config.json cannot set it.
+    place = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+    if not place or not hasattr(model, "base_model_prefix"):
         return None
+    directory = _directory(place, getattr(model.config, "_commit_hash", None))
+    if directory is None:
+        return Origin(Path(place), {}, (), {}, (), unread=_NO_CONFIG)
     try:
         if has_manifest(directory):
             manifest = read_manifest(directory)
@@ -104,18 +120,14 @@ def origin_of(model: Any) -> Origin | None:
     return Origin.at(directory, {name: stored[name] for name in ignored}, lost)
 
 
-def _directory(model: Any) -> Path | None:
-    # Set by transformers, to what was given to `from_pretrained`; a config.json cannot set it.
-    place = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
-    if not place or not hasattr(model, "base_model_prefix"):
-        return None
-    if Path(place).is_dir():
+def _directory(place: str, commit: str | None) -> Path | None:
+    """Where the config.json is, of a directory or a model of the hub; None if it is not where it is looked for."""
+    if os.path.isdir(place):
         return Path(place) if (Path(place) / "config.json").is_file() else None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        commit = getattr(model.config, "_commit_hash", None)
         found = try_to_load_from_cache(place, "config.json", revision=commit)
     except HFValidationError:  # it is a path that is gone
         return None

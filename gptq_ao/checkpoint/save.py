@@ -3,6 +3,7 @@
 A checkpoint is written to a temporary directory, which gets its name when everything is in it. No pickle, no code.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def save_quantized(
             f"{fused!r} is a fused weight, which belongs to no layer: call unfuse_projections_(model) first"
         )
     origin = origin_of(model)
+    if origin is not None and origin.unread:
+        warnings.warn(origin.doubt(model), stacklevel=2)
     if target is None:
         return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report, origin)
     if target is not NATIVE:

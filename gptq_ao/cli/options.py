@@ -78,10 +78,12 @@ def device_of(name: str | None) -> str:
         found = torch.accelerator.current_accelerator(check_available=True)
         return "cpu" if found is None else found.type
     try:
-        torch.empty(0, device=name)
+        made = torch.empty(0, device=name)
     # What torch raises depends on the device, and on what this build of it can do.
     except (AssertionError, RuntimeError, NotImplementedError) as e:
         raise ConfigError(f"--device {name}: {str(e).splitlines()[0]}") from e
+    if made.is_meta:
+        raise ConfigError(f"--device {name}: nothing is computed there")
     return name
 
 

@@ -29,6 +29,8 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL and write it to OUT."""
+    if request.calibration is None and request.config.method == "gptq":
+        raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
     _check(request)
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device)
@@ -64,6 +66,7 @@ def plan(
     from gptq_ao.model.weights import ModelWeights
     from gptq_ao.planning.plan import StreamedWeights, plan_weights
 
+    _check(request)
     limits, place = limits_of(request.limits), device_of(request.device)
     # bf16 where the config names no dtype: without the files nothing else says what is stored.
     frame = empty_model(
@@ -86,8 +89,6 @@ def plan(
 
 def _check(request: Request) -> None:
     """Options that contradict each other."""
-    if request.calibration is None and request.config.method == "gptq":
-        raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
     if request.format == "gptq" and not request.config.sym:
         raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
     if request.format == "compressed-tensors" and request.config.act_order == "group":

@@ -204,7 +204,7 @@ def _read(path: Path, option: str) -> dict[str, Any]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     # RecursionError: nested very deeply.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:

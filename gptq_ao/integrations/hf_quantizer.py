@@ -125,6 +125,8 @@ class GptqAoQuantizer(HfQuantizer):
             keep_stored_dtypes(directory, self._files, model)
             # Not strict: a new head that the checkpoint lacks is for transformers to initialize and report.
             self._source = source_of(directory, self._files.tensors, model, strict=False)
+        if Path(model.config._name_or_path).is_dir():
+            model.config._name_or_path = str(directory)  # with `subfolder`
         check_landing(directory, self._files, self._source)
         keep_untied(self._source)
         # transformers would otherwise warn of codes and zero points that it has not used: it is told to read the scales

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.quantizers import auto
 
-from gptq_ao.checkpoint.files.find import find_checkpoint
+from gptq_ao.checkpoint.files.find import find_checkpoint, local_directory
 from gptq_ao.checkpoint.files.paths import check_weight_map
 from gptq_ao.checkpoint.formats import FORMATS, format_of
 from gptq_ao.checkpoint.load import load_quantized
@@ -150,8 +150,9 @@ def config_directory(source: str) -> Path:
     """
     from transformers.utils import cached_file
 
-    if Path(source).is_dir():
-        return Path(source)
+    directory = local_directory(source)
+    if directory is not None:
+        return directory
     try:
         return Path(str(cached_file(source, "config.json"))).parent
     except (OSError, ValueError) as e:
@@ -162,12 +163,12 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a directory or a hub id.
 
     Raises:
-        CheckpointError: it has none that can be loaded.
+        CheckpointError: there is no such model, or it has none that can be loaded.
     """
+    local_directory(source)
     try:
         return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    # Which error a tokenizer raises depends on its kind and on what is missing.
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as e:
+    except Exception as e:  # which one depends on its kind, and on what is missing or damaged
         raise CheckpointError(f"{source!r} has no tokenizer that can be loaded: {e}") from e
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
+from gptq_ao.checkpoint.files.output_directory import check_empty
 from gptq_ao.errors import CheckpointError, ConfigError, FusedSettingsWarning
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.version import VERSION
@@ -344,3 +345,33 @@ def test_saving_asks_no_installed_distribution(tmp_path: Path, monkeypatch: pyte
         assert f"versions: gptq_ao {VERSION}, torch " in (tmp_path / format / "README.md").read_text()
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
     assert config["quantization_config"]["meta"]["quantizer"] == [f"gptq_ao:{VERSION}"]
+
+
+@pytest.mark.parametrize("place", ["link", "."])
+def test_an_empty_directory_under_another_name(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link, which no directory can replace, and the working directory."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.chdir(out)
+    save_quantized(quantized(), tmp_path / "link" if place == "link" else ".")
+    monkeypatch.undo()
+    assert (tmp_path / "link").is_symlink()
+    load_quantized(out)
+
+
+def test_what_could_not_be_replaced_at_the_end_is_said_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(CheckpointError, match="link exists and is not empty: nothing is overwritten"):
+        check_empty(tmp_path / "link")
+    with pytest.raises(
+        CheckpointError, match=r"volume is where a disk is mounted: choose a directory in it, .*volume/m"
+    ):
+        check_empty(tmp_path / "volume")
+    with pytest.raises(CheckpointError, match=r"could not be written, nothing is left of it: .*File name too long"):
+        save_quantized(quantized(), tmp_path / ("x" * 300))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "volume"]

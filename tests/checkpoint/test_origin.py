@@ -1,6 +1,7 @@
 """What a checkpoint has that the model does not: tensors that its class ignores, files that are not weights."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-from gptq_ao import Report, gptq_config, load_quantized, quantize_, quantize_checkpoint, save_quantized
+from gptq_ao import GptqAoConfig, Report, gptq_config, load_quantized, quantize_, quantize_checkpoint, save_quantized
 from gptq_ao.checkpoint.convert import convert_checkpoint
 from gptq_ao.checkpoint.files import side_files
 from gptq_ao.checkpoint.origin import origin_of
@@ -169,19 +170,63 @@ def test_a_body_without_its_head_says_so(tmp_path: Path) -> None:
     assert report.lost == ("lm_head.weight",)
 
 
-@pytest.mark.parametrize("kind", ["config", "gone", "plain", "no-config"])
-def test_a_model_from_nowhere_has_no_origin(kind: str, tmp_path: Path) -> None:
-    model: Any = tiny_llama()
-    if kind == "plain":
-        model = nn.Linear(4, 4)
-    elif kind in ("gone", "no-config"):
-        model.save_pretrained(tmp_path / "a")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-        if kind == "gone":
-            shutil.rmtree(tmp_path / "a")
-        else:
-            (tmp_path / "a" / "config.json").unlink()
-    assert origin_of(model) is None
+@pytest.mark.parametrize("kind", ["config", "plain"])
+def test_a_model_from_nowhere_has_no_origin(kind: str) -> None:
+    assert origin_of(tiny_llama() if kind == "config" else nn.Linear(4, 4)) is None
+
+
+@pytest.mark.parametrize("kind", ["gone", "no config", "subfolder", "another cache", "too long", "no path"])
+def test_a_directory_that_is_not_found_is_said(kind: str, tmp_path: Path) -> None:
+    """Since nothing of it can come along."""
+    tiny_llama().save_pretrained(tmp_path / "a" / "part")
+    part = {"pretrained_model_name_or_path": tmp_path / "a", "subfolder": "part"}
+    whole = {"pretrained_model_name_or_path": tmp_path / "a" / "part"}
+    model = AutoModelForCausalLM.from_pretrained(**(part if kind == "subfolder" else whole))
+    if kind == "gone":
+        shutil.rmtree(tmp_path / "a")
+    elif kind == "no config":
+        (tmp_path / "a" / "part" / "config.json").unlink()
+    elif kind != "subfolder":
+        place = {"another cache": "someone/model", "too long": "x" * 5000, "no path": "\0"}[kind]
+        model.config._name_or_path = place
+    report = quantize_(model, CONFIG)
+    assert report is not None
+    said = r"whether .* has tensors that this LlamaForCausalLM has not is unknown: there is no config\.json"
+    assert re.search(said, str(report))
+    with pytest.warns(UserWarning, match=said):
+        save_quantized(model, tmp_path / "b")
+    assert torch.equal(load_quantized(tmp_path / "b").state_dict()["lm_head.weight"], model.lm_head.weight)
+
+
+@pytest.mark.parametrize("second", ["native", "gptq", "dense"])
+@pytest.mark.parametrize("loader", ["from_pretrained", "subfolder", "load_quantized", "given", "wrapped"])
+@pytest.mark.parametrize("first", ["native", "gptq", "compressed-tensors"])
+def test_a_quantized_checkpoint_that_is_saved_again(first: str, loader: str, second: str, tmp_path: Path) -> None:
+    make, more = FAMILIES["qwen3_5"]
+    directory = tmp_path / "a" / "part"
+    quantize(source(tmp_path / "source", make(), more), directory, first)
+    (directory / "LICENSE").write_text("free")
+    model: Any = make()
+    if loader == "from_pretrained":
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    elif loader == "subfolder":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", subfolder="part")
+    elif loader == "load_quantized":
+        model = load_quantized(directory)
+    else:
+        load_quantized(nn.DataParallel(model) if loader == "wrapped" else model, directory)
+    save_quantized(model, tmp_path / "b", format=second)
+    written = tensors(tmp_path / "b")
+    assert all(torch.equal(written[name], value) for name, value in more.items())
+    assert (tmp_path / "b" / "LICENSE").read_text() == "free"
+
+
+def test_quantized_while_it_is_loaded(tmp_path: Path) -> None:
+    make, more = FAMILIES["qwen3_5"]
+    source(tmp_path / "a", make(), more)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", quantization_config=GptqAoConfig(4, 32, method="rtn"))
+    save_quantized(model, tmp_path / "b")
+    assert set(more) <= set(tensors(tmp_path / "b"))
 
 
 def test_an_origin_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,20 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("quantize", "FILE", "OUT", "--method", "rtn"),
         "is a file: give the directory that it is in",
     ),
+    **{
+        f"{command}-{what}": ((command, source, *more), message)
+        for command, *more in (
+            ("quantize", "OUT", "--method", "rtn"),
+            ("plan",),
+            ("eval", "--data", "FILE"),
+            ("inspect",),
+        )
+        for what, source, message in (
+            ("is-a-file", "FILE", "is a file: give the directory that it is in"),
+            ("path-gone", "/no/such", "/no/such does not exist: give a directory, or the id of a model on the hub"),
+            ("long-name", "x" * 5000, "xxx"),
+        )
+    },
     "no-config": (("quantize", "EMPTY", "OUT", "--method", "rtn"), "has no config.json"),
     "out-in-use": (("quantize", "MODEL", "MODEL", "--method", "rtn"), "exists and is not empty"),
     "out-is-a-file": (("quantize", "MODEL", "FILE", "--method", "rtn"), "exists and is not empty"),
@@ -110,6 +124,12 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "data-gone": (("quantize", TINY, "OUT", "--calibration", "gone.jsonl"), "there is no file 'gone.jsonl'"),
     "no-tokenizer": (("quantize", "MODEL", "OUT", "--calibration", "FILE"), "has no tokenizer that can be loaded"),
     "device": (("quantize", "MODEL", "OUT", "--method", "rtn", "--device", "warp"), "--device warp: "),
+    "device-meta": (("quantize", "MODEL", "OUT", "--method", "rtn", "--device", "meta"), "nothing is computed there"),
+    "seed": (
+        ("quantize", TINY, "OUT", "--calibration", "FILE", "--seed", "9" * 30),
+        "give a number of at most 64 bits",
+    ),
+    "plan-format-asym": (("plan", "MODEL", "--asym", "--format", "gptq"), "holds no asymmetric"),
     "device-gone": (("quantize", "MODEL", "OUT", "--method", "rtn", "--device", "cuda:77"), "--device cuda:77: "),
     "memory": (("quantize", "MODEL", "OUT", "--method", "rtn", "--max-memory", "8"), "'8' is not DEVICE=AMOUNT"),
     "memory-unit": (("quantize", "MODEL", "OUT", "--method", "rtn", "--max-memory", "cpu=8Q"), "8Q"),

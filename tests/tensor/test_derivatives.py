@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp
+from torch.utils.checkpoint import checkpoint
 
 from gptq_ao.tensor import GroupTensor
 from tests.tensor import test_expert_products as experts
@@ -86,6 +87,27 @@ def test_operators_that_have_no_kernel(name: str, transform: str) -> None:
     weight, x, v = make(**options), random(*shape), random(*shape, seed=5)
     dense, apply = weight.dequantize(), TRANSFORMS[transform]
     same(apply(lambda t: function(t, weight), x, v), apply(lambda t: function(t, dense), x, v))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["linear", *experts.FUNCTIONS])
+def test_activations_that_are_computed_again(name: str, reentrant: bool) -> None:
+    """As in training with `gradient_checkpointing`, which gives what was saved for backward only once."""
+    weight, x = experts.stack(True), experts.rows()
+    if name == "linear":
+        weight, x = make(N, K), random(3, K)
+
+    def f(t: Tensor) -> Tensor:
+        return F.linear(t, weight) if name == "linear" else experts.FUNCTIONS[name](t, weight, experts.OFFSETS)
+
+    found = []
+    for again in (False, True):
+        leaf = x.clone().requires_grad_()
+        out = checkpoint(f, leaf, use_reentrant=reentrant) if again else f(leaf)
+        out.sin().sum().backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+    assert torch.equal(*found)
 
 
 @every_transform

@@ -1,12 +1,13 @@
 """Where a checkpoint is: in a directory of this machine, or on the hub, from where its files are fetched."""
 
+import os
 import re
 from pathlib import Path
 
 from gptq_ao.checkpoint.files.paths import MANIFEST
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["find_checkpoint"]
+__all__ = ["find_checkpoint", "local_directory"]
 
 # What is read. `*` does not stop at a slash, so without `_NESTED` it would fetch subfolders too.
 _NEEDED = ("config.json", "generation_config.json", MANIFEST, "quant*_config.json", "*.safetensors", "*.index.json")
@@ -39,17 +40,28 @@ def find_checkpoint(
     """
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
         raise CheckpointError(f"subfolder is {subfolder!r}: give the path of a folder inside of {source}")
-    root = Path(source)
-    if root.is_file():
-        raise CheckpointError(f"{source} is a file: give the directory that it is in")
-    if not root.is_dir():
-        if not _HUB_ID.fullmatch(str(source)):
-            raise CheckpointError(f"{source} does not exist: give a directory, or the id of a model on the hub")
+    root = local_directory(source)
+    if root is None:
         needed = None if whole else _needed(subfolder, code)
         root = _fetch(str(source), needed, revision, cache_dir)
     if not (root / subfolder).is_dir():
         raise CheckpointError(f"{source} has no folder {subfolder!r}")
     return root / subfolder
+
+
+def local_directory(source: str | Path) -> Path | None:
+    """The directory of this machine; None: it can only be the id of a model on the hub.
+
+    Raises:
+        CheckpointError: it is a file, or a path where nothing is.
+    """
+    if os.path.isfile(source):
+        raise CheckpointError(f"{source} is a file: give the directory that it is in")
+    if os.path.isdir(source):
+        return Path(source)
+    if not _HUB_ID.fullmatch(str(source)):
+        raise CheckpointError(f"{source} does not exist: give a directory, or the id of a model on the hub")
+    return None
 
 
 def _needed(subfolder: str, code: bool) -> list[str]:

@@ -6,6 +6,7 @@ Files grow in a temporary directory beside its place, which is renamed at the en
 import contextlib
 import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,8 @@ class OutputDirectory:
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
         check_empty(directory)
-        self.directory = directory
+        # Without links and ".": it is its name that a finished directory gets.
+        self.directory = directory = directory.resolve()
         with self._disk_errors():
             directory.parent.mkdir(parents=True, exist_ok=True)
             # In the same parent, so on the same disk: a rename there is one step, with nothing to copy.
@@ -116,10 +118,15 @@ class OutputDirectory:
 def check_empty(directory: Path) -> None:
     """
     Raises:
-        CheckpointError: the directory holds something, or is a file.
+        CheckpointError: the directory holds something, is a file, or cannot be replaced by the finished one.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    # A link that leads nowhere is there as well.
+    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists and is not empty: nothing is overwritten, choose another directory")
+    if os.path.ismount(directory):  # such as a volume of a container
+        raise CheckpointError(
+            f"{directory} is where a disk is mounted: choose a directory in it, {directory / 'model'}"
+        )
 
 
 def as_json(content: object) -> str:
