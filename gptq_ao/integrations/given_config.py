@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gptq_ao.errors import ConfigError
-from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig
+from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
+from gptq_ao.model.limits import check_counts
 
-__all__ = ["merge_with", "with_old_key"]
+__all__ = ["checked_choice", "merge_with"]
 
 SETTINGS = ("bits", "group_size", "sym", "desc_act")  # of both, if they have them: what the files hold
 
@@ -39,13 +40,17 @@ def merge_with(merge: Callable[..., Any], parse: Callable[[Any], Any]) -> Callab
     return merged
 
 
-def with_old_key(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of transformers' `get_hf_quantizer`: early versions of compressed-tensors wrote `compression_config`,
-    which transformers does not look at. It would take the quantized weights for missing ones, and go on with random
-    numbers.
+def checked_choice(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of transformers' `get_hf_quantizer`, which is called before a model is built.
+
+    Early versions of compressed-tensors wrote `compression_config`, which transformers does not look at: it would take
+    the quantized weights for missing ones, and go on with random numbers.
 
     Args:
         choose: transformers' own, whose first argument is the model's config.
+
+    The result raises a CheckpointError if the config of a checkpoint that this package loads has a size that no model
+    has.
     """
 
     @functools.wraps(choose)
@@ -53,7 +58,10 @@ def with_old_key(choose: Callable[..., Any]) -> Callable[..., Any]:
         old = getattr(config, "compression_config", None)
         if isinstance(old, dict) and getattr(config, "quantization_config", None) is None:
             config.quantization_config = {"quant_method": "compressed-tensors", **old}
-        return choose(config, *args, **kwargs)
+        found = choose(config, *args, **kwargs)
+        if isinstance(found[0], GptqAoQuantizer):
+            check_counts(config.to_dict(), "config.json")
+        return found
 
     return chosen
 

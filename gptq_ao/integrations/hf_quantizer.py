@@ -26,7 +26,6 @@ from gptq_ao.checkpoint.source import Source, source_of
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.landing import check_landing, keep_stored_dtypes, keep_untied
-from gptq_ao.model.limits import check_counts
 from gptq_ao.model.state import state_names
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.pipeline.quantize import quantize_
@@ -110,11 +109,6 @@ class GptqAoQuantizer(HfQuantizer):
                 "quantized weights cannot be offloaded to the disk: give 'cpu' in place of 'disk' in device_map, or, "
                 "with 'auto', more memory to the host: max_memory={…, 'cpu': '64GB'}"
             )
-
-    def update_attn_implementation(self, config: Any) -> Any:
-        """Called with the config before a model is built from it: wrong sizes are found here."""
-        check_counts(config.to_dict(), "config.json")
-        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:

@@ -21,7 +21,7 @@ from gptq_ao.checkpoint.files.paths import check_weight_map
 from gptq_ao.checkpoint.formats import FORMATS, format_of
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.integrations.given_config import merge_with, with_old_key
+from gptq_ao.integrations.given_config import checked_choice, merge_with
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer, TorchAoQuantizer
 from gptq_ao.model.architecture import model_class, read_config
 from gptq_ao.report import names_of
@@ -48,7 +48,7 @@ def register() -> None:
     hub.merge_quantization_configs = staticmethod(
         merge_with(hub.merge_quantization_configs, auto.AutoQuantizationConfig.from_dict)
     )
-    modeling_utils.get_hf_quantizer = with_old_key(modeling_utils.get_hf_quantizer)
+    modeling_utils.get_hf_quantizer = checked_choice(modeling_utils.get_hf_quantizer)
     auto.AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoQuantizer
     for format in FORMATS.values():
         # No loader of transformers is displaced.

@@ -461,9 +461,9 @@ def test_settings_that_need_a_graph_or_the_weights() -> None:
         replayed(seeded(Branching()), batches, calibrate_all_experts=True)
     with pytest.raises(ConfigError, match=r"'first.weight' is offloaded or not loaded .*: load the model without"):
         quantize_weights(Job.of(ModelWeights(Branching().to("meta")), gptq_config(4, -1, calibration=batches)))
-    with pytest.raises(CaptureError, match=r"(?s)not today.*Nor can it run without a graph: .*RuntimeError: mat1 and"):
+    with pytest.raises(CaptureError, match=r"(?s)not today.*Nor can it run without a graph: .*RuntimeError: .*mat1"):
         replayed(seeded(Branching()), [randn(20, 31)])
-    said = "the model does not run on calibration batch 1: RuntimeError: mat1 and mat2"
+    said = "the model does not run on calibration batch 1: RuntimeError: .*mat1 and mat2"
     with pytest.raises(CalibrationError, match=said):
         replayed(seeded(Branching()), [randn(20, 32), randn(20, 31)])
 

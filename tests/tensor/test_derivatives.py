@@ -16,9 +16,6 @@ from gptq_ao.tensor import GroupTensor
 from tests.tensor import test_expert_products as experts
 from tests.tensor.test_tensor import CLASSES, ON_DENSE, PRODUCTS, K, N, linear_of, make, product, random, weight_of
 
-# Inside torch's own forward mode, the first time it is used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 Function = Callable[[Any], Tensor]
 
 
