@@ -1,5 +1,7 @@
 """Where a checkpoint is: in a directory of this machine, or on the hub, from where its files are fetched."""
 
+import contextlib
+import functools
 import os
 import re
 from pathlib import Path
@@ -78,13 +80,20 @@ def _fetch(name: str, needed: list[str] | None, revision: str | None, cache_dir:
 
     nested = needed is None or "/" in needed[0]
     ignored = [*(_OTHER_WEIGHTS if needed is None else ()), *(() if nested else (_NESTED,))]
+    fetch = functools.partial(
+        snapshot_download,
+        name,
+        revision=revision,
+        cache_dir=cache_dir,
+        allow_patterns=needed,
+        ignore_patterns=ignored or None,
+    )
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, cache_dir=cache_dir, allow_patterns=needed, ignore_patterns=ignored or None
-            )
-        )
+        return Path(fetch())
     except (OSError, ValueError) as e:
+        # Not all versions of the hub's library look for what is here when they cannot reach it.
+        with contextlib.suppress(OSError, ValueError):
+            return Path(fetch(local_files_only=True))
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
             f"{name!r} is neither a directory here, nor a model of the hub that can be read{at}: {_first_line(e)}"
