@@ -349,7 +349,7 @@ def test_a_directory_without_a_config(tmp_path: Path) -> None:
     from gptq_ao.integrations.transformers import config_directory
 
     assert config_directory(str(tmp_path)) == tmp_path
-    with pytest.raises(CheckpointError, match=r"'no/such model' is neither a directory nor a model of the hub"):
+    with pytest.raises(CheckpointError, match=r"no/such model does not exist: give a directory, or the id"):
         config_directory("no/such model")
 
 
