@@ -75,8 +75,8 @@ def _site(
         return None
     matrix = product.matrix(found.view)
     read = read_matrix(found.shape, matrix) if matrix is not None else None
-    # `view_as`: the parameter is neither a matrix nor a stack. Only some operators read such a one.
-    if read is None or (read[0].view_as is not None and not product.any_shape):
+    # `view_shape`: the parameter is neither a matrix nor a stack. Only some operators read such a one.
+    if read is None or (read[0].view_shape is not None and not product.any_shape):
         problems[found.weight] = f"{op_name(node)} reads it across its rows and input features"
         return None
     layout, part, experts = read

@@ -161,7 +161,7 @@ class Layout:
         return self.shape in ((self.stack, *self._matrix), (self.stack, *self._matrix[::-1]))
 
     @property
-    def view_as(self) -> tuple[int, ...] | None:
+    def view_shape(self) -> tuple[int, ...] | None:
         """The parameter's shape, if it is neither that of a matrix nor of a stack (a convolution's)."""
         return None if self.stacked or self.shape == self._matrix else self.shape
 

@@ -75,7 +75,7 @@ def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQCo
         dtype=parameter.dtype,
         perm=s.perm,
         transposed=layout.transposed,
-        view_as=layout.view_as,
+        view_shape=layout.view_shape,
     )
     weights.replace(name, packed)
     return WeightReport(

@@ -18,5 +18,5 @@ def result_size(model: nn.Module, selection: Selection) -> int:
     for name, c in selection.settings.items():
         layout = layouts[name]
         spec = layout.packed(c.recipe)
-        contents[name] = QuantizedEntry.of(spec, state[name].dtype, layout.transposed, layout.view_as)
+        contents[name] = QuantizedEntry.of(spec, state[name].dtype, layout.transposed, layout.view_shape)
     return stored_bytes(contents)

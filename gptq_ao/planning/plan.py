@@ -286,7 +286,7 @@ def _weights(job: Job, prepared: Prepared, footprint: Footprint) -> tuple[Planne
 
 
 def _kernel(device: torch.device, dtype: torch.dtype, spec: PackedSpec, layout: Layout) -> str:
-    if layout.view_as is not None:  # no kernel knows the parameter's shape, so its own operator gets a dense weight
+    if layout.view_shape is not None:  # no kernel knows the parameter's shape, so its own operator gets a dense weight
         return "dequantize + the dense operator"
     return kernel_name(device, dtype, spec.bits, spec.group_size, spec.shape[-1], spec.stacked)
 

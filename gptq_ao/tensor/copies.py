@@ -83,7 +83,7 @@ def _differ(weights: Any) -> str | None:
     if not all(isinstance(w, GroupTensor) for w in weights):
         return "some are quantized and some are not"
     # With a shape of its own (a convolution's), a dimension is not simply one of rows or columns.
-    if any(w.view_as is not None for w in weights):
+    if any(w.view_shape is not None for w in weights):
         return "some are neither matrices nor stacks"
     same = ("group_size", "in_features", "transposed", "dtype")
     for w in weights:

@@ -31,7 +31,7 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         group_size: number of neighbouring columns that share a scale.
         out_features, in_features: the logical size, without padding.
         transposed: whether the shape is [..., in_features, out_features].
-        view_as: the shape, if it is neither that of a matrix nor of a stack: a convolution's [out, in, height, width].
+        view_shape: the shape, if it is that of neither a matrix nor a stack: a convolution's [out, in, height, width].
             The (transposed) matrix has the same elements in the same order.
     """
 
@@ -43,7 +43,7 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         "in_features",
         "transposed",
         "dtype",
-        "view_as",
+        "view_shape",
     ]
     optional_tensor_data_names: ClassVar[list[str]] = ["high_plane", "perm"]
     # Operators of other libraries, which may be registered after this class: name → implementation.
@@ -55,6 +55,9 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         restore = cls.__setstate__
 
         def restore_and_check(self: "GroupTensor", state: Any) -> None:
+            if "view_as" in state:  # the name that older files have, which hid the method of `Tensor`
+                state = {**state, "view_shape": state["view_as"]}
+                del state["view_as"]
             restore(self, state)
             check_parts(self)
 
@@ -68,7 +71,7 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
     out_features: int
     in_features: int
     transposed: bool
-    view_as: tuple[int, ...] | None
+    view_shape: tuple[int, ...] | None
 
     def __new__(
         cls,
@@ -79,17 +82,17 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         in_features: int,
         transposed: bool,
         dtype: torch.dtype,
-        view_as: tuple[int, ...] | None = None,
+        view_shape: tuple[int, ...] | None = None,
         high_plane: Tensor | None = None,
         perm: Tensor | None = None,
     ) -> "GroupTensor":
         # `qdata` has tile row, tile column and word last; what is in front of them is a stack's.
-        shape = torch.Size(view_as or (*qdata.shape[:-3], out_features, in_features))
+        shape = torch.Size(view_shape or (*qdata.shape[:-3], out_features, in_features))
         strides = [1]  # as the dense weight has them
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
-        # With `view_as` the shape is given as it is seen; `transposed` then only says how the matrix within is stored.
-        if transposed and view_as is None:
+        # With `view_shape` the shape is given as it is seen; `transposed` then only says how the matrix within lies.
+        if transposed and view_shape is None:
             shape = torch.Size((*shape[:-2], in_features, out_features))
             strides[-1], strides[-2] = strides[-2], strides[-1]
         return torch.Tensor._make_wrapper_subclass(
@@ -105,14 +108,14 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         in_features: int,
         transposed: bool,
         dtype: torch.dtype,
-        view_as: tuple[int, ...] | None = None,
+        view_shape: tuple[int, ...] | None = None,
         high_plane: Tensor | None = None,
         perm: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.qdata, self.scale_zero, self.high_plane, self.perm = qdata, scale_zero, high_plane, perm
         self.group_size, self.out_features, self.in_features = group_size, out_features, in_features
-        self.transposed, self.view_as = transposed, view_as
+        self.transposed, self.view_shape = transposed, view_shape
 
     @classmethod
     def from_codes(
@@ -124,7 +127,7 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         dtype: torch.dtype,
         perm: Tensor | None = None,
         transposed: bool = False,
-        view_as: tuple[int, ...] | None = None,
+        view_shape: tuple[int, ...] | None = None,
     ) -> "GroupTensor":
         """Pack a quantized weight.
 
@@ -135,7 +138,7 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
             dtype: what the weight pretends to be: the dtype of `dequantize()`.
             perm: [K] integers, a permutation: column i of `codes` belongs to input feature `perm[i]`.
             transposed: give the tensor the shape [..., K, N].
-            view_as: give the tensor this shape, of as many elements as the matrix, [N, K] or transposed [K, N].
+            view_shape: give the tensor this shape, of as many elements as the matrix, [N, K] or transposed [K, N].
 
         Raises:
             ConfigError: shapes, dtypes or ranges are not those above.
@@ -143,11 +146,11 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         """
         if codes.dtype != torch.uint8:
             raise ConfigError(f"{cls.__name__} takes codes as uint8, got {codes.dtype}")
-        _check_parts(cls, codes.shape, scale, zero_point, perm, view_as)
+        _check_parts(cls, codes.shape, scale, zero_point, perm, view_shape)
         # A larger code would spill into the bits of its neighbour.
         _check_range(cls, "codes", codes)
         planes = pack_codes(codes, cls.bits)
-        return cls._of_planes(planes, codes.shape[-1], scale, zero_point, dtype, perm, transposed, view_as)
+        return cls._of_planes(planes, codes.shape[-1], scale, zero_point, dtype, perm, transposed, view_shape)
 
     @classmethod
     def from_words(
@@ -160,7 +163,7 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         dtype: torch.dtype,
         perm: Tensor | None = None,
         transposed: bool = False,
-        view_as: tuple[int, ...] | None = None,
+        view_shape: tuple[int, ...] | None = None,
     ) -> "GroupTensor":
         """The same of codes that are packed as files have them, much faster.
 
@@ -175,9 +178,9 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
                 f"{cls.__name__} takes {in_features} codes as int32 words [..., N, {width}], "
                 f"got {words.dtype} {tuple(words.shape)}"
             )
-        _check_parts(cls, torch.Size((*words.shape[:-1], in_features)), scale, zero_point, perm, view_as)
+        _check_parts(cls, torch.Size((*words.shape[:-1], in_features)), scale, zero_point, perm, view_shape)
         planes = pack_words(words, cls.bits, in_features)
-        return cls._of_planes(planes, in_features, scale, zero_point, dtype, perm, transposed, view_as)
+        return cls._of_planes(planes, in_features, scale, zero_point, dtype, perm, transposed, view_shape)
 
     @classmethod
     def _of_planes(
@@ -189,16 +192,16 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
         dtype: torch.dtype,
         perm: Tensor | None,
         transposed: bool,
-        view_as: tuple[int, ...] | None,
+        view_shape: tuple[int, ...] | None,
     ) -> "GroupTensor":
         """The weight made of packed codes and other parts that were checked."""
         qdata, high_plane = planes
         perm = None if perm is None else perm.to(torch.int32)
         n, groups = scale.shape[-2:]
         scale_zero = pack_scale_zero(scale, zero_point)
-        view_as = None if view_as is None else tuple(view_as)
+        view_shape = None if view_shape is None else tuple(view_shape)
         group_size = in_features // groups
-        return cls(qdata, scale_zero, group_size, n, in_features, transposed, dtype, view_as, high_plane, perm)
+        return cls(qdata, scale_zero, group_size, n, in_features, transposed, dtype, view_shape, high_plane, perm)
 
     def codes(self) -> Tensor:
         """[..., out_features, in_features] uint8, columns as stored (see `perm`)."""
@@ -217,9 +220,9 @@ class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in the shape of this tensor."""
         weight = ops.dequantize(*self.packed(), output_dtype or self.dtype)
-        # First the matrix as the model stores it, then its shape: `view_as` has the elements of that matrix in order.
+        # First the matrix as the model stores it, then its shape, which has the elements of that matrix in order.
         weight = weight.mT if self.transposed else weight
-        return weight if self.view_as is None else weight.reshape(self.view_as)
+        return weight if self.view_shape is None else weight.reshape(self.view_shape)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -323,7 +326,7 @@ def _check_parts(
     scale: Tensor,
     zero_point: Tensor,
     perm: Tensor | None,
-    view_as: tuple[int, ...] | None,
+    view_shape: tuple[int, ...] | None,
 ) -> None:
     """Raise what `from_codes` says, if anything but the codes themselves is wrong; their shape is given."""
     name = cls.__name__
@@ -337,8 +340,8 @@ def _check_parts(
         raise ConfigError(f"{name} takes codes [..., N, K] with scale and zero_point [..., N, G], got {shapes}")
     if codes.numel() == 0 or scale.shape[-1] == 0 or codes[-1] % scale.shape[-1]:
         raise ConfigError(f"{name} needs a whole, positive number of columns per group, got {shapes}")
-    if view_as is not None and (len(codes) != 2 or torch.Size(view_as).numel() != codes.numel()):
-        raise ConfigError(f"{name}: codes {tuple(codes)} cannot be viewed as {tuple(view_as)}")
+    if view_shape is not None and (len(codes) != 2 or torch.Size(view_shape).numel() != codes.numel()):
+        raise ConfigError(f"{name}: codes {tuple(codes)} cannot be viewed as {tuple(view_shape)}")
     _check_range(cls, "zero_point", zero_point)
     if not torch.isfinite(scale).all():
         raise NonFiniteError(f"{name}: a scale is NaN or infinite")

@@ -38,7 +38,7 @@ def linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     # Not `weight.shape`, which for a subclass goes through its table of functions, some microseconds each time.
     columns = weight.out_features if weight.transposed else weight.in_features
     # `qdata` of one matrix has three dimensions (see `codes/tiles.py`), that of a stack has more.
-    if weight.qdata.dim() != 3 or weight.view_as is not None or x.shape[-1] != columns:
+    if weight.qdata.dim() != 3 or weight.view_shape is not None or x.shape[-1] != columns:
         raise ValueError(f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
     # The kernel sums over in_features, but a transposed weight is multiplied along out_features: only dense values do
     # that.

@@ -51,7 +51,7 @@ def expand(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     lead, last = size[:-2], tuple(size[-2:])
     # Nothing to expand: another tensor object of the same weight.
     same = tuple(size) == tuple(weight.shape)
-    if not same and (weight.view_as is not None or last not in (tuple(weight.shape[-2:]), (-1, -1))):
+    if not same and (weight.view_shape is not None or last not in (tuple(weight.shape[-2:]), (-1, -1))):
         return on_values(GroupTensor, func, args, kwargs)
     with torch.inference_mode(False):
         stack = weight.replace() if same else weight.each(lambda t: t.expand(*lead, *t.shape[-3:]))
@@ -69,7 +69,7 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         # A view must be a new tensor object even if nothing changes.
         if tuple(size) == tuple(weight.shape):
             return _aliased(func, args, kwargs, weight.replace())
-        if weight.view_as is None and tuple(size[-2:]) == tuple(weight.shape[-2:]):
+        if weight.view_shape is None and tuple(size[-2:]) == tuple(weight.shape[-2:]):
             *lead, _, _ = size
             if one_matrix and -1 not in lead:
                 same = weight.expanded(()).expanded(tuple(lead))
@@ -77,7 +77,7 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
                 # A copy of what was expanded, if the stack has no such view.
                 same = weight.each(lambda t: t.reshape(*lead, *t.shape[-3:]))
             return _aliased(func, args, kwargs, same)
-        if weight.view_as is None and not weight.transposed and size[-1] == weight.in_features:
+        if weight.view_shape is None and not weight.transposed and size[-1] == weight.in_features:
             return _aliased(func, args, kwargs, _restacked(weight, tuple(size)))
     # Not `view`: the dense weight of a transposed one is not contiguous.
     return weight.dequantize().reshape(size)
@@ -114,7 +114,7 @@ def _narrowed(weight: GroupTensor, dim: int, start: int, stop: int) -> Tensor:
     size, dim = weight.shape[dim], dim % weight.dim()
     # Python's rules for slices: negative numbers count from the end, and what is out of range is cut off.
     start, stop = (min(max(i + size if i < 0 else i, 0), size) for i in (start, stop))
-    if weight.view_as is None and start < stop:
+    if weight.view_shape is None and start < stop:
         # Output features: cut between tiles.
         if dim == weight.dim() - (1 if weight.transposed else 2):
             return _rows(weight, start, stop)
@@ -160,7 +160,7 @@ def select(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     dim %= weight.dim()
     with torch.inference_mode(False):
         # Only whole matrices can be taken by number; a single row of one lies within a tile.
-        stacked = dim < weight.dim() - 2 and weight.view_as is None
+        stacked = dim < weight.dim() - 2 and weight.view_shape is None
         part = weight.experts((slice(None),) * dim + (index,)) if stacked else weight.dequantize().select(dim, index)
     return _aliased(func, args, kwargs, part)
 
@@ -170,7 +170,7 @@ def squeeze(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     """The weight without leading dimensions of size 1, or without one of them; dense, if one of the matrix goes."""
     weight, *given = args
     dims = [d % weight.dim() for d in given] or [d for d in range(weight.dim()) if weight.shape[d] == 1]
-    if weight.view_as is not None or any(d > weight.dim() - 3 for d in dims):
+    if weight.view_shape is not None or any(d > weight.dim() - 3 for d in dims):
         return on_values(GroupTensor, func, args, kwargs)
     # From the last one on: removing a dimension would renumber those behind it.
     for dim in sorted(dims, reverse=True):
@@ -192,7 +192,7 @@ def index(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     weight, numbers = args
     lead = weight.dim() - 2
     # A boolean index may span several dimensions, so the count of indices would not tell which ones it takes.
-    if weight.view_as is None and len(numbers) <= lead and all(n is None or n.dtype != torch.bool for n in numbers):
+    if weight.view_shape is None and len(numbers) <= lead and all(n is None or n.dtype != torch.bool for n in numbers):
         return weight.experts(tuple(slice(None) if n is None else n for n in numbers))
     return weight.dequantize()[tuple(slice(None) if n is None else n for n in numbers)]
 

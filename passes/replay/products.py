@@ -130,7 +130,7 @@ class Parameters:
     def _read(self, name: str, weight: Tensor, product: Product, tensors: dict[Any, Tensor]) -> Use | None:
         matrix = product.matrix(self._on_meta(name, weight).view)
         read = read_matrix(self.shapes[name], matrix) if matrix is not None else None
-        if read is None or (read[0].view_as is not None and not product.any_shape):
+        if read is None or (read[0].view_shape is not None and not product.any_shape):
             return None
         layout, (start, stop), experts = read
         return Use(

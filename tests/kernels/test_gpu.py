@@ -278,7 +278,7 @@ def test_parts_convolutions_and_stacks_on_cuda() -> None:
     assert all(torch.equal(a.dequantize(), b) for a, b in zip(weight.chunk(3), dense.chunk(3), strict=True))
     s = round_to_nearest(randn(48, 96), Recipe(4, 32, False))
     parts = (s.codes, s.scale, s.zero_point)
-    filters = tensor_class(4).from_codes(*parts, dtype=torch.float32, view_as=(48, 32, 3)).to("cuda")
+    filters = tensor_class(4).from_codes(*parts, dtype=torch.float32, view_shape=(48, 32, 3)).to("cuda")
     x = randn(2, 32, 20).cuda()
     assert torch.equal(F.conv1d(x, filters), F.conv1d(x, filters.dequantize()))
 

@@ -669,17 +669,17 @@ def test_parts_are_those_of_the_dense_weight(mode: Callable[[], Any], name: str,
 
 
 ON_DENSE: dict[str, tuple[dict[str, Any], Callable[[Tensor, Any], Tensor], tuple[int, ...]]] = {
-    "conv1d": ({"view_as": (N, 32, 3)}, lambda x, w: F.conv1d(x, w, padding=1, stride=2), (2, 32, 11)),
-    "conv2d": ({"view_as": (N, 24, 2, 2)}, lambda x, w: F.conv2d(x, w, dilation=2), (2, 24, 7, 8)),
-    "conv2d in groups": ({"view_as": (N, 24, 2, 2)}, lambda x, w: F.conv2d(x, w, groups=2), (2, 48, 7, 8)),
-    "conv3d": ({"view_as": (N, 12, 2, 2, 2)}, lambda x, w: F.conv3d(x, w), (1, 12, 3, 4, 5)),
+    "conv1d": ({"view_shape": (N, 32, 3)}, lambda x, w: F.conv1d(x, w, padding=1, stride=2), (2, 32, 11)),
+    "conv2d": ({"view_shape": (N, 24, 2, 2)}, lambda x, w: F.conv2d(x, w, dilation=2), (2, 24, 7, 8)),
+    "conv2d in groups": ({"view_shape": (N, 24, 2, 2)}, lambda x, w: F.conv2d(x, w, groups=2), (2, 48, 7, 8)),
+    "conv3d": ({"view_shape": (N, 12, 2, 2, 2)}, lambda x, w: F.conv3d(x, w), (1, 12, 3, 4, 5)),
     "conv_transpose1d": (
-        {"view_as": (K, 8, 5), "transposed": True},
+        {"view_shape": (K, 8, 5), "transposed": True},
         lambda x, w: F.conv_transpose1d(x, w, stride=2),
         (2, K, 6),
     ),
     "einsum": ({}, lambda x, w: torch.einsum("bk,nk->nb", x, w), (5, K)),
-    "einsum of three axes": ({"view_as": (N, 8, 12)}, lambda x, w: torch.einsum("bhk,nhk->bn", x, w), (5, 8, 12)),
+    "einsum of three axes": ({"view_shape": (N, 8, 12)}, lambda x, w: torch.einsum("bhk,nhk->bn", x, w), (5, 8, 12)),
     "left": ({}, lambda x, w: w @ x, (K, 5)),
     "matrix by vector": ({}, lambda x, w: w @ x, (K,)),
 }
@@ -690,7 +690,7 @@ ON_DENSE: dict[str, tuple[dict[str, Any], Callable[[Tensor, Any], Tensor], tuple
 def test_other_operators_work_on_the_dense_weight(name: str) -> None:
     options, function, shape = ON_DENSE[name]
     weight = make(**options)
-    assert weight.shape == options.get("view_as", (N, K))
+    assert weight.shape == options.get("view_shape", (N, K))
     x = random(*shape).requires_grad_()
     dense = weight.dequantize()
     assert dense.shape == weight.shape
@@ -708,7 +708,7 @@ def test_other_operators_work_on_the_dense_weight(name: str) -> None:
 
 def test_a_view_has_as_many_elements() -> None:
     with pytest.raises(ConfigError, match=r"Int4GroupTensor: codes \(40, 96\) cannot be viewed as \(40, 32, 2\)"):
-        make(view_as=(40, 32, 2))
+        make(view_shape=(40, 32, 2))
 
 
 def test_an_encoder_decoder_attention_slices_its_weight() -> None:

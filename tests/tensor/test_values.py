@@ -24,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "perm": {"permuted": True},
     "transposed": {"transposed": True},
     "stack": {"shape": (3, N, K)},
-    "convolution": {"view_as": (N, 24, 2, 2)},
+    "convolution": {"view_shape": (N, 24, 2, 2)},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -70,6 +70,7 @@ READS: dict[str, Read] = {
     "flatten of a part": lambda w: w.flatten(0, 1),
     "view": lambda w: w.reshape(-1, 8),
     "ravel": lambda w: w.ravel(),
+    "view_as": lambda w: w.view_as(torch.empty(w.shape)),
     "unsqueeze": lambda w: w.unsqueeze(1),
     "squeeze": lambda w: w.unsqueeze(0).squeeze(),
     "movedim": lambda w: w.movedim(0, -1),

@@ -62,7 +62,7 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
     wrong = [
         n
         for n, t in state.items()
-        if isinstance(t, GroupTensor) and (t.view_as is not None or (t.dim() == 2 and n not in stays))
+        if isinstance(t, GroupTensor) and (t.view_shape is not None or (t.dim() == 2 and n not in stays))
     ]
     parts = revert_conversions(model, state)  # a stack that they do not know comes back whole
     quantized = {n: t for n, t in parts.items() if isinstance(t, GroupTensor)}

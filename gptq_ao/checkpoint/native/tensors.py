@@ -22,7 +22,7 @@ __all__ = ["encode_native", "from_stored", "stored_entry"]
 
 def stored_entry(weight: GroupTensor) -> QuantizedEntry:
     """What the manifest says of a weight."""
-    return QuantizedEntry.of(weight.spec, weight.dtype, weight.transposed, weight.view_as)
+    return QuantizedEntry.of(weight.spec, weight.dtype, weight.transposed, weight.view_shape)
 
 
 def encode_native(weight: GroupTensor) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def from_stored(name: str, entry: QuantizedEntry, get: Callable[[str], Tensor], 
             dtype=DTYPES[entry.dtype],
             perm=get(f"{name}.perm") if entry.perm else None,
             transposed=entry.transposed,
-            view_as=entry.view_as,
+            view_shape=entry.view_as,
         )
     except (ConfigError, NonFiniteError) as error:
         raise CheckpointError(f"{where}: weight {name!r} is damaged: {error}") from error
