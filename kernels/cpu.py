@@ -15,7 +15,7 @@ from gptq_ao.codes.tiles import unpack_codes, unpack_scale_zero
 from gptq_ao.kernels import reference
 from gptq_ao.kernels.packed import Packed
 
-__all__ = ["linear", "linear_experts", "max_rows", "supports"]
+__all__ = ["forget", "linear", "linear_experts", "max_rows", "supports"]
 
 ROWS_PER_CALL = 64  # the kernel is slower per row when it gets more than about 96
 # More rows share one dequantization and a dense product. From how many on that pays depends on the processor: where its
@@ -74,6 +74,11 @@ def linear_experts(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
         return reference.linear(rows, packed.expert(expert))
 
     return reference.by_expert(x, offsets, packed.out_features, product)
+
+
+def forget(qdata: Tensor) -> None:
+    """What was converted of these codes is out of date: they were changed in a way that leaves their version as it is."""
+    _converted.pop(qdata, None)
 
 
 def _convert(packed: Packed, expert: int | None = None) -> tuple[Tensor, Tensor]:

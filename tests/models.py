@@ -8,13 +8,15 @@ from torch import Tensor, nn
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def tiny_llama(*, layers: int = 2, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A random Llama of hidden size 64 with biases in none, 4 heads, 2 key-value heads, vocabulary 96."""
+def tiny_llama(
+    *, layers: int = 2, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, width: int = 64
+) -> Any:
+    """A random Llama of hidden size `width` with biases in none, 4 heads, 2 key-value heads, vocabulary 96."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

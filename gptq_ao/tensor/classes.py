@@ -4,7 +4,7 @@ import torch
 
 # First: torchao gives a subclass a copy of its base's table of operators at the moment the class is made. An operator
 # that is registered later would be missing in these four, which shows only under torch.compile.
-from gptq_ao.tensor import copies, methods, products, views  # noqa: F401
+from gptq_ao.tensor import collectives, copies, empty, methods, products, views  # noqa: F401
 from gptq_ao.tensor.group_tensor import GroupTensor
 
 __all__ = ["Int2GroupTensor", "Int3GroupTensor", "Int4GroupTensor", "Int8GroupTensor", "tensor_class"]

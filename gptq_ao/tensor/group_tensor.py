@@ -17,12 +17,13 @@ from gptq_ao.errors import ConfigError, NonFiniteError
 from gptq_ao.kernels import ops
 from gptq_ao.tensor.parameter import ParameterClass
 from gptq_ao.tensor.saved import check_parts
+from gptq_ao.tensor.sharding import Shards
 from gptq_ao.tensor.values import on_values
 
 __all__ = ["GroupTensor"]
 
 
-class GroupTensor(TorchAOBaseTensor, metaclass=ParameterClass):
+class GroupTensor(Shards, TorchAOBaseTensor, metaclass=ParameterClass):
     """The shared base: everything but the number of bits.
 
     Attributes:

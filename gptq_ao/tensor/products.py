@@ -112,4 +112,4 @@ def grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 # By name: transformers registers this operator when it is imported, which may be later or never.
-GroupTensor.implemented_by_name = {"transformers::grouped_mm_fallback": grouped_mm}
+GroupTensor.implemented_by_name["transformers::grouped_mm_fallback"] = grouped_mm

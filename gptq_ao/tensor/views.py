@@ -1,7 +1,7 @@
 """Other shapes and parts of a quantized weight: views where packed codes allow it, else dense, with the same values.
 
-Codes lie in tiles of TILE_ROWS output features, and columns that share a scale stay together. So a view can exchange
-the last two dimensions, take whole tiles of output features, and do anything to the dimensions in front of these two.
+Codes lie in tiles of output and input features, and columns that share a scale stay together. So a view can exchange
+the last two dimensions, take whole tiles of either, and do anything to the dimensions in front of these two.
 """
 
 import itertools
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from gptq_ao.codes.tiles import TILE_ROWS
+from gptq_ao.codes.tiles import TILE_ROWS, tile_columns
 from gptq_ao.tensor.group_tensor import GroupTensor
+from gptq_ao.tensor.sharding import axis_of, called_from, refuse_cut, why_uncut
 from gptq_ao.tensor.table import aten, implements
 from gptq_ao.tensor.values import on_values
 
@@ -69,6 +70,8 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         # A view must be a new tensor object even if nothing changes.
         if tuple(size) == tuple(weight.shape):
             return _aliased(func, args, kwargs, weight.replace())
+        if (flat := _flattened(weight, tuple(size))) is not None:
+            return _aliased(func, args, kwargs, flat)
         if weight.view_shape is None and tuple(size[-2:]) == tuple(weight.shape[-2:]):
             *lead, _, _ = size
             if one_matrix and -1 not in lead:
@@ -81,6 +84,18 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
             return _aliased(func, args, kwargs, _restacked(weight, tuple(size)))
     # Not `view`: the dense weight of a transposed one is not contiguous.
     return weight.dequantize().reshape(size)
+
+
+def _flattened(weight: GroupTensor, size: tuple[int, ...]) -> GroupTensor | None:
+    """A matrix whose shape is one dimension, or back: what FSDP2 and DistributedDataParallel hold on to as a list of
+    numbers keeps its codes."""
+    if weight.transposed or weight.qdata.dim() != 3 or not called_from("torch.distributed."):
+        return None
+    if size in ((-1,), (weight.numel(),)):
+        return weight.replace(view_shape=(weight.numel(),))
+    if size == (weight.out_features, weight.in_features):
+        return weight.replace(view_shape=None)
+    return None
 
 
 def _restacked(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
@@ -98,15 +113,32 @@ def _restacked(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:
     return weight.each(lambda t: t.reshape(*lead, n // TILE_ROWS, *t.shape[-2:]), out_features=n)
 
 
-def _rows(weight: GroupTensor, start: int, stop: int) -> Tensor:
-    """Rows of every matrix: a view where whole tiles are meant, else dense, with the same values."""
+def _rows(weight: GroupTensor, start: int, stop: int) -> GroupTensor | None:
+    """Rows of every matrix, where whole tiles are meant."""
     # The end may lie within a tile only where the weight itself ends there: the rest of that tile is padding.
     if start % TILE_ROWS or (stop % TILE_ROWS and stop != weight.out_features):
-        dense = weight.replace(transposed=False).dequantize()[..., start:stop, :]
-        return dense.mT if weight.transposed else dense
+        return None
     # The end is rounded up, to include a last tile that is partly filled.
     tiles = slice(start // TILE_ROWS, -(-stop // TILE_ROWS))
-    return weight.each(lambda t: t[..., tiles, :, :], out_features=stop - start)
+    shape = weight.view_shape and (stop - start, *weight.view_shape[1:])
+    return weight.each(lambda t: t[..., tiles, :, :], out_features=stop - start, view_shape=shape)
+
+
+def _columns(weight: GroupTensor, start: int, stop: int) -> GroupTensor | None:
+    """Columns of every matrix, where whole tiles of whole groups are meant, or a part of one group."""
+    wide, group_size = tile_columns(weight.bits), weight.group_size
+    if weight.perm is not None or start % wide or (stop % wide and stop != weight.in_features):
+        return None
+    if start % group_size == 0 and stop % group_size == 0:
+        groups = slice(start // group_size, stop // group_size)
+    elif start // group_size == (stop - 1) // group_size:
+        groups = slice(start // group_size, start // group_size + 1)
+        group_size = stop - start
+    else:
+        return None
+    tiles = slice(start // wide, -(-stop // wide))
+    parts = {n: t[..., groups if n == "scale_zero" else tiles, :] for n, t in weight.tiled().items()}
+    return weight.replace(**parts, in_features=stop - start, group_size=group_size)
 
 
 def _narrowed(weight: GroupTensor, dim: int, start: int, stop: int) -> Tensor:
@@ -114,14 +146,19 @@ def _narrowed(weight: GroupTensor, dim: int, start: int, stop: int) -> Tensor:
     size, dim = weight.shape[dim], dim % weight.dim()
     # Python's rules for slices: negative numbers count from the end, and what is out of range is cut off.
     start, stop = (min(max(i + size if i < 0 else i, 0), size) for i in (start, stop))
-    if weight.view_shape is None and start < stop:
-        # Output features: cut between tiles.
-        if dim == weight.dim() - (1 if weight.transposed else 2):
-            return _rows(weight, start, stop)
-        # A stack's own dimension: whole matrices are taken.
-        if dim < weight.dim() - 2:
-            return weight.experts((slice(None),) * dim + (slice(start, stop),))
-    # Columns would be cut (groups stay whole), or a convolution's shape, or nothing is left.
+    if (start, stop) == (0, size):
+        return weight.replace()
+    if start < stop:
+        axis, part = axis_of(weight, dim), None
+        if axis == "rows":
+            part = _rows(weight, start, stop)
+        elif axis == "columns":
+            part = _columns(weight, start, stop)
+        elif axis == "stack":
+            part = weight.experts((slice(None),) * dim + (slice(start, stop),))
+        if part is not None:
+            return part
+        refuse_cut(weight, dim, 0, f"[{start}:{stop}] does not begin and end with a tile and a group")
     return weight.dequantize().narrow(dim, start, max(stop - start, 0))
 
 
@@ -146,11 +183,23 @@ def split(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
         total = w.shape[dim]
         # One size: the last part is what remains. As `torch.split` does it.
         each = [min(sizes, total - i) for i in range(0, total, sizes)] if isinstance(sizes, int) else sizes
+        if (why := why_uncut(w, dim % w.dim(), len(each))) is not None:
+            refuse_cut(w, dim, len(each), why)
         ends = itertools.accumulate(each)
         return [_narrowed(w, dim, end - size, end) for size, end in zip(each, ends, strict=True)]
 
     with torch.inference_mode(False):
         return parts(*args, **kwargs)
+
+
+@implements([aten.as_strided.default])
+def as_strided(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """The weight with the strides that it has; with any other ones dense."""
+    weight, size, stride, *offset = args
+    if tuple(size) != tuple(weight.shape) or tuple(stride) != weight.stride() or any(offset):
+        return on_values(GroupTensor, func, args, kwargs)
+    with torch.inference_mode(False):
+        return _aliased(func, args, kwargs, weight.replace())
 
 
 @implements([aten.select.int])

@@ -64,7 +64,7 @@ def test_what_cannot_become_one() -> None:
         ([weight(), weight(bits=8)], 0, r"they differ: Int4GroupTensor.* and Int8GroupTensor"),
         ([weight(), weight(k=96)], 0, r"they differ"),
         ([weight(), torch.zeros(32, 64)], 0, r"some are quantized and some are not"),
-        ([weight(), weight()], 1, r"only their output features can be joined"),
+        ([weight(k=96), weight(k=96)], 1, r"their input features can be joined only where tiles and groups end"),
     ]
     for parts, dim, message in cases:
         with pytest.raises(ValueError, match=rf"cannot be concatenated: {message}"):

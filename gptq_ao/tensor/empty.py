@@ -1,0 +1,51 @@
+"""Weights without values, to be filled by `copy_`, by a checkpoint, or by other ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_ao.codes.tiles import TILE_ROWS
+from gptq_ao.tensor.group_tensor import GroupTensor
+from gptq_ao.tensor.sharding import axis_of
+from gptq_ao.tensor.table import aten, implements
+from gptq_ao.tensor.values import on_values
+
+
+@implements([aten.empty_like.default])
+def empty_like(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """A weight of the same kind and shape, on any device (`to_empty`)."""
+    weight = args[0]
+    device, dtype = kwargs.get("device") or weight.device, kwargs.get("dtype") or weight.dtype
+    inner = {n: torch.empty_like(t, device=device) for n, t in weight.tiled().items()}
+    return weight.replace(**inner, perm=_order(weight, device), dtype=dtype)
+
+
+@implements([aten.new_empty.default, aten.new_zeros.default])
+def new_rows(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """A weight of the same kind with another number of rows, or of matrices in a stack; any other shape is dense."""
+    weight, size = args
+    shape = tuple(weight.shape)
+    # One dimension may differ, and it must be one that tiles can be added to.
+    changed = [d for d, (a, b) in enumerate(zip(shape, size, strict=False)) if a != b] if len(size) == len(shape) else []
+    same = tuple(size) == shape
+    axes = {axis_of(weight, d) for d in changed}
+    if weight.transposed or 0 in size or not (same or axes in ({"rows"}, {"stack"})):
+        return on_values(GroupTensor, func, args, kwargs)
+    rows = size[0 if weight.view_shape is not None else -2] if axes == {"rows"} else weight.out_features
+    lead = () if weight.view_shape is not None else tuple(size[:-2])
+    device = kwargs.get("device") or weight.device
+    inner = {
+        n: func(t, (*lead, -(-rows // TILE_ROWS), *t.shape[-2:]), device=device) for n, t in weight.tiled().items()
+    }
+    view_shape = weight.view_shape and tuple(size)
+    dtype = kwargs.get("dtype") or weight.dtype
+    return weight.replace(**inner, perm=_order(weight, device), out_features=rows, dtype=dtype, view_shape=view_shape)
+
+
+def _order(weight: GroupTensor, device: torch.device) -> Tensor | None:
+    """An order of columns to be overwritten, which kernels can already follow: numbers that were nowhere would be read
+    as addresses."""
+    if weight.perm is None:
+        return None
+    return torch.arange(weight.in_features, dtype=torch.int32, device=device)

@@ -1,0 +1,113 @@
+"""How a quantized weight is cut into one part for each process, and put together again.
+
+A part has whole tiles of rows (output features), or whole tiles and groups of columns (input features), or some
+matrices of a stack. `torch.distributed` must not get anything else: a part that cannot stay packed would be dense
+without a word, on some ranks only, and the others would wait for ever. So where `torch.distributed` cuts, all ranks
+find the same error, before they talk to each other.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_ao.codes.tiles import TILE_ROWS, tile_columns
+from gptq_ao.errors import ConfigError
+from gptq_ao.kernels import cpu
+
+__all__ = ["Shards", "axis_of", "called_from", "refuse_cut", "why_uncut"]
+
+
+class Shards:
+    """What `fully_shard` (FSDP2) asks of a tensor: the parts of all ranks are gathered as they are, packed.
+
+    A rank has rows of a matrix, or matrices of a stack, so the whole weight is made of the parts one after the other.
+    """
+
+    def fsdp_pre_all_gather(
+        self: Any, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """This rank's tensors, and what is needed beside them to make the whole weight."""
+        tensors = self.tiled()
+        return tuple(t.contiguous() for t in tensors.values()), (tuple(tensors), self, outer_size)
+
+    def fsdp_post_all_gather(
+        self: Any, outputs: tuple[Tensor, ...], kept: Any, param_dtype: torch.dtype, *, out: Any = None
+    ) -> Any:
+        """The whole weight of the gathered `outputs`, of `param_dtype`; or, if `out` has their memory, nothing new."""
+        names, part, size = kept
+        if out is not None:
+            whole = getattr(out, "_local_tensor", out)  # with tensor parallelism, too, it is inside of a DTensor
+            # Memory is filled anew behind autograd's back, for which backward needs what forward had: the same values.
+            if part.perm is not None and whole.perm.data_ptr() != part.perm.data_ptr():
+                with torch.autograd._unsafe_preserve_version_counter(whole.perm):
+                    whole.perm.copy_(part.perm)
+            cpu.forget(whole.qdata)
+            return None
+        inner = dict(zip(names, outputs, strict=True))
+        rows = part.out_features if part.qdata.dim() > 3 else inner["qdata"].shape[0] * TILE_ROWS
+        shape = None if part.view_shape is None else tuple(size)
+        return part.replace(**inner, out_features=rows, dtype=param_dtype, view_shape=shape), outputs
+
+
+def axis_of(weight: Any, dim: int) -> str | None:
+    """What dimension `dim` of a weight counts: its "rows" (of codes), its "columns", or the matrices of a "stack"."""
+    if weight.view_shape is not None:
+        # [out, in, height, width]: the matrix [out, in·height·width] in order.
+        return "rows" if dim == 0 and not weight.transposed and weight.out_features == weight.view_shape[0] else None
+    from_end = weight.dim() - dim
+    if from_end > 2:
+        return "stack"
+    return "rows" if (from_end == 2) != weight.transposed else "columns"
+
+
+def why_uncut(weight: Any, dim: int, parts: int) -> str | None:
+    """Why a weight cannot be cut into equal parts along a dimension, or None."""
+    axis, (each, rest) = axis_of(weight, dim), divmod(weight.shape[dim], parts)
+    if parts == 1:
+        return None
+    if axis is None:
+        return "its shape is not that of its matrix"
+    if rest:
+        return f"{weight.shape[dim]} is no multiple of {parts}"
+    if axis == "rows" and each % TILE_ROWS:
+        return f"codes lie in tiles of {TILE_ROWS} output features, and a part would have {each}"
+    if axis == "columns":
+        if weight.perm is not None:
+            return "its input features are in an order of their own (act_order), of which a part has no whole range"
+        if each % tile_columns(weight.bits):
+            return f"codes lie in tiles of {tile_columns(weight.bits)} input features, and a part would have {each}"
+        if each % weight.group_size and weight.group_size % each:
+            return f"{weight.group_size} input features share a scale, and a part would have {each}"
+    return None
+
+
+def refuse_cut(weight: Any, dim: int, parts: int, why: str | None) -> None:
+    """Raise what is said above, if `torch.distributed` is the one that cuts.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if not called_from("torch.distributed."):
+        return
+    into = f"into {parts} equal parts along dimension {dim}" if parts else f"anywhere along dimension {dim}"
+    ranks = parts or 2
+    raise ConfigError(
+        f"{weight!r} cannot be cut {into} and stay packed: {why}. Leave it whole on each rank: fully_shard(…, "
+        f"ignored_params=gptq_ao.training.unshardable(model, {ranks})), or no parallel style for its layer"
+    )
+
+
+def called_from(package: str) -> bool:
+    """Whether the operator that runs was called by a module of torch whose name begins so, and not by a model's code in
+    between."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith(package):
+            return True
+        if name.split(".")[0] not in ("torch", "torchao", "gptq_ao"):
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
