@@ -77,8 +77,11 @@ def linear_experts(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:
 
 
 def forget(qdata: Tensor) -> None:
-    """What was converted of these codes is out of date: they were changed in a way that leaves their version as it is."""
-    _converted.pop(qdata, None)
+    """What was converted of the codes in this memory is out of date, though a version may not tell: they were written
+    through another tensor."""
+    memory = qdata.untyped_storage()._cdata
+    for known in [t for t in _converted if t.untyped_storage()._cdata == memory]:
+        _converted.pop(known, None)
 
 
 def _convert(packed: Packed, expert: int | None = None) -> tuple[Tensor, Tensor]:

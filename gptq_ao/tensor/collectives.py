@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.errors import ConfigError
-from gptq_ao.kernels import cpu
 from gptq_ao.tensor.group_tensor import GroupTensor
+from gptq_ao.tensor.sharding import called_from, written
 from gptq_ao.tensor.table import implements
 
 _c10d, _functional = torch.ops.c10d, torch.ops._c10d_functional
@@ -25,10 +25,16 @@ def broadcast_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         ConfigError: torch broadcasts a whole state dict, for which the other ranks have made dense tensors.
     """
     (weight,), *rest = args
+    if called_from("torch.distributed._state_dict_utils") or called_from("accelerate.utils.fsdp_utils"):
+        raise ConfigError(
+            f"the other ranks wait for a dense tensor in place of {weight!r}: load a state dict that only rank 0 has by "
+            "gptq_ao.training.load_full_state_dict(model, state, from_rank0=True), or give every rank the state dict "
+            "(of accelerate: fsdp_cpu_ram_efficient_loading: false)"
+        )
     for name in weight.__tensor_flatten__()[0]:
         done = func([getattr(weight, name)], *rest, **kwargs)[1]
         done.wait()
-    cpu.forget(weight.qdata)
+    written(weight)
     return [weight], done
 
 
@@ -40,7 +46,7 @@ def scatter_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         parts = [[getattr(part, name).contiguous() for part in each] for each in given]
         done = func([getattr(target, name)], parts, *rest, **kwargs)[1]
         done.wait()
-    cpu.forget(target.qdata)
+    written(target)
     return [target], done
 
 
@@ -52,7 +58,7 @@ def allgather_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         done = func([[getattr(t, name) for t in targets]], [getattr(weight, name).contiguous()], *rest, **kwargs)[1]
         done.wait()
     for target in targets:
-        cpu.forget(target.qdata)
+        written(target)
     return [targets], done
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from gptq_ao.codes.tiles import TILE_ROWS, tile_columns
 from gptq_ao.errors import ConfigError
 from gptq_ao.tensor.group_tensor import GroupTensor
-from gptq_ao.tensor.sharding import axis_of, called_from
+from gptq_ao.tensor.sharding import axis_of, called_from, written
 from gptq_ao.tensor.table import aten, implements
 from gptq_ao.tensor.values import on_values, refuse_to_write
 
@@ -68,7 +68,7 @@ def cat(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     axis = axis_of(first, dim) if why is None else None
     if axis == "columns" and not all(_can_be_followed(w) for w in weights[:-1]):
         why = "their input features can be joined only where tiles and groups end, and in their own order"
-    if axis != "columns" and len({getattr(w, "in_features", None) for w in weights}) > 1:
+    if why is None and axis != "columns" and len({w.in_features for w in weights}) > 1:
         why = f"they differ: {', '.join(map(repr, weights))}"
     if why is not None:
         raise ValueError(f"quantized weights cannot be concatenated: {why}")
@@ -151,8 +151,9 @@ def copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     for name, inner in target.parts().items():
         inner.copy_(getattr(source, name))
         if not inner.is_inference():
-            # Below autograd nothing counts versions, by which a kernel knows that its converted weight is out of date.
+            # Below autograd nothing counts versions, by which autograd knows that what it has kept was overwritten.
             torch.autograd.graph.increment_version(inner)
+    written(target)
     return target
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.tensor.group_tensor import GroupTensor
-from gptq_ao.tensor.sharding import axis_of
+from gptq_ao.tensor.sharding import axis_of, called_from, remember_source
 from gptq_ao.tensor.table import aten, implements
 from gptq_ao.tensor.values import on_values
 
@@ -40,7 +40,10 @@ def new_rows(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     }
     view_shape = weight.view_shape and tuple(size)
     dtype = kwargs.get("dtype") or weight.dtype
-    return weight.replace(**inner, perm=_order(weight, device), out_features=rows, dtype=dtype, view_shape=view_shape)
+    new = weight.replace(**inner, perm=_order(weight, device), out_features=rows, dtype=dtype, view_shape=view_shape)
+    if called_from("torch.distributed.fsdp."):  # it copies this rank's part of `weight` into the new one
+        remember_source(new, weight)
+    return new
 
 
 def _order(weight: GroupTensor, device: torch.device) -> Tensor | None:

@@ -16,7 +16,7 @@ from gptq_ao.codes.tiles import TILE_ROWS, tile_columns
 from gptq_ao.errors import ConfigError
 from gptq_ao.kernels import cpu
 
-__all__ = ["Shards", "axis_of", "called_from", "refuse_cut", "why_uncut"]
+__all__ = ["Shards", "axis_of", "called_from", "refuse_cut", "remember_source", "why_uncut", "written"]
 
 
 class Shards:
@@ -28,27 +28,71 @@ class Shards:
     def fsdp_pre_all_gather(
         self: Any, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """This rank's tensors, and what is needed beside them to make the whole weight."""
-        tensors = self.tiled()
-        return tuple(t.contiguous() for t in tensors.values()), (tuple(tensors), self, outer_size)
+        """This rank's tensors, and what is needed beside them to make the whole weight.
+
+        The first time, ranks also tell each other what they were cut from.
+        """
+        tensors = {n: t.contiguous() for n, t in self.tiled().items()}
+        cut_from = _cut_from.pop(_memory(self), None)
+        # Always sent, as FSDP allocates once for all times.
+        number = torch.tensor([cut_from or 0], dtype=torch.int32, device=self.device)
+        return (*tensors.values(), number), (tuple(tensors), self, outer_size, cut_from is not None)
 
     def fsdp_post_all_gather(
         self: Any, outputs: tuple[Tensor, ...], kept: Any, param_dtype: torch.dtype, *, out: Any = None
     ) -> Any:
-        """The whole weight of the gathered `outputs`, of `param_dtype`; or, if `out` has their memory, nothing new."""
-        names, part, size = kept
+        """The whole weight of the gathered `outputs`, of `param_dtype`; or, if `out` has their memory, nothing new.
+
+        Raises:
+            ConfigError: the ranks hold parts of different weights.
+        """
+        names, part, size, to_be_compared = kept
+        if to_be_compared and len(set(outputs[-1].tolist())) > 1:
+            raise ConfigError(
+                f"the ranks hold parts of different weights for {part!r} (of {tuple(size)}): quantize on every rank "
+                "with the same calibration data, or load one checkpoint on all"
+            )
         if out is not None:
             whole = getattr(out, "_local_tensor", out)  # with tensor parallelism, too, it is inside of a DTensor
             # Memory is filled anew behind autograd's back, for which backward needs what forward had: the same values.
             if part.perm is not None and whole.perm.data_ptr() != part.perm.data_ptr():
                 with torch.autograd._unsafe_preserve_version_counter(whole.perm):
                     whole.perm.copy_(part.perm)
-            cpu.forget(whole.qdata)
+            written(whole)
             return None
-        inner = dict(zip(names, outputs, strict=True))
+        inner = dict(zip(names, outputs[:-1], strict=True))
         rows = part.out_features if part.qdata.dim() > 3 else inner["qdata"].shape[0] * TILE_ROWS
         shape = None if part.view_shape is None else tuple(size)
         return part.replace(**inner, out_features=rows, dtype=param_dtype, view_shape=shape), outputs
+
+
+# Memory of a part that FSDP has made, and not gathered yet → a number that depends on all values of the weight it was
+# cut from.
+_cut_from: dict[int, int] = {}
+
+
+def _memory(weight: Any) -> int:
+    address: int = weight.qdata.untyped_storage()._cdata
+    return address
+
+
+def remember_source(part: Any, weight: Any) -> None:
+    """Keep what ranks compare, for a part of `weight` that is being made."""
+    if weight.is_meta:
+        return
+    # Sums do not tell in which order numbers are; quantizations that differ in this alone do not occur.
+    codes, scales = (int(t.sum(dtype=torch.int64)) for t in (weight.qdata, weight.scale_zero))
+    _cut_from[_memory(part)] = (codes * 31 + scales) % 2**31
+
+
+def written(weight: Any) -> None:
+    """Forget what is known of the values that a weight had, under any of its aliases: it was overwritten.
+
+    Aliases count their versions each by itself, since they are made below autograd.
+    """
+    cpu.forget(weight.qdata)
+    if not called_from("torch.distributed.fsdp."):  # which copies the part that it makes
+        _cut_from.pop(_memory(weight), None)
 
 
 def axis_of(weight: Any, dim: int) -> str | None:

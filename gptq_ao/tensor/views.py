@@ -89,13 +89,13 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def _flattened(weight: GroupTensor, size: tuple[int, ...]) -> GroupTensor | None:
     """A matrix whose shape is one dimension, or back: what FSDP2 and DistributedDataParallel hold on to as a list of
     numbers keeps its codes."""
-    if weight.transposed or weight.qdata.dim() != 3 or not called_from("torch.distributed."):
+    matrix = (weight.out_features, weight.in_features)
+    flat = size in ((-1,), (weight.numel(),))
+    if weight.transposed or weight.qdata.dim() != 3 or not (flat or size == matrix):
         return None
-    if size in ((-1,), (weight.numel(),)):
-        return weight.replace(view_shape=(weight.numel(),))
-    if size == (weight.out_features, weight.in_features):
-        return weight.replace(view_shape=None)
-    return None
+    if not called_from("torch.distributed."):
+        return None
+    return weight.replace(view_shape=(weight.numel(),) if flat else None)
 
 
 def _restacked(weight: GroupTensor, size: tuple[int, ...]) -> Tensor:

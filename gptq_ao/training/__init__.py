@@ -1,5 +1,6 @@
-"""Quantized models in training code: what wrappers of several processes need to be told."""
+"""Quantized models in training code: what several processes need to be told."""
 
+from gptq_ao.training.load import load_full_state_dict
 from gptq_ao.training.shards import unshardable
 
-__all__ = ["unshardable"]
+__all__ = ["load_full_state_dict", "unshardable"]

@@ -267,3 +267,16 @@ def collectives() -> None:
 
 def test_collectives() -> None:
     on_ranks(collectives)
+
+
+def fsdp_of_different_weights() -> None:
+    import torch.distributed as dist
+
+    shard(quantized(seed=dist.get_rank()))(IDS)
+
+
+def test_ranks_with_parts_of_different_weights_are_found() -> None:
+    """In the first forward, on every rank."""
+    for found in outcomes(fsdp_of_different_weights):
+        assert found.error is not None
+        assert "the ranks hold parts of different weights for Int4GroupTensor" in found.error

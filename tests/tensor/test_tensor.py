@@ -514,6 +514,31 @@ def test_state_dict_loaded_between_two_calls(bits: int) -> None:
     assert not torch.equal(module(x), before)
 
 
+ALIASES: dict[str, Any] = {
+    "detach": lambda w: w.detach(),
+    "data": lambda w: w.data,
+    "view_as": lambda w: w.view_as(w),
+    "alias": lambda w: torch.ops.aten.alias(w),
+    "rows": lambda w: w[: N // 16 * 16],
+    "transposed twice": lambda w: w.t().t(),
+    "itself": lambda w: w,
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+@every_bits
+def test_written_through_an_alias_between_two_calls(bits: int, alias: str) -> None:
+    """Below autograd, aliases do not share the versions by which a kernel knows that what it converted is old."""
+    module, other = (linear_of(make(bits=bits, dtype=BF16, seed=seed)) for seed in (0, 9))
+    x = random(5, K, dtype=BF16)
+    before = module(x)
+    with torch.no_grad():
+        ALIASES[alias](module.weight).copy_(ALIASES[alias](other.weight))
+    expected = linear_of(weight_of(module).clone())(x)
+    assert torch.equal(module(x), expected)
+    assert not torch.equal(expected, before)
+
+
 def test_state_dict_assigned_to_a_dense_module() -> None:
     source, target = linear_of(make()), nn.Linear(K, N)
     target.load_state_dict(source.state_dict(), assign=True)

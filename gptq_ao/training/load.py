@@ -1,0 +1,93 @@
+"""A full state dict, which may be on one rank only, into a model that is spread over several."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from gptq_ao.errors import CheckpointError
+from gptq_ao.tensor import GroupTensor
+
+__all__ = ["load_full_state_dict"]
+
+
+@torch.no_grad()
+def load_full_state_dict(model: nn.Module, state: dict[str, Any], *, from_rank0: bool = False) -> None:
+    """Copy every parameter and buffer of `state` into `model`: whole, or this rank's part of it.
+
+    In place of `set_model_state_dict(…, broadcast_from_rank0=True)` of torch, whose other ranks wait for dense tensors.
+    One tensor at a time is whole on each rank.
+
+    Args:
+        model: as it trains: under FSDP2, tensor parallelism, both or neither; not on meta (`model.to_empty(device=…)`).
+        state: of the model before it was spread over ranks, by the same names.
+        from_rank0: whether only rank 0 has it, and the others give {}. Every rank has to call this then.
+
+    Raises:
+        CheckpointError: names, shapes or kinds differ, or the model is on meta; on every rank, and nothing was changed.
+    """
+    own = model.state_dict(keep_vars=True)
+    kinds = {name: _kind(t) for name, t in state.items() if isinstance(t, Tensor)}
+    if from_rank0:
+        sent = [kinds if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(sent, 0)
+        kinds = sent[0]  # type: ignore[assignment]
+    _check(own, kinds)
+    for name, kind in kinds.items():
+        whole = state.get(name)
+        if from_rank0:
+            device = _local(own[name]).device
+            whole = whole.detach().to(device).contiguous() if dist.get_rank() == 0 else _empty(kind, device)
+            dist.broadcast(whole, 0)
+        _local(own[name]).copy_(_part(whole, own[name]))
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """All that must be known to make an empty tensor like it."""
+    if not isinstance(tensor, GroupTensor):
+        return torch.Tensor, tuple(tensor.shape), tensor.dtype
+    names, attributes = tensor.__tensor_flatten__()
+    parts = {n: (tuple(getattr(tensor, n).shape), getattr(tensor, n).dtype) for n in names}
+    return type(tensor), tuple(tensor.shape), tensor.dtype, parts, attributes
+
+
+def _empty(kind: tuple[Any, ...], device: torch.device) -> Tensor:
+    cls, shape, dtype, *packed = kind
+    if not packed:
+        return torch.empty(shape, dtype=dtype, device=device)
+    parts, attributes = packed
+    inner = {n: torch.empty(size, dtype=of, device=device) for n, (size, of) in parts.items()}
+    weight: Tensor = cls.__tensor_unflatten__(inner, attributes, None, None)
+    return weight
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _part(whole: Any, target: Tensor) -> Tensor:
+    """What `target`, a parameter or buffer of the model, has of a whole tensor."""
+    if not isinstance(target, DTensor):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    part = whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+    return part.to(_local(target).device)
+
+
+def _check(own: dict[str, Any], kinds: dict[str, tuple[Any, ...]]) -> None:
+    missing, unknown = sorted(own.keys() - kinds.keys()), sorted(kinds.keys() - own.keys())
+    if missing or unknown:
+        raise CheckpointError(f"the state dict is not that of the model: it lacks {missing[:5]}, and has {unknown[:5]}")
+    for name, (cls, shape, *_) in kinds.items():
+        target = own[name]
+        if _local(target).is_meta:
+            raise CheckpointError(f"{name!r} is on meta: make room for the model first, by model.to_empty(device=…)")
+        mine = type(_local(target)) if isinstance(_local(target), GroupTensor) else torch.Tensor
+        if (mine, tuple(target.shape)) != (cls, shape):
+            raise CheckpointError(
+                f"{name!r} is a {mine.__name__} {tuple(target.shape)} in the model, and a {cls.__name__} {shape} in the "
+                "state dict"
+            )
