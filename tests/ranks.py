@@ -6,6 +6,7 @@ more than what it does. Each has a process group of its own, and a limit: a rank
 
 import datetime
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -66,6 +67,9 @@ def _rank(pipe: Any, folder: str, rank: int, ranks: int, seconds: int, case: Cal
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # As `torchrun` does; the port is for those who would make a process group, and there is one.
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     limit = datetime.timedelta(seconds=seconds)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
     try:
@@ -76,8 +80,6 @@ def _rank(pipe: Any, folder: str, rank: int, ranks: int, seconds: int, case: Cal
     _wait_for_all(Path(folder), rank, ranks, seconds)
     # Without what threads of torch do at exit.
     sys.stdout.flush()
-    import os
-
     os._exit(0)
 
 

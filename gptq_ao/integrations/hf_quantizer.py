@@ -26,6 +26,7 @@ from gptq_ao.checkpoint.source import Source, source_of
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.landing import check_landing, keep_stored_dtypes, keep_untied
+from gptq_ao.integrations.sharded import part_of
 from gptq_ao.model.state import state_names
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.pipeline.quantize import quantize_
@@ -128,11 +129,12 @@ class GptqAoQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected |= {self._files.format.others}
 
     def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, made
-        on `device`."""
+        """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, or
+        this process's part of it, made on `device`."""
         assert self._source is not None
         conversion, _ = self._source.conversions[name]
-        return conversion.make(self._source.model, device)
+        made = conversion.make(self._source.model, device)
+        return {n: part_of(self._source.model, n, t) for n, t in made.items()}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self._files is None:

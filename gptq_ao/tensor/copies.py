@@ -174,7 +174,7 @@ def lerp_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         func([averages[i] for i in moving], [weights[i] for i in moving], shares)
     elif moving:
         func(args[0], *(a.dequantize() if isinstance(a, GroupTensor) else a for a in args[1:]))
-    return args[0]
+    return None if isinstance(args[0], list) else args[0]
 
 
 def _has_values(weight: GroupTensor, source: Tensor) -> bool:
