@@ -23,6 +23,7 @@ from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.integrations.given_config import checked_choice, merge_with
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer, TorchAoQuantizer
+from gptq_ao.integrations.saving import saving_quantized
 from gptq_ao.model.architecture import model_class, read_config
 from gptq_ao.report import names_of
 
@@ -49,6 +50,8 @@ def register() -> None:
         merge_with(hub.merge_quantization_configs, auto.AutoQuantizationConfig.from_dict)
     )
     modeling_utils.get_hf_quantizer = checked_choice(modeling_utils.get_hf_quantizer)
+    saved_model: Any = modeling_utils.PreTrainedModel
+    saved_model.save_pretrained = saving_quantized(saved_model.save_pretrained)
     auto.AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoQuantizer
     for format in FORMATS.values():
         # No loader of transformers is displaced.

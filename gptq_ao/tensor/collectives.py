@@ -27,9 +27,9 @@ def broadcast_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     (weight,), *rest = args
     if called_from("torch.distributed._state_dict_utils") or called_from("accelerate.utils.fsdp_utils"):
         raise ConfigError(
-            f"the other ranks wait for a dense tensor in place of {weight!r}: load a state dict that only rank 0 has by "
-            "gptq_ao.training.load_full_state_dict(model, state, from_rank0=True), or give every rank the state dict "
-            "(of accelerate: fsdp_cpu_ram_efficient_loading: false)"
+            f"the other ranks wait for a dense tensor in place of {weight!r}: load a state dict that only rank 0 has "
+            "by gptq_ao.training.load_full_state_dict(model, state, from_rank0=True), or give every rank the state "
+            "dict (of accelerate: fsdp_cpu_ram_efficient_loading: false)"
         )
     for name in weight.__tensor_flatten__()[0]:
         done = func([getattr(weight, name)], *rest, **kwargs)[1]

@@ -25,12 +25,10 @@ def empty_like(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def new_rows(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     """A weight of the same kind with another number of rows, or of matrices in a stack; any other shape is dense."""
     weight, size = args
-    shape = tuple(weight.shape)
-    # One dimension may differ, and it must be one that tiles can be added to.
-    changed = [d for d, (a, b) in enumerate(zip(shape, size, strict=False)) if a != b] if len(size) == len(shape) else []
-    same = tuple(size) == shape
-    axes = {axis_of(weight, d) for d in changed}
-    if weight.transposed or 0 in size or not (same or axes in ({"rows"}, {"stack"})):
+    alike = len(size) == weight.dim() and 0 not in size and not weight.transposed
+    # At most one dimension may differ, and it must be one that tiles can be added to.
+    axes = {axis_of(weight, d) for d, n in enumerate(size) if n != weight.shape[d]} if alike else {"columns"}
+    if axes not in (set(), {"rows"}, {"stack"}):
         return on_values(GroupTensor, func, args, kwargs)
     rows = size[0 if weight.view_shape is not None else -2] if axes == {"rows"} else weight.out_features
     lead = () if weight.view_shape is not None else tuple(size[:-2])

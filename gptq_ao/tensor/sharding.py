@@ -7,6 +7,7 @@ find the same error, before they talk to each other.
 """
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -146,12 +147,12 @@ def refuse_cut(weight: Any, dim: int, parts: int, why: str | None) -> None:
 def called_from(package: str) -> bool:
     """Whether the operator that runs was called by a module of torch whose name begins so, and not by a model's code in
     between."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith(package):
             return True
         if name.split(".")[0] not in ("torch", "torchao", "gptq_ao"):
             return False
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False

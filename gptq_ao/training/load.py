@@ -29,18 +29,20 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Any], *, from_rank0:
     Raises:
         CheckpointError: names, shapes or kinds differ, or the model is on meta; on every rank, and nothing was changed.
     """
-    own = model.state_dict(keep_vars=True)
-    kinds = {name: _kind(t) for name, t in state.items() if isinstance(t, Tensor)}
+    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    given = state if not from_rank0 or dist.get_rank() == 0 else {}
+    kinds = {name: _kind(t) for name, t in given.items() if isinstance(t, Tensor)}
     if from_rank0:
-        sent = [kinds if dist.get_rank() == 0 else None]
+        sent = [kinds]
         dist.broadcast_object_list(sent, 0)
-        kinds = sent[0]  # type: ignore[assignment]
+        kinds = sent[0]
     _check(own, kinds)
     for name, kind in kinds.items():
-        whole = state.get(name)
+        # A part that FSDP keeps on the host may only travel between GPUs.
+        mesh = getattr(own[name], "device_mesh", None)
+        device = own[name].device if mesh is None else torch.device(mesh.device_type)
+        whole = given[name].detach().to(device).contiguous() if name in given else _empty(kind, device)
         if from_rank0:
-            device = _local(own[name]).device
-            whole = whole.detach().to(device).contiguous() if dist.get_rank() == 0 else _empty(kind, device)
             dist.broadcast(whole, 0)
         _local(own[name]).copy_(_part(whole, own[name]))
 
@@ -73,8 +75,8 @@ def _part(whole: Any, target: Tensor) -> Tensor:
     if not isinstance(target, DTensor):
         return whole
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    part = whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
-    return part.to(_local(target).device)
+    part: Tensor = whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+    return part
 
 
 def _check(own: dict[str, Any], kinds: dict[str, tuple[Any, ...]]) -> None:
@@ -87,7 +89,5 @@ def _check(own: dict[str, Any], kinds: dict[str, tuple[Any, ...]]) -> None:
             raise CheckpointError(f"{name!r} is on meta: make room for the model first, by model.to_empty(device=…)")
         mine = type(_local(target)) if isinstance(_local(target), GroupTensor) else torch.Tensor
         if (mine, tuple(target.shape)) != (cls, shape):
-            raise CheckpointError(
-                f"{name!r} is a {mine.__name__} {tuple(target.shape)} in the model, and a {cls.__name__} {shape} in the "
-                "state dict"
-            )
+            here = f"a {mine.__name__} {tuple(target.shape)}"
+            raise CheckpointError(f"{name!r} is {here} in the model, and a {cls.__name__} {shape} in the state dict")

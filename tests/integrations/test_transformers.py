@@ -1,6 +1,5 @@
 """transformers' own calls: `from_pretrained`, `save_pretrained`, `dequantize`, `generate`."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -162,17 +161,6 @@ def test_what_would_be_offloaded_to_the_disk_is_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "a", device_map="auto", max_memory={"cpu": "50KB"}, offload_folder=tmp_path / "offload"
         )
-
-
-def test_save_pretrained_of_a_model_that_was_quantized_in_memory_says_what_to_call(tmp_path: Path) -> None:
-    model = tiny_llama()
-    quantize_(model, gptq_config(bits=4, group_size=32, method="rtn"))
-    with pytest.raises(ConfigError, match=r"Int4GroupTensor has no storage .* gptq_ao\.save_quantized"):
-        model.save_pretrained(tmp_path / "a")
-    assert not list((tmp_path / "a").glob("*.safetensors"))
-    save_quantized(model, tmp_path / "b")
-    assert assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path / "b")) == 14
-    assert assert_same_weights(model, copy.deepcopy(model)) == 14  # needs no storage
 
 
 @pytest.mark.parametrize("format", ["native", "gptq", "compressed-tensors"])

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,12 +25,13 @@ def mesh(*sizes: int) -> Any:
     return init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor")[: len(sizes)])
 
 
-def arranged(model: nn.Module, how: str) -> nn.Module:
+def arranged(model: Any, how: str) -> Any:
     """`model` as some processes hold it."""
     if how in ("tensor parallel", "both"):
         of_tensors = mesh(2) if how == "tensor parallel" else mesh(2, 2)["tensor"]
-        for layer in model.model.layers:  # type: ignore[attr-defined, union-attr]
-            plan = {f"mlp.{n}_proj": ColwiseParallel() for n in ("gate", "up")} | {"mlp.down_proj": RowwiseParallel()}
+        for layer in model.model.layers:
+            plan: dict[str, Any] = {f"mlp.{n}_proj": ColwiseParallel() for n in ("gate", "up")}
+            plan["mlp.down_proj"] = RowwiseParallel()
             parallelize_module(layer, of_tensors, plan)
     if how in ("sharded", "both", "hybrid"):
         shard(model, mesh=mesh(2, 2) if how == "hybrid" else mesh(2, 2)["data"] if how == "both" else None)

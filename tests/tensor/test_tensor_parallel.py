@@ -57,7 +57,7 @@ def both_ways(settings: dict[str, Any], src_data_rank: int | None) -> None:
     z = model(x)
     (dz,) = torch.autograd.grad(z.square().sum(), x)
     # Two partial sums are added, in the dtype.
-    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
     torch.testing.assert_close(z, y, **close)
     torch.testing.assert_close(dz, dx, **close)
     for name, parameter in model.named_parameters():
@@ -125,7 +125,9 @@ def test_a_llama() -> None:
 
 def uneven(rows: int, columns: int, act_order: bool, style: str) -> None:
     model = nn.Sequential(nn.Linear(columns, rows, bias=False))
-    settings: dict[str, Any] = {"calibration": [torch.randn(32, columns)], "act_order": "group"} if act_order else {"method": "rtn"}
+    settings: dict[str, Any] = (
+        {"calibration": [torch.randn(32, columns)], "act_order": "group"} if act_order else {"method": "rtn"}
+    )
     quantize_(model, gptq_config(4, 32, **settings))
     parallelize_module(model, mesh(), {"0": ColwiseParallel() if style == "rows" else RowwiseParallel()})
 
