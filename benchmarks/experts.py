@@ -3,7 +3,7 @@
     python benchmarks/experts.py
 
 A mixture of experts of Qwen3-30B-A3B's shapes: 128 experts, of which every token takes 8 at random. Each time is that
-of one launch in a CUDA graph that goes through distinct weights, as in `benchmarks/kernels.py`; "GB/s" counts the
+of one launch in a CUDA graph that goes through distinct weights, as in `benchmarks/kernel_times.py`; "GB/s" counts the
 packed weights of the experts that have rows.
 """
 

@@ -1,4 +1,4 @@
-"""Times candidate configurations of the linear kernel. Run through `benchmarks/kernels.py --sweep`."""
+"""Times candidate configurations of the linear kernel. Run through `benchmarks/kernel_times.py --sweep`."""
 
 import concurrent.futures
 import dataclasses

@@ -73,7 +73,7 @@ def test_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.gpu
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = runpy.run_path(str(ROOT / "benchmarks" / "kernels.py"))
+    script = runpy.run_path(str(ROOT / "benchmarks" / "kernel_times.py"))
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--rows", "1", "300"])
     script["main"]()
     lines = capsys.readouterr().out.splitlines()

@@ -1,7 +1,7 @@
 """Time of products with packed weights on a GPU, beside dense ones and other kernels.
 
-    python benchmarks/kernels.py                                 # the table
-    python benchmarks/kernels.py --sweep sweep.jsonl --minutes 8  # all configurations worth trying
+    python benchmarks/kernel_times.py                                 # the table
+    python benchmarks/kernel_times.py --sweep sweep.jsonl --minutes 8  # all configurations worth trying
 
 Each time is that of one launch in a CUDA graph that goes through distinct weights of 200 MB together, so that none is
 in the L2 cache: the median of several replays. "roof": the time it takes to read the packed weight at the bandwidth
