@@ -57,6 +57,7 @@ def register() -> None:
     for layer in _with_subclasses(BaseTunerLayer):
         _replace(layer, "merge", _merging)
         _replace(layer, "unmerge", _unmerging)
+    _replace(BaseTunerLayer, "get_base_weight", _reading)
     _replace(MultiheadAttention, "forward", _merging_for_a_while)
     _replace(ModulesToSaveWrapper, "update", _copying)
     preparation = peft.prepare_model_for_kbit_training
@@ -258,6 +259,16 @@ def _unmerging(unmerge: Callable[..., None]) -> Callable[..., None]:
                 weights[name].put(codes)
 
     return unmerge_exactly
+
+
+def _reading(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`get_base_weight` of a layer: a weight that may be changed."""
+
+    def read_dense(layer: Any) -> Tensor:
+        weight = read(layer)
+        return weight.dequantize() if isinstance(weight, GroupTensor) else weight
+
+    return read_dense
 
 
 def _is_plain(parameter: Tensor | None) -> bool:
