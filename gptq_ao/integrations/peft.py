@@ -1,9 +1,9 @@
 """PEFT: adapters of every kind on quantized weights, by PEFT's own layers for dense ones.
 
 Its tuners read a base weight when they make an adapter, some of them take a part out of it (PiSSA), and merging writes
-it. For as long as one of these runs, the weights of one layer are dense, so PEFT never meets a quantized one and nothing
-of it has to be known here. Afterwards the same parameter is back. Where its values have changed, they are rounded, each
-weight with its own bits and groups, and that is said. What was there before a merge is kept until `unmerge`.
+it. While one of these runs, the weights of that one layer are dense: PEFT does there what it always does, whatever the
+method. Afterwards the same parameter is back. Where its values have changed, they are rounded, each weight with its own
+bits and groups, and that is said. What was there before a merge is kept until `unmerge`.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import loraga
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
@@ -30,20 +31,23 @@ from gptq_ao.tensor.requantize import nearest
 __all__ = ["register"]
 
 MADE = (
-    "the initialization of the adapter takes a part out of {count} quantized weights, and what is left is rounded to "
-    "nearest again. The error is {error:.2g} times the size of that part. To start without it, make the adapter for the "
-    "dense model, and quantize that then: quantize_ leaves adapters alone"
+    "the initialization of the adapter takes a part out of quantized weights ({count} of them), and what is left is "
+    "rounded to nearest again. The error is {error:.2g} times the size of that part. To start with less, make the "
+    "adapter for the dense model, and quantize that then: quantize_ leaves adapters alone"
 )
 MERGED = (
-    "an adapter is merged into {count} quantized weights, which are rounded to nearest again. The error is {error:.2g} "
-    "times the size of what the adapter adds. gptq_ao.training.merge_and_requantize_ chooses the codes by calibration "
-    "data instead, and loses less"
+    "an adapter is merged into quantized weights ({count} of them), which are rounded to nearest again. The error is "
+    "{error:.2g} times the size of what the adapter adds. gptq_ao.training.merge_and_requantize_ chooses the codes by "
+    "calibration data instead, and loses less"
 )
 UNMERGED = (
-    "an adapter is taken out of {count} weights that were quantized after it was merged, or into which another one is "
-    "merged too: they are rounded to nearest again. The error is {error:.2g} times the size of what the adapter added"
+    "an adapter is taken out of weights ({count} of them) that were quantized after it was merged, or into which "
+    "another one is merged too: they are rounded to nearest again. The error is {error:.2g} times the size of what the "
+    "adapter added"
 )
-BEFORE = "_gptq_ao_before_merging"  # attribute of a module: name of a parameter → the codes, and how many layers changed it
+BEFORE = (
+    "_gptq_ao_before_merging"  # attribute of a module: name of a parameter → the codes, and how many layers changed it
+)
 CHANGED = "_gptq_ao_changed"  # attribute of a tuner layer: the weights that its merged adapters have changed
 
 
@@ -58,12 +62,18 @@ def register() -> None:
         _replace(layer, "merge", _merging)
         _replace(layer, "unmerge", _unmerging)
     _replace(BaseTunerLayer, "get_base_weight", _reading)
-    _replace(MultiheadAttention, "forward", _merging_for_a_while)
-    _replace(ModulesToSaveWrapper, "update", _copying)
-    preparation = peft.prepare_model_for_kbit_training
+    # It merges, multiplies, and unmerges.
+    _replace(MultiheadAttention, "forward", functools.partial(_with_dense, _base))
+    # A copy is trained.
+    _replace(ModulesToSaveWrapper, "update", functools.partial(_with_dense, lambda wrapper: wrapper.original_module))
+    # Of the weights themselves.
+    estimate = loraga.estimate_gradients
+    loraga.estimate_gradients = functools.wraps(estimate)(_with_dense(lambda model: model, estimate))
+    prepare = peft.prepare_model_for_kbit_training
+    by = _preparing(prepare)
     for module in list(sys.modules.values()):  # whoever has imported it by its name
-        if vars(module).get(preparation.__name__) is preparation:
-            setattr(module, preparation.__name__, _preparing(preparation))
+        if vars(module).get(prepare.__name__) is prepare:
+            setattr(module, prepare.__name__, by)
 
 
 def _with_subclasses(cls: type) -> set[type]:
@@ -124,6 +134,11 @@ def _quantized(module: nn.Module) -> dict[str, _Weight]:
     }
 
 
+def _plain(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What is not quantized beside a quantized weight: a bias."""
+    return (p for p in module._parameters.values() if p is not None and not isinstance(p, GroupTensor))
+
+
 @contextlib.contextmanager
 def _dense(weights: dict[str, _Weight]) -> Iterator[dict[str, Tensor]]:
     """Dense parameters in place of quantized ones, for a while. Gives what they were at the end, by name."""
@@ -137,7 +152,7 @@ def _dense(weights: dict[str, _Weight]) -> Iterator[dict[str, Tensor]]:
         for name, w in weights.items():
             values[name] = getattr(w.owner, w.name).detach()
             vars(w.owner).pop(w.name, None)  # there it is if it was replaced by a tensor that is not a parameter
-            w.owner._parameters[w.name] = w.parameter  # type: ignore[assignment]
+            w.owner._parameters[w.name] = w.parameter
 
 
 def _rounded(weights: dict[str, _Weight], values: dict[str, Tensor]) -> dict[str, GroupTensor]:
@@ -209,7 +224,7 @@ def _merging(merge: Callable[..., None]) -> Callable[..., None]:
             # All of them once more, so that nothing is rounded twice.
             layer.unmerge()
             given.arguments["adapter_names"] = earlier + names
-        plain = {p: p.detach().clone() for w in weights.values() for p in w.owner._parameters.values() if _is_plain(p)}
+        plain = {p: p.detach().clone() for w in weights.values() for p in _plain(w.owner)}
         try:
             with _said(MERGED):
                 with _dense(weights) as values:
@@ -271,28 +286,14 @@ def _reading(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return read_dense
 
 
-def _is_plain(parameter: Tensor | None) -> bool:
-    return parameter is not None and not isinstance(parameter, GroupTensor)
+def _with_dense(module: Callable[..., nn.Module], method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that leaves the weights of `module`, a function of its first argument, as they are."""
 
+    def with_dense(first: Any, *args: Any, **kwargs: Any) -> Any:
+        with _dense(_quantized(module(first))):
+            return method(first, *args, **kwargs)
 
-def _merging_for_a_while(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of LoRA for `nn.MultiheadAttention`, which merges, multiplies, and unmerges."""
-
-    def forward_dense(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        with _dense(_quantized(layer.get_base_layer())):
-            return forward(layer, *args, **kwargs)
-
-    return forward_dense
-
-
-def _copying(update: Callable[..., Any]) -> Callable[..., Any]:
-    """`modules_to_save`: a copy that trains, so it is dense."""
-
-    def copy_dense(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-        with _dense(_quantized(wrapper.original_module)):
-            return update(wrapper, *args, **kwargs)
-
-    return copy_dense
+    return with_dense
 
 
 def _preparing(prepare: Callable[..., Any]) -> Callable[..., Any]:

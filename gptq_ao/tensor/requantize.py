@@ -26,7 +26,9 @@ def nearest(weight: GroupTensor, values: Tensor) -> GroupTensor:
         NonFiniteError: a value is NaN or infinite, or too large for an fp16 scale.
     """
     lead, groups = weight.qdata.shape[:-3], weight.in_features // weight.group_size
-    matrix = (weight.in_features, weight.out_features) if weight.transposed else (weight.out_features, weight.in_features)
+    matrix = (
+        (weight.in_features, weight.out_features) if weight.transposed else (weight.out_features, weight.in_features)
+    )
     rows = values.detach().reshape(*lead, *matrix)
     rows = rows.mT if weight.transposed else rows
     rows = rows if weight.perm is None else rows[..., weight.perm.long()]
@@ -54,8 +56,8 @@ def _chunks(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Itera
         some = some.float()
         new = choose_grid(some, group_size, bits, sym, sym and signed)
         values = some.unflatten(-1, (-1, group_size))
-        kept, kept_error = _rounded(values, *old, bits=bits)
-        codes, error = _rounded(values, *new, bits=bits)
+        kept, kept_error = _rounded(values, old[0], old[1], bits)
+        codes, error = _rounded(values, *new, bits)
         keep = kept_error <= error
         yield (
             torch.where(keep.unsqueeze(-1), kept, codes).flatten(-2).to(torch.uint8),
