@@ -5,7 +5,7 @@ from torch import nn
 __all__ = ["adapter_names"]
 
 # What a layer of PEFT puts its adapters around, or trains a copy of.
-_AROUND = ("base_layer", "original_module")
+_AROUND = {"base_layer", "original_module"}
 
 
 def adapter_names(model: nn.Module) -> frozenset[str]:
@@ -15,5 +15,5 @@ def adapter_names(model: nn.Module) -> frozenset[str]:
         # All layers of PEFT say by this where their adapters are; not by which of them have matrices.
         if hasattr(module, "adapter_layer_names"):
             inside = (name for name, _ in module.named_parameters(remove_duplicate=False))
-            names |= {f"{prefix}.{n}".removeprefix(".") for n in inside if n.partition(".")[0] not in _AROUND}
+            names |= {f"{prefix}.{n}".removeprefix(".") for n in inside if not _AROUND & set(n.split("."))}
     return frozenset(names)

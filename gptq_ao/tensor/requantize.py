@@ -17,7 +17,7 @@ def nearest(weight: GroupTensor, values: Tensor) -> GroupTensor:
     """`values` with the bits, groups, order of columns, layout and dtype of `weight`.
 
     Each group keeps its grid or takes the one that spans its new values, whichever is closer to them. So values that
-    have not changed keep their codes, and no value is further off than rounding to nearest would leave it.
+    have not changed stay exactly as they are, and no group is further off than rounding to nearest would leave it.
 
     Args:
         values: floating point, of the shape of `weight`.
@@ -33,7 +33,7 @@ def nearest(weight: GroupTensor, values: Tensor) -> GroupTensor:
     rows = rows.mT if weight.transposed else rows
     rows = rows if weight.perm is None else rows[..., weight.perm.long()]
     old = (weight.scale.reshape(-1, groups), weight.zero_point.reshape(-1, groups))
-    parts = zip(*_chunks(rows.reshape(-1, weight.in_features), *old, bits=weight.bits), strict=True)
+    parts = zip(*_chunks(rows.reshape(-1, weight.in_features), *old, weight.bits, weight.dtype), strict=True)
     codes, scale, zero_point = (torch.cat(part).reshape(*lead, weight.out_features, -1) for part in parts)
     return type(weight).from_codes(
         codes,
@@ -46,7 +46,9 @@ def nearest(weight: GroupTensor, values: Tensor) -> GroupTensor:
     )
 
 
-def _chunks(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(
+    rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Codes, scales and zero points of some rows at a time."""
     group_size = rows.shape[-1] // scale.shape[-1]
     # What the weight's recipe was, as far as its grids show it.
@@ -56,8 +58,8 @@ def _chunks(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Itera
         some = some.float()
         new = choose_grid(some, group_size, bits, sym, sym and signed)
         values = some.unflatten(-1, (-1, group_size))
-        kept, kept_error = _rounded(values, old[0], old[1], bits)
-        codes, error = _rounded(values, *new, bits)
+        kept, kept_error = _rounded(values, old[0], old[1], bits, dtype)
+        codes, error = _rounded(values, *new, bits, dtype)
         keep = kept_error <= error
         yield (
             torch.where(keep.unsqueeze(-1), kept, codes).flatten(-2).to(torch.uint8),
@@ -66,8 +68,8 @@ def _chunks(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Itera
         )
 
 
-def _rounded(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes [..., G, columns] fp32, and the squared error [..., G] of each group."""
+def _rounded(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [..., G, columns] fp32, and the squared error [..., G] of each group, of what they stand for in `dtype`."""
     scale, zero_point = scale.unsqueeze(-1).float(), zero_point.unsqueeze(-1).float()
     codes = round_to_grid(values, scale, zero_point, bits)
-    return codes, (codes - zero_point).mul_(scale).sub_(values).square_().sum(-1)
+    return codes, (codes - zero_point).mul_(scale).to(dtype).float().sub_(values).square_().sum(-1)
