@@ -57,6 +57,7 @@ def register() -> None:
         _replace(tuner, "_create_and_replace", _making)
         _replace(tuner, "inject_adapter", functools.partial(_saying, MADE))
         _replace(tuner, "merge_adapter", functools.partial(_saying, MERGED))
+        _replace(tuner, "unmerge_adapter", functools.partial(_saying, UNMERGED))
         _replace(tuner, "_unload_and_optionally_merge", _unloading)
     for layer in _with_subclasses(BaseTunerLayer):
         _replace(layer, "merge", _merging)
@@ -258,8 +259,10 @@ def _unmerging(unmerge: Callable[..., None]) -> Callable[..., None]:
             unmerge(layer, *args, **kwargs)
             return
         with _said(UNMERGED):
-            with _dense(weights) as values:
-                unmerge(layer, *args, **kwargs)  # its bookkeeping, and what is dense
+            # Its bookkeeping, and what is dense. That its results can be inaccurate, as it may say, is true of others.
+            with _dense(weights) as values, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                unmerge(layer, *args, **kwargs)
             if not layer.merged_adapters:
                 for name in vars(layer).pop(CHANGED, ()):
                     w = weights[name]

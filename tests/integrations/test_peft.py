@@ -23,7 +23,6 @@ pytestmark = [
     # Of transformers, and of what PEFT asks it.
     pytest.mark.filterwarnings("ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"),
     # PEFT's own, of a method whatever the weights are.
-    pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate for .IA"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
     pytest.mark.usefixtures("one_thread"),
 ]
@@ -87,7 +86,7 @@ def quantized(**change: Any) -> Any:
 def adapted(model: nn.Module, config: peft.PeftConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        return peft.get_peft_model(model, config)
 
 
 def dense_twin(model: nn.Module) -> Any:
