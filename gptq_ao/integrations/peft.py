@@ -41,14 +41,11 @@ MERGED = (
     "calibration data instead, and loses less"
 )
 UNMERGED = (
-    "an adapter is taken out of weights ({count} of them) that were quantized after it was merged, or into which "
-    "another one is merged too: they are rounded to nearest again. The error is {error:.2g} times the size of what the "
-    "adapter added"
+    "an adapter is taken out of weights ({count} of them) that were quantized, or into which another one was merged, "
+    "after it was merged itself: they are rounded to nearest again. The error is {error:.2g} times the size of what it "
+    "had added"
 )
-BEFORE = (
-    "_gptq_ao_before_merging"  # attribute of a module: name of a parameter → the codes, and how many layers changed it
-)
-CHANGED = "_gptq_ao_changed"  # attribute of a tuner layer: the weights that its merged adapters have changed
+MERGES = "_gptq_ao_merges"  # attribute of a layer of PEFT: weight → its codes before and after the merge
 
 
 def register() -> None:
@@ -58,7 +55,7 @@ def register() -> None:
         _replace(tuner, "inject_adapter", functools.partial(_saying, MADE))
         _replace(tuner, "merge_adapter", functools.partial(_saying, MERGED))
         _replace(tuner, "unmerge_adapter", functools.partial(_saying, UNMERGED))
-        _replace(tuner, "_unload_and_optionally_merge", _unloading)
+        _replace(tuner, "_unload_and_optionally_merge", functools.partial(_saying, MERGED))
     for layer in _with_subclasses(BaseTunerLayer):
         _replace(layer, "merge", _merging)
         _replace(layer, "unmerge", _unmerging)
@@ -140,6 +137,10 @@ def _plain(module: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in module._parameters.values() if p is not None and not isinstance(p, GroupTensor))
 
 
+def _same(a: GroupTensor, b: GroupTensor) -> bool:
+    return all(torch.equal(x, y.to(x.device)) for x, y in zip(a.parts().values(), b.parts().values(), strict=True))
+
+
 @contextlib.contextmanager
 def _dense(weights: dict[str, _Weight]) -> Iterator[dict[str, Tensor]]:
     """Dense parameters in place of quantized ones, for a while. Gives what they were at the end, by name."""
@@ -175,19 +176,6 @@ def _saying(text: str, method: Callable[..., Any]) -> Callable[..., Any]:
             return method(*args, **kwargs)
 
     return and_say
-
-
-def _unloading(unload: Callable[..., Any]) -> Callable[..., Any]:
-    """`_unload_and_optionally_merge` of a tuner: the adapters are gone afterwards, so nothing can be unmerged."""
-
-    def unload_and_forget(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-        with _said(MERGED):
-            model = unload(tuner, *args, **kwargs)
-        for module in tuner.model.modules():
-            vars(module).pop(BEFORE, None)
-        return model
-
-    return unload_and_forget
 
 
 def _making(create: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,13 +227,9 @@ def _merging(merge: Callable[..., None]) -> Callable[..., None]:
             if earlier:
                 layer.merge(adapter_names=earlier)
             raise
-        setattr(layer, CHANGED, set(rounded))
+        setattr(layer, MERGES, {name: (weights[name].parameter.replace(), codes) for name, codes in rounded.items()})
         for name, codes in rounded.items():
-            w = weights[name]
-            kept = vars(w.owner).setdefault(BEFORE, {})
-            before, layers = kept.get(w.name, (w.parameter.replace(), 0))
-            kept[w.name] = (before, layers + 1)
-            w.put(codes)
+            weights[name].put(codes)
 
     return merge_and_round
 
@@ -263,16 +247,11 @@ def _unmerging(unmerge: Callable[..., None]) -> Callable[..., None]:
             with _dense(weights) as values, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 unmerge(layer, *args, **kwargs)
-            if not layer.merged_adapters:
-                for name in vars(layer).pop(CHANGED, ()):
-                    w = weights[name]
-                    kept = vars(w.owner)[BEFORE]
-                    before, layers = kept.pop(w.name)
-                    if layers == 1:
-                        w.put(before)
-                        del values[name], weights[name]
-                    else:  # another layer around the same module has merged something too
-                        kept[w.name] = (before, layers - 1)
+            merges = vars(layer).pop(MERGES, {}) if not layer.merged_adapters else {}
+            for name, (before, after) in merges.items():
+                # Another layer with the same weight may have merged something since.
+                if _same(weights[name].parameter, after):
+                    weights.pop(name).put(before)
             for name, codes in _rounded(weights, values).items():
                 weights[name].put(codes)
 
