@@ -19,7 +19,6 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora import loraga
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
@@ -64,9 +63,11 @@ def register() -> None:
     _replace(MultiheadAttention, "forward", functools.partial(_with_dense, _base))
     # A copy is trained.
     _replace(ModulesToSaveWrapper, "update", functools.partial(_with_dense, lambda wrapper: wrapper.original_module))
-    # Of the weights themselves.
-    estimate = loraga.estimate_gradients
-    loraga.estimate_gradients = functools.wraps(estimate)(_with_dense(lambda model: model, estimate))
+    # Gradients of the weights themselves, which earlier versions do not take.
+    loraga: Any = sys.modules.get("peft.tuners.lora.loraga")
+    if loraga is not None:
+        estimate = loraga.estimate_gradients
+        loraga.estimate_gradients = functools.wraps(estimate)(_with_dense(lambda model: model, estimate))
     prepare = peft.prepare_model_for_kbit_training
     by = _preparing(prepare)
     for module in list(sys.modules.values()):  # whoever has imported it by its name
@@ -221,13 +222,14 @@ def _merging(merge: Callable[..., None]) -> Callable[..., None]:
                 rounded = _rounded(weights, values)
         except BaseException:
             # As it was before: adapters are merged, and checked, one after another.
-            for p, before in plain.items():
-                p.data = before
+            for p, value in plain.items():
+                p.data = value
             layer.merged_adapters = []
             if earlier:
                 layer.merge(adapter_names=earlier)
             raise
-        setattr(layer, MERGES, {name: (weights[name].parameter.replace(), codes) for name, codes in rounded.items()})
+        before = {name: w.parameter.replace() for name, w in weights.items()}
+        setattr(layer, MERGES, {name: (codes, rounded.get(name, codes)) for name, codes in before.items()})
         for name, codes in rounded.items():
             weights[name].put(codes)
 

@@ -1,7 +1,9 @@
 """Adapters of PEFT on quantized weights: made, trained, merged, taken out again."""
 
 import copy
+import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
@@ -251,6 +254,46 @@ def test_gradients_of_quantized_weights_for_lora_ga() -> None:
     assert found[-1] < found[0]
 
 
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage")  # PEFT's advice
+def test_initialized_by_the_inputs_of_the_layers() -> None:
+    """EVA, which leaves the weights as they are."""
+    model, config = quantized(), lora(init_lora_weights="eva", eva_config=peft.EvaConfig())
+    start, before = loss_of(model).item(), weights(model)
+    model = adapted(model, config)
+    drawn = model.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight.clone()
+    ones = torch.ones_like(IDS)
+    peft.initialize_lora_eva_weights(
+        model, [{"attention_mask": ones, **b} for b in token_batches()], show_progress_bar=False
+    )
+    assert not torch.equal(model.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight, drawn)
+    found = losses(model)
+    assert found[0] == pytest.approx(start, abs=1e-5)
+    assert found[-1] < found[0]
+    assert same(weights(model), before)
+
+
+def test_initialized_by_covariances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CorDA, which takes a part out of the weights."""
+    monkeypatch.setitem(sys.modules, "attr", dataclasses)  # for its decorator, in a package that may be missing
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model, config = quantized(), lora(init_lora_weights="corda", corda_config=CordaConfig())
+    start = loss_of(model).item()
+    rows = [b["input_ids"][:1] for b in token_batches()]
+
+    @torch.no_grad()
+    def run() -> None:
+        for row in rows:
+            model(row)
+
+    preprocess_corda(model, config, run_model=run)
+    with pytest.warns(UserWarning, match=r"takes a part out of quantized weights \(2 of them\)"):
+        model = adapted(model, config)
+    found = losses(model)
+    assert found[0] == pytest.approx(start, abs=0.02)
+    assert found[-1] < found[0]
+
+
 def test_transposed_weights_with_biases() -> None:
     """GPT-2's; lora_bias adds to a bias, which stays dense."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -271,6 +314,35 @@ def test_transposed_weights_with_biases() -> None:
     model.unmerge_adapter()
     assert same(weights(model), before)
     assert torch.allclose(layer.bias, bias)
+
+
+CONVOLVED: dict[str, Callable[[], peft.PeftConfig]] = {
+    "LoRA": lambda: peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False),
+    "DoRA": lambda: peft.LoraConfig(r=4, target_modules=["0", "1"], use_dora=True),
+    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=["0", "1"]),
+    "LoKr": lambda: peft.LoKrConfig(r=4, target_modules=["0", "1"]),
+}
+
+
+@pytest.mark.parametrize("config", CONVOLVED.values(), ids=CONVOLVED)
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_convolutions(config: Callable[[], peft.PeftConfig], kind: Any) -> None:
+    x = torch.randn(2, 8, *[6] * (2 if kind is nn.Conv2d else 1), generator=torch.Generator().manual_seed(2))
+    model = seeded(nn.Sequential(kind(8, 16, 4), kind(16, 8, 1)))
+    quantize_(model, gptq_config(4, calibration=[x], effort="fast"))
+    twin, model = shaken(adapted(dense_twin(model), config())), shaken(adapted(model, config()))
+    before, y = weights(model), model(x)
+    assert len(before) == 2
+    assert torch.allclose(y, twin(x), atol=1e-5)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    twin.merge_adapter()
+    with merging():
+        model.merge_adapter()
+    values = values_of(twin)
+    assert all(torch.equal(w.qdata, nearest(before[n], values[n]).qdata) for n, w in weights(model).items())
+    model.unmerge_adapter()
+    assert same(weights(model), before)
 
 
 def mixtral() -> Any:

@@ -16,7 +16,7 @@ from gptq_ao.errors import ConfigError
 from gptq_ao.integrations.transformers import load_with_gptq_ao
 from gptq_ao.tensor import GroupTensor
 
-from ..models import tiny_llama, token_batches
+from ..models import seeded, tiny_llama, token_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaders")
 
@@ -95,6 +95,7 @@ def test_what_from_pretrained_gives(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_that_was_quantized_in_memory_is_prepared(dtype: torch.dtype) -> None:
+    assert peft.utils.other.prepare_model_for_kbit_training is peft.prepare_model_for_kbit_training
     model = tiny_llama(layers=1, dtype=dtype)
     quantize_(model, gptq_config(4, 32, method="rtn"))
     attributes = set(vars(model))
@@ -222,6 +223,32 @@ def test_quantize_leaves_adapters_alone(config: Callable[[], peft.PeftConfig], m
 
 def trained_copy(model: Any) -> Any:
     return getattr(model.base_model.model.model.layers[0].self_attn.o_proj, "modules_to_save", None)
+
+
+class Branches(nn.Module):
+    """A program that torch.export cannot capture: it depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(y if y.sum().item() > 0 else -y)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_without_a_graph_adapters_are_left_alone_too(dora: bool) -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+    config = peft.LoraConfig(r=32, target_modules=["first", "second"], use_dora=dora, init_lora_weights=False)
+    model = adapted(seeded(Branches()), config)
+    before = model(x)
+    report = quantize_(model, gptq_config(4, 32, calibration=[x], effort="fast", strict=True))
+    assert report is not None
+    assert report.capture == "replay"
+    assert len(codes(model)) == 2
+    assert set(report.excluded.values()) == {"part of an adapter"}
+    assert (model(x) - before).norm() < 0.2 * before.norm()
 
 
 def test_the_rounding_is_compensated_with_the_adapter_in_the_forward() -> None:
