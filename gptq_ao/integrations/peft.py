@@ -71,7 +71,7 @@ def register() -> None:
     prepare = peft.prepare_model_for_kbit_training
     by = _preparing(prepare)
     for module in list(sys.modules.values()):  # whoever has imported it by its name
-        if vars(module).get(prepare.__name__) is prepare:
+        if getattr(module, "__dict__", {}).get(prepare.__name__) is prepare:
             setattr(module, prepare.__name__, by)
 
 
