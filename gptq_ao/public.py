@@ -24,6 +24,7 @@ if _typing.TYPE_CHECKING:
 _register_with_torchao()
 # transformers takes long to import, and not everyone needs it. Whoever does imports this module of it with any model.
 _when_imported("transformers.modeling_utils", lambda: _import("gptq_ao.integrations.transformers"))
+_when_imported("peft", lambda: _import("gptq_ao.integrations.peft").register())
 
 __all__ = [
     "Fusion",

@@ -3,7 +3,7 @@
 Everything that can be wrong with a setting is found here, before any computation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import ConfigError, NoLinearError
@@ -12,6 +12,8 @@ from gptq_ao.passes.records import Excluded, LinearSite, Selection
 
 __all__ = ["choose_weights"]
 
+ADAPTER = "part of an adapter"
+
 
 def choose_weights(
     sites: tuple[LinearSite, ...],
@@ -19,12 +21,15 @@ def choose_weights(
     config: GPTQConfig,
     wanted: Callable[[str], bool] = lambda weight: True,
     first_names: Mapping[str, str] | None = None,
+    adapters: Collection[str] = (),
 ) -> Selection:
     """Apply the defaults, the rules and the filter.
 
     Args:
         wanted: a further condition on a parameter's name.
         first_names: every name of every parameter → the one by which sites know it, to explain a rule for another one.
+        adapters: parameters of adapters, which are left alone. A rule that matches nothing else is obeyed; one that
+            matches other weights too, such as a pattern for a whole layer, is a rule for those.
 
     Raises:
         ConfigError: a rule matches nothing or cannot be followed, or a group size does not divide.
@@ -47,9 +52,13 @@ def choose_weights(
             f"rule {unused[0]!r} matches no weight, or only such as an earlier rule matches. "
             f"Names look like {', '.join(map(repr, names[:3]))}; use re:… for patterns"
         )
+    for_others = {config.rule_for(name) for name in names if name not in adapters}
     left = []
     for e in excluded:
         rule = config.rule_for(e.weight)
+        if e.weight in adapters and (rule is None or rule in for_others):
+            left.append(Excluded(e.weight, ADAPTER, expected=True))
+            continue
         if rule is not None and config.for_weight(e.weight) is not None and e.expected:
             raise ConfigError(f"rule {rule!r} asks to quantize {e.weight!r}, which cannot be: {e.reason}")
         left.append(e if rule is None or config.rules[rule] is not None else Excluded(e.weight, f"rule {rule!r}", True))
@@ -59,9 +68,12 @@ def choose_weights(
         # One use that speaks against it (as a router, as a head) is enough.
         reason = next((s.left_out for s in sites if s.weight == name and s.left_out), None)
         own = config.for_weight(name)
-        by_rule = config.rule_for(name) is not None
+        rule = config.rule_for(name)
+        by_rule = rule is not None
+        if name in adapters:
+            reason, by_rule = ADAPTER, by_rule and rule not in for_others
         if own is None:
-            left.append(Excluded(name, f"rule {config.rule_for(name)!r}", expected=True))
+            left.append(Excluded(name, f"rule {rule!r}", expected=True))
         elif not wanted(name):
             left.append(Excluded(name, "left out by filter_fn", expected=True))
         elif reason is not None and not by_rule:

@@ -151,7 +151,10 @@ from transformers import LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from gptq_ao.integrations.hf_quantizer import GptqAoQuantizer
 assert AUTO_QUANTIZER_MAPPING["gptq_ao"] is GptqAoQuantizer
-assert not any("gptq_ao" in type(finder).__module__ for finder in sys.meta_path)
+waiting = lambda: [f.module for f in sys.meta_path if "gptq_ao" in type(f).__module__]
+assert waiting() == ["peft"] and "peft" not in sys.modules
+import peft
+assert not waiting()
 print("fine")
 """
     assert fresh(code).strip() == "fine"
@@ -165,3 +168,12 @@ print("fine")
 """
     for first in ("import transformers.modeling_utils, gptq_ao", "from gptq_ao import GptqAoConfig"):
         assert fresh(first + after).strip() == "fine"
+
+
+@pytest.mark.parametrize("first", ["import gptq_ao, peft", "import peft, gptq_ao"])
+def test_peft_knows_of_quantized_weights_whichever_comes_first(first: str) -> None:
+    after = """
+assert peft.tuners.lora.Linear.merge.__code__.co_filename.endswith("integrations/peft.py")
+print("fine")
+"""
+    assert fresh(first + after).strip() == "fine"

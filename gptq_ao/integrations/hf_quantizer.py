@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from gptq_ao.checkpoint.formats import FORMATS, QuantizedFiles, format_in, open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
@@ -179,6 +179,8 @@ class GptqAoQuantizer(HfQuantizer):
             if isinstance(parameter, GroupTensor):
                 parameter.requires_grad_(False)
         self.take_over(model)
+        # What others ask whether it can be cast, trained and merged. As a file it is "gptq", but not in memory.
+        model.quantization_method = QuantizationMethod.TORCHAO
         if self._files is not None:
             self._files.rounding.warn()
         # They hold the headers of all files.

@@ -96,6 +96,8 @@ def name_filter(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -
 def output_heads(model: nn.Module) -> frozenset[str]:
     """The output head of a Hugging Face model, by the model's own word."""
     declared = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(declared, "weight", None)
+    # Where an adapter trains a copy of the head, there are two.
+    weights = [getattr(head, "weight", None) for head in (declared, getattr(declared, "original_module", None))]
     # All names of the tensor: a head that is tied to the embedding also has the embedding's.
-    return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p is weight)
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, p in named if any(p is weight for weight in weights))

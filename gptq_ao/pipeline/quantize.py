@@ -17,6 +17,7 @@ from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError, StrictError
+from gptq_ao.model.adapters import adapter_names
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
@@ -189,7 +190,9 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
             sites, excluded = find_products(job)
         except CaptureError as e:
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
-        selection = choose_weights(sites, excluded, job.config, job.wanted, first_names(job.model))
+        selection = choose_weights(
+            sites, excluded, job.config, job.wanted, first_names(job.model), adapter_names(job.model)
+        )
         check_support(job.config, selection)
         _check(job, selection)
     prepared = Prepared(selection, job.device, mixed_sets(sites, selection), None)

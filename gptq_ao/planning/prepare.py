@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import FusedSettingsWarning, StrictError
+from gptq_ao.model.adapters import adapter_names
 from gptq_ao.model.inspection import output_heads
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
@@ -95,7 +96,7 @@ def prepare(job: Job) -> Prepared:
     if batches is None:
         with clock("plan"):
             sites, excluded = linear_modules(model)
-            selection = choose_weights(sites, excluded, config, job.wanted, first_names(job.model))
+            selection = choose_weights(sites, excluded, config, job.wanted, first_names(model), adapter_names(model))
         return Prepared(selection, job.weights.device, mixed_sets(sites, selection), None)
 
     with clock("capture"):
@@ -111,7 +112,7 @@ def prepare(job: Job) -> Prepared:
         # For the Hessians only: `found` keeps the graph that computes what the model does.
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
-        selection = choose_weights(sites, excluded, config, job.wanted, first_names(job.model))
+        selection = choose_weights(sites, excluded, config, job.wanted, first_names(model), adapter_names(model))
         check_support(config, selection)
         calibrated = _calibrated(program, selection, bound)
     where = job.device if calibrated else job.weights.device

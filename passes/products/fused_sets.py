@@ -23,9 +23,10 @@ def fused_sets(sites: Iterable[LinearSite]) -> tuple[tuple[str, ...], ...]:
     for site in sites:
         if site.left_out is not None:
             continue  # a head or a router is a product of its own
-        expert = _EXPERT.fullmatch(site.weight)
+        name = site.weight.replace(".base_layer.", ".")  # where an adapter is around it
+        expert = _EXPERT.fullmatch(name)
         # Without the names of the parameter and of its linear: "layer.attention" of "layer.attention.q.weight".
-        parent = site.weight.rsplit(".", 2)[0] if site.weight.count(".") > 1 else ""
+        parent = name.rsplit(".", 2)[0] if name.count(".") > 1 else ""
         key = expert.group(1) if expert else (parent, site.rows)
         sets.setdefault(key, {})[site.weight] = None
     apart: list[dict[str, None]] = []
