@@ -18,9 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-
 from llama_8b import llama  # type: ignore[import-not-found]
+from torch import nn
 
 VOCABULARY = 128256
 STEPS = 10

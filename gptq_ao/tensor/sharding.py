@@ -34,10 +34,12 @@ class Shards:
         The first time, ranks also tell each other what they were cut from.
         """
         tensors = {n: t.contiguous() for n, t in self.tiled().items()}
+        if mesh.size() == 1:  # FSDP makes a copy of the first one, and of no others
+            return (tensors["qdata"],), (self, (), outer_size, False)
         cut_from = _cut_from.pop(_memory(self), None)
         # Always sent, as FSDP allocates once for all times.
         number = torch.tensor([cut_from or 0], dtype=torch.int32, device=self.device)
-        return (*tensors.values(), number), (tuple(tensors), self, outer_size, cut_from is not None)
+        return (*tensors.values(), number), (self, tuple(tensors), outer_size, cut_from is not None)
 
     def fsdp_post_all_gather(
         self: Any, outputs: tuple[Tensor, ...], kept: Any, param_dtype: torch.dtype, *, out: Any = None
@@ -47,7 +49,7 @@ class Shards:
         Raises:
             ConfigError: the ranks hold parts of different weights.
         """
-        names, part, size, to_be_compared = kept
+        part, names, size, to_be_compared = kept
         if to_be_compared and len(set(outputs[-1].tolist())) > 1:
             raise ConfigError(
                 f"the ranks hold parts of different weights for {part!r} (of {tuple(size)}): quantize on every rank "
@@ -56,15 +58,17 @@ class Shards:
         if out is not None:
             whole = getattr(out, "_local_tensor", out)  # with tensor parallelism, too, it is inside of a DTensor
             # Memory is filled anew behind autograd's back, for which backward needs what forward had: the same values.
-            if part.perm is not None and whole.perm.data_ptr() != part.perm.data_ptr():
-                with torch.autograd._unsafe_preserve_version_counter(whole.perm):
-                    whole.perm.copy_(part.perm)
+            for name in part.parts().keys() - set(names):
+                source, target = getattr(part, name), getattr(whole, name)
+                if source.data_ptr() != target.data_ptr():
+                    with torch.autograd._unsafe_preserve_version_counter(target):
+                        target.copy_(source)
             written(whole)
             return None
-        inner = dict(zip(names, outputs[:-1], strict=True))
-        rows = part.out_features if part.qdata.dim() > 3 else inner["qdata"].shape[0] * TILE_ROWS
+        gathered = dict(zip(names, outputs, strict=False))
+        rows = part.out_features if part.qdata.dim() > 3 or not names else gathered["qdata"].shape[0] * TILE_ROWS
         shape = None if part.view_shape is None else tuple(size)
-        return part.replace(**inner, out_features=rows, dtype=param_dtype, view_shape=shape), outputs
+        return part.replace(**gathered, out_features=rows, dtype=param_dtype, view_shape=shape), outputs
 
 
 # Memory of a part that FSDP has made, and not gathered yet → a number that depends on all values of the weight it was

@@ -114,6 +114,29 @@ def test_fsdp_trains(settings: dict[str, Any], option: str) -> None:
     on_ranks(fsdp_trains, settings, option)
 
 
+def alone(offloaded: bool) -> None:
+    """One rank, of which FSDP gathers nothing."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    model = with_lora(quantized(act_order="group"))
+    expected = train(copy.deepcopy(model))
+    options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offloaded else {}
+    assert train(shard(model, **options)) == pytest.approx(expected, abs=1e-5)
+    other = quantized(act_order="group", seed=1).state_dict()
+    for name, parameter in model.named_parameters():
+        if isinstance(part := local(parameter), GroupTensor):
+            part.copy_(other[name.removeprefix("base_model.model.").replace("base_layer.", "")])
+    losses = train(model)
+    assert losses[0] != pytest.approx(expected[0], abs=1e-3)
+    whole = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.full_tensor()
+    assert same(whole, other["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_one_rank(offloaded: bool) -> None:
+    on_ranks(alone, offloaded, ranks=1)
+
+
 def fsdp_of_others() -> None:
     """A convolution, a bias, and layers with weights that are whole on each rank."""
     from torch.distributed.fsdp import fully_shard
