@@ -13,14 +13,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.sharded import check_whole, shard_in
 
-__all__ = ["is_hf_model", "unwrapped", "without_wrappers"]
+__all__ = ["is_hf_model", "same_forward", "unwrapped"]
 
 # Where wrappers have the module: torch.compile, checkpoint_wrapper and offload_wrapper, Lightning Fabric. By
 # name, since their classes take long to import, or may be missing.
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
 
 
-def without_wrappers(model: nn.Module) -> nn.Module:
+def same_forward(model: nn.Module) -> nn.Module:
     """The model without wrappers, wherever in it they are, that take the same arguments as what is inside:
     torch.compile, checkpoint_wrapper, DataParallel, DistributedDataParallel, Fabric.setup. Modules are shared with the
     model, which stays as it is; those around a wrapper are copies.
@@ -33,7 +33,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that a checkpoint holds: `without_wrappers`, and without what is around a Hugging Face model, if that
+    """The model that a checkpoint holds: `same_forward`, and without what is around a Hugging Face model, if that
     has no parameter or buffer of its own.
 
     Raises:

@@ -22,7 +22,7 @@ from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarni
 from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.sharded import check_whole
-from gptq_ao.model.unwrap import without_wrappers
+from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.observe import uncompensated
@@ -87,7 +87,7 @@ def quantize_(
         given = {} if filter_fn is None else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
-    model = without_wrappers(model)
+    model = same_forward(model)
     parameters = WeakValueDictionary(model.named_parameters())
     with own_precision():
         job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress)

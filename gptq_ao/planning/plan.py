@@ -19,7 +19,7 @@ from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.kernels.ops import kernel_name
 from gptq_ao.model.ambient import own_precision
-from gptq_ao.model.unwrap import without_wrappers
+from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.records import Layout, SharedInput
 from gptq_ao.planning.job import FilterFn, Job
@@ -149,7 +149,7 @@ def plan(
     """
     if not isinstance(config, GPTQConfig):
         raise ConfigError(f"plan takes a config of gptq_config(), got {type(config).__name__}")
-    model = without_wrappers(model)
+    model = same_forward(model)
     with own_precision():
         return plan_weights(ModelWeights(model), config, filter_fn, device, max_memory)
 
