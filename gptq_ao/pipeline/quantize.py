@@ -57,7 +57,10 @@ def quantize_(
     max_memory: MaxMemory | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
-    """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced.
+    """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced. Wrappers
+    that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and its
+    inference mode make no difference. A TrainingWarning says if an optimizer holds parameters that are replaced, or if
+    several ranks calibrate.
 
     Args:
         config: from `gptq_config`. Any other torchao config is handed to `torchao.quantization.quantize_`.
