@@ -58,7 +58,7 @@ def quantize_(
     progress: Progress | None = None,
 ) -> Report | None:
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced. Wrappers
-    that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and its
+    that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and
     inference mode make no difference. A TrainingWarning says if an optimizer holds parameters that are replaced, or if
     several ranks calibrate.
 
