@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel families conformance clean
+.PHONY: demo test lint wheel families conformance trainers clean
 
 demo: $(STAMP)
 	$(BIN)/gptq-ao demo
@@ -45,5 +45,14 @@ conformance: $(STAMP)
 	-$(PEERS)/bin/python -m pip install --quiet --no-build-isolation gptqmodel
 	$(BIN)/python -m tests.checkpoint.peers $(CURDIR)/$(PEERS)/bin/python
 
+# Runs the examples of training with the codebases that they are for, in an environment of their own. Optional.
+TRAINERS := .venv-trainers
+trainers: $(STAMP)
+	test -d $(TRAINERS) || $(PYTHON) -m venv $(TRAINERS)
+	$(TRAINERS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(TRAINERS)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' trl lightning-fabric
+	$(TRAINERS)/bin/python -m pip install --quiet torchtitan==0.3.0
+	$(BIN)/python -m tests.integrations.trainers $(CURDIR)/$(TRAINERS)/bin/python
+
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(TRAINERS) build dist *.egg-info

@@ -13,6 +13,7 @@ __all__ = [
     "RoundedScalesWarning",
     "SolverError",
     "StrictError",
+    "TrainingWarning",
     "TuningError",
 ]
 
@@ -67,3 +68,7 @@ class FusedSettingsWarning(UserWarning):
 
 class RoundedScalesWarning(UserWarning):
     """Scales of a checkpoint are not fp16 numbers, and were rounded."""
+
+
+class TrainingWarning(UserWarning):
+    """The program around `quantize_` holds parameters that are replaced, or its processes quantize apart."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptq_ao.errors import CalibrationError
+from gptq_ao.model.ambient import own_precision
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.progress import Progress, Steps
 
@@ -50,6 +51,7 @@ def evaluate(
         raise CalibrationError(f"chunks has shape {tuple(chunks.shape)}: nothing to predict")
     loss, divergence = 0.0, 0.0
     with ExitStack() as stack:
+        stack.enter_context(own_precision())
         for m in (model, reference):
             if m is not None:
                 stack.enter_context(calibration_mode(m))

@@ -9,7 +9,6 @@ from gptq_ao.checkpoint.save import save_quantized
 from gptq_ao.config import GPTQConfig, gptq_config
 from gptq_ao.inference.fuse import Fusion, fuse_projections_, unfuse_projections_
 from gptq_ao.inference.tune import tune
-from gptq_ao.integrations.on_import import when_imported as _when_imported
 from gptq_ao.integrations.torchao import register as _register_with_torchao
 from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
@@ -17,6 +16,7 @@ from gptq_ao.planning.job import whole_model
 from gptq_ao.planning.plan import QuantizationPlan, plan
 from gptq_ao.report import Report
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
+from gptq_ao_autoload import when_imported as _when_imported
 
 if _typing.TYPE_CHECKING:
     from gptq_ao.integrations.transformers import GptqAoConfig

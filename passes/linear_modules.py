@@ -15,7 +15,8 @@ def linear_modules(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[Excl
     names = {id(p): name for name, p in model.named_parameters()}
     sites: dict[str, LinearSite] = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        # Else its weight is computed from others (a parametrization).
+        if isinstance(module, nn.Linear) and id(module.weight) in names:
             name = names[id(module.weight)]
             embedded = "also the embedding table" if id(module.weight) in tables else None
             head = "output head" if name in heads or name.endswith("lm_head.weight") else None

@@ -32,3 +32,12 @@ assert (files("gptq_ao") / "tiny_lm" / "model.safetensors").is_file()
 assert (files("gptq_ao") / "py.typed").is_file()
 print("wheel: imports", gptq_ao.passes.capture.__file__.split("site-packages/")[-1], "and the others")
 PY
+# Its entry point, which must cost nothing and not fail: it would be a failure of `import torch`.
+"$work/clean/bin/python" - <<'PY'
+import sys
+
+import torch
+
+assert "gptq_ao_autoload" in sys.modules
+assert "gptq_ao" not in sys.modules
+PY

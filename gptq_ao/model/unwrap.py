@@ -11,28 +11,30 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gptq_ao.errors import CheckpointError
+from gptq_ao.model.sharded import check_whole, shard_in
 
 __all__ = ["is_hf_model", "same_forward", "unwrapped"]
 
+# Where wrappers have the module: torch.compile, checkpoint_wrapper and offload_wrapper, Lightning Fabric. By
+# name, since their classes take long to import, or may be missing.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
+
 
 def same_forward(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile, DataParallel, DistributedDataParallel, which take the same arguments as it."""
-    while True:
-        # torch.compile's class has the model under this name; importing the class would import the compiler.
-        inside = (
-            model.module
-            if isinstance(model, DataParallel | DistributedDataParallel)
-            else model._modules.get("_orig_mod")
-        )
-        if inside is None:
-            return model
-        model = inside
+    """The model without wrappers, wherever in it they are, that take the same arguments as what is inside:
+    torch.compile, checkpoint_wrapper, DataParallel, DistributedDataParallel, Fabric.setup. Modules are shared with the
+    model, which stays as it is; those around a wrapper are copies.
+
+    Raises:
+        ConfigError: it is sharded over processes, see `check_whole`.
+    """
+    check_whole(model)
+    return _bare(model, {})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that a checkpoint holds. Wrappers of `same_forward` are left out wherever they are; and what is around
-    a Hugging Face model, if it has no parameter or buffer of its own. Modules are shared with the model, which stays as
-    it is; those around a wrapper are copies.
+    """The model that a checkpoint holds: `same_forward`, and without what is around a Hugging Face model, if that
+    has no parameter or buffer of its own.
 
     Raises:
         CheckpointError: the parameters are not those of a model alone: it has adapters, is sharded over processes, or
@@ -62,9 +64,8 @@ def is_hf_model(module: nn.Module) -> bool:
 
 
 def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    module = same_forward(module)
-    while _is_empty_adapter(module):
-        module = module.base_layer  # type: ignore[assignment]
+    while (inside := _inside(module)) is not None:
+        module = inside
     if id(module) not in done:
         done[id(module)] = module  # a module may contain itself
         children = {name: None if m is None else _bare(m, done) for name, m in module._modules.items()}
@@ -72,6 +73,15 @@ def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             done[id(module)] = same = copy.copy(module)
             same._modules = children
     return done[id(module)]
+
+
+def _inside(wrapper: nn.Module) -> nn.Module | None:
+    """What a module is around; None if it is no wrapper."""
+    if isinstance(wrapper, DataParallel | DistributedDataParallel):
+        return wrapper.module
+    if _is_empty_adapter(wrapper):
+        return wrapper._modules["base_layer"]
+    return next((m for name, m in wrapper._modules.items() if name in _INSIDE), None)
 
 
 def _is_peft(module: nn.Module) -> bool:
@@ -98,14 +108,12 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 
 def _refuse_shards(model: nn.Module) -> None:
-    for name, t in [*model.named_modules(), *_tensors(model)]:
-        home = next((c.__module__ for c in type(t).__mro__ if c.__module__.startswith("torch.distributed.")), "")
-        if ".fsdp" in home or ".tensor" in home:
-            what = f"{name!r} is a {type(t).__name__}" if name else f"the model is a {type(t).__name__}"
-            raise CheckpointError(
-                f"{what}, of which each process has a part: gather the values first, into a model that is not sharded "
-                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
-            )
+    shard = shard_in(model)
+    if shard is not None:
+        raise CheckpointError(
+            f"{shard}: gather the values first, into a model that is not sharded "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+        )
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, object]]:

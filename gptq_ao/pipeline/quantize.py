@@ -6,7 +6,9 @@ prepare → (with target_bits: choose the precision) → per stage: calibrate �
 import dataclasses
 import resource
 import sys
+import warnings
 from collections.abc import Mapping
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -16,9 +18,11 @@ from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
-from gptq_ao.errors import CaptureError, ConfigError, StrictError
+from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarning
 from gptq_ao.model.adapters import adapter_names
+from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.inspection import check_unquantized
+from gptq_ao.model.sharded import check_whole
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.choose_weights import choose_weights
@@ -32,6 +36,7 @@ from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
 from gptq_ao.pipeline.solve_together import round_matrix
+from gptq_ao.pipeline.training_code import left_behind, ranks_apart
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import Limits, MaxMemory
 from gptq_ao.planning.memory import waiting_budget
@@ -53,7 +58,10 @@ def quantize_(
     max_memory: MaxMemory | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
-    """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced.
+    """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced. Wrappers
+    that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and
+    inference mode make no difference. A TrainingWarning says if an optimizer holds parameters that are replaced, or if
+    several ranks calibrate.
 
     Args:
         config: from `gptq_config`. Any other torchao config is handed to `torchao.quantization.quantize_`.
@@ -84,8 +92,15 @@ def quantize_(
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
     model = same_forward(model)
-    job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress)
-    return quantize_weights(job, origin_of(model))
+    parameters = WeakValueDictionary(model.named_parameters())
+    with own_precision():
+        job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress)
+        report = quantize_weights(job, origin_of(model))
+    behind = left_behind(parameters, model)
+    if behind is None:
+        return report
+    warnings.warn(behind, TrainingWarning, stacklevel=2)
+    return dataclasses.replace(report, warnings=(*report.warnings, behind))
 
 
 def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
@@ -101,6 +116,9 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
         raise StrictError(f"strict=True, and {origin.loss(job.model)}")
     if job.config.target_bits is not None:
         check_possible(job)
+    apart = ranks_apart(job)
+    if apart is not None:
+        warnings.warn(apart, TrainingWarning, stacklevel=3)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data
     # The model may draw random numbers when it runs.
     with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
@@ -110,7 +128,8 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
                 report = _quantize(dataclasses.replace(job, weights=weights))
         else:
             report = _quantize(job)
-    report = dataclasses.replace(report, recipe=recipe)
+    told = report.warnings if apart is None else (apart, *report.warnings)
+    report = dataclasses.replace(report, recipe=recipe, warnings=told)
     if origin is None:
         return report
     notes = (*report.notes, *origin.notes(job.model))
@@ -212,8 +231,15 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
 
 
 @torch.no_grad()
+@own_precision()
 def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> None:
     """Round one parameter of `module` to nearest. Does nothing to one that is quantized already."""
+    check_whole(module)
+    if name not in module._parameters:
+        raise ConfigError(
+            f"{name!r} of a {type(module).__name__} is no parameter but computed from others, by a parametrization or "
+            "FSDP: make it one (torch.nn.utils.parametrize.remove_parametrizations), or quantize before wrapping"
+        )
     parameter = module.get_parameter(name)
     if isinstance(parameter, GroupTensor):
         return

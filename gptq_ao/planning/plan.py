@@ -18,6 +18,7 @@ from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.kernels.ops import kernel_name
+from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.records import Layout, SharedInput
@@ -149,7 +150,8 @@ def plan(
     if not isinstance(config, GPTQConfig):
         raise ConfigError(f"plan takes a config of gptq_config(), got {type(config).__name__}")
     model = same_forward(model)
-    return plan_weights(ModelWeights(model), config, filter_fn, device, max_memory)
+    with own_precision():
+        return plan_weights(ModelWeights(model), config, filter_fn, device, max_memory)
 
 
 def plan_weights(

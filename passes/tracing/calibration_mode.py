@@ -20,7 +20,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no key-value cache, no fused attention module (it hides its weights), no checks of
     distributions' parameters (they read values). In Hugging Face configs, attention that cannot be captured becomes
     "sdpa", and experts "grouped_mm": one product for all experts instead of a loop over those that the data selects.
-    All of it is restored on exit."""
+    Accelerate's mixed precision is off. All of it is restored on exit."""
     training = [m for m in model.modules() if m.training]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     checks = torch.distributions.Distribution._validate_args
@@ -32,6 +32,12 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
                 changed.append((config, name, vars(config).get(name, _MISSING)))
                 # Not setattr: transformers' setters of these pass the value on to sub-configs and models, unasked.
                 vars(config)[name] = value
+        for module in model.modules():
+            own = vars(module)
+            # Accelerate puts a forward under autocast in place of it, and keeps the original.
+            if "_original_forward" in own and "forward" in own:
+                changed.append((module, "forward", own["forward"]))
+                own["forward"] = own["_original_forward"]
         torch.backends.mha.set_fastpath_enabled(False)
         torch.distributions.Distribution.set_default_validate_args(False)
         with torch.no_grad():
@@ -39,11 +45,11 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.distributions.Distribution.set_default_validate_args(checks)
-        for config, name, value in reversed(changed):
+        for owner, name, value in reversed(changed):
             if value is _MISSING:
-                vars(config).pop(name, None)
+                vars(owner).pop(name, None)
             else:
-                vars(config)[name] = value
+                vars(owner)[name] = value
         # Not `model.train()`, which would also switch modules that were in eval mode before.
         for m in training:
             m.training = True

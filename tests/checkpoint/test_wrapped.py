@@ -1,19 +1,19 @@
 """Models inside of wrappers: what is written is the model, or nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from gptq_ao import gptq_config, load_quantized, quantize_, save_quantized
-from gptq_ao.errors import CheckpointError
+from gptq_ao.errors import CheckpointError, TrainingWarning
 
 from ..models import tiny_llama, token_batches
 from .test_directories import assert_same_weights
@@ -114,16 +114,10 @@ def test_what_would_load_as_random_weights_is_refused(wrapper: str, format: str,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel(tmp_path: Path, one_process: None) -> None:
     wrapped = DistributedDataParallel(tiny_llama())
-    quantize_(wrapped, gptq_config(bits=4, group_size=32, method="rtn"))
+    with pytest.warns(TrainingWarning, match="DistributedDataParallel had been given"):
+        quantize_(wrapped, gptq_config(bits=4, group_size=32, method="rtn"))
     save_quantized(wrapped, tmp_path / "a")
     assert assert_same_weights(quantized(), load_quantized(tmp_path / "a")) == 14
 

@@ -1,5 +1,6 @@
 """Models that cannot be one graph: their forwards are replayed."""
 
+import contextlib
 import contextvars
 import copy
 import signal
@@ -511,7 +512,11 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
 _LEVEL = contextvars.ContextVar("level", default=0)
 
 
-def test_a_forward_runs_in_the_state_of_the_thread_that_asked() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_a_forward_runs_in_the_state_of_the_thread_that_asked(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quantize_` leaves autocast and inference mode (`own`); without that, threads would be in them as well."""
+    if not own:
+        monkeypatch.setattr("gptq_ao.pipeline.quantize.own_precision", contextlib.nullcontext)
     seen: list[tuple[Any, ...]] = []
 
     class Notes(Branching):
@@ -525,7 +530,8 @@ def test_a_forward_runs_in_the_state_of_the_thread_that_asked() -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         replayed(model, [randn(20, 32)] * 2)
     _LEVEL.reset(token)
-    assert seen == [(False, True, torch.bfloat16, 3)] * 4  # two to find the weights, two to replay
+    dtype = torch.float32 if own else torch.bfloat16
+    assert seen == [(False, not own, dtype, 3)] * 4  # two to find the weights, two to replay
     assert model.training
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
