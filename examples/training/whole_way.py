@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from embedded import LORA, SOURCE, chunks, quantized
-from gptq_ao.training import merge_and_requantize_
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gptq_ao import gptq_config, save_quantized
 from gptq_ao.evaluate import evaluate
+from gptq_ao.training import merge_and_requantize_
 
 
 def main(out: Path, steps: int = 60) -> None:
