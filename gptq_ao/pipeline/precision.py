@@ -177,7 +177,9 @@ def _costs(job: Job, prepared: Prepared, selection: Selection) -> dict[tuple[str
 def _cheap(settings: Mapping[str, GPTQConfig]) -> dict[str, GPTQConfig]:
     most = EFFORTS["fast"]["scale_candidates"]
     return {
-        name: dataclasses.replace(c, scale_candidates=min(c.scale_candidates, most), refine_sweeps=0, compensate="none")
+        name: dataclasses.replace(
+            c, scale_candidates=min(c.scale_candidates, most), refine_sweeps=0, compensate="none", adapter_rank=0
+        )
         for name, c in settings.items()
     }
 

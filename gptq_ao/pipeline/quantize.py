@@ -20,12 +20,11 @@ from gptq_ao.errors import CaptureError, ConfigError, StrictError
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
-from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.observe import uncompensated
+from gptq_ao.passes.products.adapters import without_adapters
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
-from gptq_ao.passes.tracing.stand_in import first_names
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
@@ -35,7 +34,7 @@ from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import Limits, MaxMemory
 from gptq_ao.planning.memory import waiting_budget
 from gptq_ao.planning.output_bytes import result_size
-from gptq_ao.planning.prepare import Prepared, check_support, prepare
+from gptq_ao.planning.prepare import Prepared, check_support, prepare, select
 from gptq_ao.progress import Progress
 from gptq_ao.report import Decision, Report, WeightReport, names_of
 from gptq_ao.tensor import GroupTensor
@@ -189,7 +188,7 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
             sites, excluded = find_products(job)
         except CaptureError as e:
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
-        selection = choose_weights(sites, excluded, job.config, job.wanted, first_names(job.model))
+        selection = select(job, sites, excluded)
         check_support(job.config, selection)
         _check(job, selection)
     prepared = Prepared(selection, job.device, mixed_sets(sites, selection), None)
@@ -219,6 +218,7 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
             f"target_bits chooses the bits of all of a model's weights with calibration data, not those of {name!r} "
             "alone: give bits"
         )
+    config.check_no_adapter("rounding one parameter to nearest")
     check_unquantized(module, lambda each: each == name)
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
@@ -237,7 +237,11 @@ def _check(job: Job, selection: Selection) -> None:
 def _notes(job: Job, prepared: Prepared) -> tuple[str, ...]:
     selection = prepared.selection
     widths = {name: layout.in_features for name, layout in selection.layouts.items()}
-    notes = (_uncompensated(prepared), smaller_groups(widths, selection.settings, job.config))
+    notes = (
+        _uncompensated(prepared),
+        smaller_groups(widths, selection.settings, job.config),
+        without_adapters(selection, job.config, job.model),
+    )
     return tuple(note for note in notes if note is not None)
 
 

@@ -257,7 +257,7 @@ class _Run:
             {part: torch.cat(views)}, self._selection.settings, hessian, self._config.strict, why
         )
         self._weights.will_overwrite(part.weight)
-        values = solved.solution.dequantize().to(parameter.dtype)
+        values = solved.dequantize().to(parameter.dtype)
         for view, new in zip(views, values.split([len(v) for v in views]), strict=True):
             view.copy_(new)
         self._solved.setdefault(part.weight, []).append(solved)

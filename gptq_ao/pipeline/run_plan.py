@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_ao.adapter import LowRank
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import GPTQConfig
 from gptq_ao.model.weights import Weights
@@ -27,15 +28,21 @@ __all__ = ["rewrite", "round_all", "run_plan", "static_value"]
 def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[WeightReport]:
     """Quantize with the plan's stages in order; one segment's weights at a time are on the device that computes."""
     weights, program, plan = job.weights, calibrated.program, calibrated.plan
-    settings = plan.selection.settings
+    settings, layouts = plan.selection.settings, plan.selection.layouts
     done: list[WeightReport] = []
+    adapters: dict[str, LowRank] = {}
     originals = _Originals(program, plan)
 
     def static(name: str) -> Any:
         placeholder = twin_of(name)
         if placeholder is not None:
             return originals[program.parameters[placeholder]].to(job.device)
-        return static_value(job, program, name)
+        value, adapter = static_value(job, program, name), adapters.get(program.parameters.get(name, ""))
+        if adapter is None:
+            return value
+        matrix = layouts[program.parameters[name]].matrix(value)  # a view: what was dequantized belongs to nobody else
+        matrix.add_(adapter.dense().to(matrix))
+        return value
 
     with Steps(job.progress, len(plan.stages), "stage") as steps:
         for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
@@ -49,6 +56,8 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
                         originals.keep(name, weights)
                         whole = join_parts(parts, matrix, settings[name])
                         done.append(rewrite(weights, layout, whole, settings[name], number))
+                        if done[-1].adapter is not None:
+                            adapters[name] = done[-1].adapter
                 del hessians, layout, matrix, parts, whole  # the next segment needs the room
     return done
 
@@ -92,6 +101,7 @@ def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQCo
         bytes=sum(getattr(packed, n).nbytes for n in packed.__tensor_flatten__()[0]),
         original_bytes=parameter.nbytes,
         fallback=solved.fallback,
+        adapter=None if solved.adapter is None else LowRank(solved.adapter.A.cpu(), solved.adapter.B.cpu()),
     )
 
 

@@ -23,9 +23,10 @@ from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.follow_original import follow_original
 from gptq_ao.passes.linear_modules import linear_modules
 from gptq_ao.passes.observe import observe
+from gptq_ao.passes.products.adapters import with_adapters
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.reach_all_experts import reach_all_experts
-from gptq_ao.passes.records import LinearSite, Plan, Program, Selection
+from gptq_ao.passes.records import Excluded, LinearSite, Plan, Program, Selection
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.passes.tracing.stand_in import first_names
 from gptq_ao.planning.job import Job
@@ -36,6 +37,7 @@ __all__ = [
     "Prepared",
     "check_support",
     "prepare",
+    "select",
     "with_selection",
 ]
 
@@ -95,7 +97,7 @@ def prepare(job: Job) -> Prepared:
     if batches is None:
         with clock("plan"):
             sites, excluded = linear_modules(model)
-            selection = choose_weights(sites, excluded, config, job.wanted, first_names(job.model))
+            selection = select(job, sites, excluded)
         return Prepared(selection, job.weights.device, mixed_sets(sites, selection), None)
 
     with clock("capture"):
@@ -111,11 +113,17 @@ def prepare(job: Job) -> Prepared:
         # For the Hessians only: `found` keeps the graph that computes what the model does.
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
-        selection = choose_weights(sites, excluded, config, job.wanted, first_names(job.model))
+        selection = select(job, sites, excluded)
         check_support(config, selection)
         calibrated = _calibrated(program, selection, bound)
     where = job.device if calibrated else job.weights.device
     return Prepared(selection, where, mixed_sets(sites, selection), calibrated, found)
+
+
+def select(job: Job, sites: tuple[LinearSite, ...], excluded: tuple[Excluded, ...]) -> Selection:
+    """What will be quantized, and how; see `choose_weights` and `with_adapters`."""
+    selection = choose_weights(sites, excluded, job.config, job.wanted, first_names(job.model))
+    return with_adapters(selection, job.model)
 
 
 def with_selection(prepared: Prepared, selection: Selection) -> Prepared:
