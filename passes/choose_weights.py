@@ -19,12 +19,14 @@ def choose_weights(
     config: GPTQConfig,
     wanted: Callable[[str], bool] = lambda weight: True,
     first_names: Mapping[str, str] | None = None,
+    lenient: bool = False,
 ) -> Selection:
     """Apply the defaults, the rules and the filter.
 
     Args:
         wanted: a further condition on a parameter's name.
         first_names: every name of every parameter → the one by which sites know it, to explain a rule for another one.
+        lenient: whether a rule may be for what cannot be quantized, which then stays as it is.
 
     Raises:
         ConfigError: a rule matches nothing or cannot be followed, or a group size does not divide.
@@ -50,7 +52,7 @@ def choose_weights(
     left = []
     for e in excluded:
         rule = config.rule_for(e.weight)
-        if rule is not None and config.for_weight(e.weight) is not None and e.expected:
+        if rule is not None and config.for_weight(e.weight) is not None and e.expected and not lenient:
             raise ConfigError(f"rule {rule!r} asks to quantize {e.weight!r}, which cannot be: {e.reason}")
         left.append(e if rule is None or config.rules[rule] is not None else Excluded(e.weight, f"rule {rule!r}", True))
 

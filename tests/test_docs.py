@@ -25,6 +25,7 @@ def in_a_folder_like_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.is_gradient_checkpointing.:FutureWarning")
 @pytest.mark.usefixtures("loaders")
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:

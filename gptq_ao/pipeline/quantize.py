@@ -103,7 +103,7 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
     # The model may draw random numbers when it runs.
     with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
         if isinstance(job.weights, ModelWeights):
-            weights = RestorableWeights(job)
+            weights = job.weights if isinstance(job.weights, RestorableWeights) else RestorableWeights(job)
             with weights.restored_on_error():
                 report = _quantize(dataclasses.replace(job, weights=weights))
         else:
@@ -184,6 +184,7 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
             f"or not loaded (it is on meta): load the model without offloading. {reason}"
         )
     with job.clock("plan"):
+        weights.make_dense()
         try:
             sites, excluded = find_products(job)
         except CaptureError as e:
@@ -191,7 +192,7 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
         selection = select(job, sites, excluded)
         check_support(job.config, selection)
         _check(job, selection)
-    prepared = Prepared(selection, job.device, mixed_sets(sites, selection), None)
+    prepared = Prepared(selection, job.device, mixed_sets(sites, selection, job.model), None)
     prepared.warn(deeper=2)
     if all(c.method == "rtn" for c in selection.settings.values()):
         report = _report(job, round_all(job, selection), prepared)

@@ -1,7 +1,7 @@
 """The stages of a plan, one after the other: observe what reaches the weights, solve them, put the results in place."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from gptq_ao.config import GPTQConfig
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.follow_original import last_reads
-from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
+from gptq_ao.passes.records import Layout, Part, Plan, Program, Selection, Stage, twin_of
 from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, round_matrix, solve_together
 from gptq_ao.planning.job import Job
 from gptq_ao.planning.prepare import Calibrated
@@ -22,7 +22,7 @@ from gptq_ao.report import WeightReport
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.tensor import GroupTensor, tensor_class
 
-__all__ = ["rewrite", "round_all", "run_plan", "static_value"]
+__all__ = ["grids_of", "rewrite", "round_all", "run_plan", "static_value"]
 
 
 def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[WeightReport]:
@@ -68,7 +68,7 @@ def round_all(job: Job, selection: Selection) -> list[WeightReport]:
     with job.clock("solve"), torch.no_grad(), Steps(job.progress, len(selection.settings), "weight") as steps:
         for name, c in selection.settings.items():
             with steps.step(name.removesuffix(".weight")):
-                solved = round_matrix(name, layouts[name].matrix(job.weights.get(name)), c)
+                solved = round_matrix(name, layouts[name].matrix(job.weights.get(name)), c, job.grids(name))
                 done.append(rewrite(job.weights, layouts[name], solved, c, stage=0))
     return done
 
@@ -121,7 +121,8 @@ def _solve(
         for expert, (hessian, fallback) in enumerate(expert_hessians(of_shared, job.config.expert_min_rows)):
             rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
             streams = tuple(p for p, _ in shared.residuals)
-            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams):
+            grids = grids_of(job, rows)
+            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams, grids):
                 name = part.part.weight
                 solved.setdefault(name, []).append(part)
                 missing[name] -= 1
@@ -129,6 +130,12 @@ def _solve(
                     name
                 ]:  # at once, not at the end of the stage: what is packed takes a fraction of the room
                     yield layouts[name], matrices.pop(name), solved.pop(name)
+
+
+def grids_of(job: Job, parts: Iterable[Part]) -> dict[Part, tuple[Tensor, Tensor]]:
+    """What `job.grids` has of these parts."""
+    found = ((part, job.grids(part.weight)) for part in parts)
+    return {p: (grid[0][p.start : p.stop], grid[1][p.start : p.stop]) for p, grid in found if grid is not None}
 
 
 class _Originals:

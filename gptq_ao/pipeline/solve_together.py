@@ -19,9 +19,11 @@ from gptq_ao.solver.hessian import Hessian, pooled
 from gptq_ao.solver.low_rank import low_rank
 from gptq_ao.solver.refine import refine
 from gptq_ao.solver.solution import Solution
-from gptq_ao.solver.solve import output_energy, round_to_nearest, solve
+from gptq_ao.solver.solve import better_rows, output_energy, round_to_nearest, solve
 
 __all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_together"]
+
+Grid = tuple[Tensor, Tensor]  # scale [n, G] fp16 and zero point [n, G] uint8
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class SolvedPart:
         return self.changed / self.energy if self.energy > 0 else 0.0
 
 
-def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig) -> SolvedPart:
-    """Round `matrix` [N, K] to nearest."""
-    return SolvedPart(Part(weight, 0, matrix.shape[0]), round_to_nearest(matrix.detach(), config.recipe), "rtn")
+def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig, grid: Grid | None = None) -> SolvedPart:
+    """Round `matrix` [N, K] to nearest, on a grid that there is already, if one is given."""
+    return SolvedPart(Part(weight, 0, matrix.shape[0]), round_to_nearest(matrix.detach(), config.recipe, grid), "rtn")
 
 
 def solve_together(
@@ -71,6 +73,7 @@ def solve_together(
     strict: bool,
     fallback: str | None = None,
     residual_parts: tuple[Part, ...] = (),
+    grids: Mapping[Part, Grid] | None = None,
 ) -> Iterator[SolvedPart]:
     """Solve the rows of `matrices` on the Hessian's device, recipe by recipe.
 
@@ -79,6 +82,8 @@ def solve_together(
         settings: weight → its settings; those of every part's weight.
         fallback: the reason why `hessian` is not that of the parts' own rows; None if it is.
         residual_parts: the parts that the Hessian's `residuals` belong to, in order.
+        grids: scales and zero points that parts may keep: each row does if that is better than new ones. All parts of
+            a recipe have one, or none has.
 
     Raises:
         SolverError: the Hessian cannot be factored.
@@ -99,10 +104,11 @@ def solve_together(
         dense = [matrices[part] for part in parts]
         sizes = [m.shape[0] for m in dense]
         targets = [m.float() for m in dense]
+        given = [(grids or {}).get(part) for part in parts]
         method, damp, dead = "rtn", None, 0
         adapters: Sequence[LowRank | None]
         if recipe.method == "rtn" or blind:
-            solutions = [round_to_nearest(m, recipe) for m in dense]
+            solutions = [round_to_nearest(m, recipe, grid) for m, grid in zip(dense, given, strict=True)]
             adapters = [None] * len(parts)
         else:
             try:
@@ -114,7 +120,7 @@ def solve_together(
                     target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
             except SolverError as e:
                 raise SolverError(f"{_names(parts)}: {e}") from e
-            solutions, adapters = _solve(target, sizes, hessian, f)
+            solutions, adapters = _solve(target, sizes, hessian, f, _stacked_grids(given))
             targets = list(target.split(sizes))
             method, damp, dead = "gptq", f.damp, f.dead
         for part, matrix, solution, adapter in zip(parts, targets, solutions, adapters, strict=True):
@@ -125,12 +131,19 @@ def solve_together(
 
 
 def _solve(
-    target: Tensor, sizes: list[int], hessian: Hessian, f: Factor
+    target: Tensor, sizes: list[int], hessian: Hessian, f: Factor, grid: Grid | None
 ) -> tuple[list[Solution], Sequence[LowRank | None]]:
     """Of parts that are stacked in `target` [N, K] fp32: their codes, and with `adapter_rank` what is added to them.
     Each is solved for what the other leaves, in turn."""
     recipe = f.recipe
-    solution = refine(solve(target, f), target, hessian, f)
+
+    def codes_for(goal: Tensor) -> Solution:
+        found = refine(solve(goal, f), goal, hessian, f)
+        if grid is None:
+            return found
+        return better_rows(found, refine(solve(goal, f, grid), goal, hessian, f), goal, hessian)
+
+    solution = codes_for(target)
     if not recipe.adapter_rank:
         return solution.split(sizes), [None] * len(sizes)
 
@@ -141,9 +154,14 @@ def _solve(
     adapters = correct(solution)
     for _ in range(recipe.adapter_rounds - 1):
         left = target - torch.cat([a.dense() for a in adapters])
-        solution = refine(solve(left, f), left, hessian, f)
+        solution = codes_for(left)
         adapters = correct(solution)
     return solution.split(sizes), adapters
+
+
+def _stacked_grids(grids: list[Grid | None]) -> Grid | None:
+    given = [grid for grid in grids if grid is not None]
+    return (torch.cat([s for s, _ in given]), torch.cat([z for _, z in given])) if len(given) == len(grids) else None
 
 
 def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[Tensor]) -> Tensor | None:

@@ -98,7 +98,7 @@ def prepare(job: Job) -> Prepared:
         with clock("plan"):
             sites, excluded = linear_modules(model)
             selection = select(job, sites, excluded)
-        return Prepared(selection, job.weights.device, mixed_sets(sites, selection), None)
+        return Prepared(selection, job.weights.device, mixed_sets(sites, selection, model), None)
 
     with clock("capture"):
         # Captured where the weights say that the model is, since it may look at their device; then moved in the graph
@@ -117,21 +117,21 @@ def prepare(job: Job) -> Prepared:
         check_support(config, selection)
         calibrated = _calibrated(program, selection, bound)
     where = job.device if calibrated else job.weights.device
-    return Prepared(selection, where, mixed_sets(sites, selection), calibrated, found)
+    return Prepared(selection, where, mixed_sets(sites, selection, model), calibrated, found)
 
 
 def select(job: Job, sites: tuple[LinearSite, ...], excluded: tuple[Excluded, ...]) -> Selection:
     """What will be quantized, and how; see `choose_weights` and `with_adapters`."""
-    selection = choose_weights(sites, excluded, job.config, job.wanted, first_names(job.model))
+    selection = choose_weights(sites, excluded, job.config, job.wanted, first_names(job.model), job.lenient)
     return with_adapters(selection, job.model)
 
 
-def with_selection(prepared: Prepared, selection: Selection) -> Prepared:
+def with_selection(job: Job, prepared: Prepared, selection: Selection) -> Prepared:
     """The same graph and data, for another selection of its sites or other settings."""
     assert prepared.calibrated is not None
     assert prepared.found is not None
     calibrated = _calibrated(prepared.calibrated.program, selection, prepared.calibrated.batches)
-    mixed = mixed_sets(prepared.found.sites, selection)
+    mixed = mixed_sets(prepared.found.sites, selection, job.model)
     return dataclasses.replace(prepared, selection=selection, mixed=mixed, calibrated=calibrated)
 
 

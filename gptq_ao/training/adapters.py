@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from gptq_ao.adapter import LowRank
 from gptq_ao.checkpoint.files.output_directory import check_empty
-from gptq_ao.errors import ConfigError
+from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.model.unwrap import same_forward
 
-__all__ = ["attach_adapter", "require_peft", "save_adapter"]
+__all__ = ["attach_adapter", "load_adapter", "require_peft", "save_adapter"]
 
 
 def attach_adapter(model: nn.Module, adapter: Mapping[str, LowRank]) -> Any:
@@ -62,6 +62,38 @@ def save_adapter(model: nn.Module, adapter: Mapping[str, LowRank], directory: st
     directory.mkdir(parents=True, exist_ok=True)
     save_file(_state(adapter), directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(directory))
+
+
+def load_adapter(model: nn.Module, directory: Path) -> Any:
+    """The model with an adapter that PEFT has saved, a `PeftModel`. Safetensors only, and every tensor has its place.
+
+    Raises:
+        CheckpointError: the directory holds no such adapter, or that of another model.
+        ConfigError: PEFT is not installed.
+    """
+    require_peft()
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    config, values = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    for file in (config, values):
+        if not file.is_file():
+            raise CheckpointError(f"{directory} has no {file.name}: give a directory that PEFT's save_pretrained wrote")
+    try:
+        with safe_open(values, "pt") as f:
+            stored = set(f.keys())
+        made = PeftModel.from_pretrained(model, str(directory))
+    except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise CheckpointError(f"the adapter in {directory} does not fit the {type(model).__name__}: {first}") from e
+    expected = set(get_peft_model_state_dict(made, save_embedding_layers=False))
+    if stored != expected:
+        odd = sorted(stored ^ expected)
+        raise CheckpointError(
+            f"the adapter in {directory} does not fit the {type(model).__name__}: {len(odd)} tensors are only in "
+            f"one of them, such as {odd[0]!r}"
+        )
+    return made.eval()
 
 
 def require_peft() -> None:
