@@ -272,8 +272,8 @@ def _reading(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _casting(cast: Callable[..., Any]) -> Callable[..., Any]:
-    """`_cast_input_dtype` of a layer: x for the adapter. Under autocast, which casts it back to where it came from, there
-    and back is left out, as PEFT does beside the weights of bitsandbytes: the copies would take a tenth of a step."""
+    """`_cast_input_dtype` of a layer: x for the adapter, unless autocast would cast it back, as PEFT does beside the
+    weights of bitsandbytes: the copies take a tenth of a step."""
 
     def cast_unless_autocast(layer: Any, x: Any, dtype: torch.dtype) -> Any:
         if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and _is_quantized(layer):
