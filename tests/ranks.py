@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Outcome", "on_ranks", "outcomes"]
+__all__ = ["Outcome", "device", "on_ranks", "outcomes"]
 
 _PRELOADED = ["torch", "torch.distributed.tensor", "torch.distributed.checkpoint", "transformers", "peft", "gptq_ao"]
 
@@ -27,15 +27,26 @@ class Outcome(NamedTuple):
     error: str | None
 
 
-def on_ranks(case: Callable[..., Any], *args: Any, ranks: int = 2, seconds: int = 120) -> list[Any]:
-    """What `case(*args)` returns on each rank of a gloo process group; it must raise on none."""
-    found = outcomes(case, *args, ranks=ranks, seconds=seconds)
+def device() -> str:
+    """Where a case keeps its tensors: on the CPU, or on a GPU of each rank."""
+    import torch.distributed as dist
+
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+def on_ranks(
+    case: Callable[..., Any], *args: Any, ranks: int = 2, seconds: int = 120, backend: str = "gloo"
+) -> list[Any]:
+    """What `case(*args)` returns on each rank of a process group; it must raise on none."""
+    found = outcomes(case, *args, ranks=ranks, seconds=seconds, backend=backend)
     failed = [f"rank {rank}: {o.error}" for rank, o in enumerate(found) if o.error is not None]
     assert not failed, "\n".join(failed)
     return [o.value for o in found]
 
 
-def outcomes(case: Callable[..., Any], *args: Any, ranks: int = 2, seconds: int = 120) -> list[Outcome]:
+def outcomes(
+    case: Callable[..., Any], *args: Any, ranks: int = 2, seconds: int = 120, backend: str = "gloo"
+) -> list[Outcome]:
     """What `case(*args)`, a function of a module, returns or raises on each rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -43,7 +54,7 @@ def outcomes(case: Callable[..., Any], *args: Any, ranks: int = 2, seconds: int 
         pipes, processes = [], []
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(theirs, folder, rank, ranks, seconds, case, args))
+            process = context.Process(target=_rank, args=(theirs, folder, rank, ranks, seconds, backend, case, args))
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -62,7 +73,9 @@ def outcomes(case: Callable[..., Any], *args: Any, ranks: int = 2, seconds: int 
         return found
 
 
-def _rank(pipe: Any, folder: str, rank: int, ranks: int, seconds: int, case: Callable[..., Any], args: Any) -> None:
+def _rank(
+    pipe: Any, folder: str, rank: int, ranks: int, seconds: int, backend: str, case: Callable[..., Any], args: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -71,7 +84,9 @@ def _rank(pipe: Any, folder: str, rank: int, ranks: int, seconds: int, case: Cal
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     limit = datetime.timedelta(seconds=seconds)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
     try:
         pipe.send(Outcome(case(*args), None))
     except BaseException as e:

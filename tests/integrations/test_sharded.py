@@ -11,7 +11,7 @@ from gptq_ao import gptq_config, quantize_, save_quantized
 from gptq_ao.tensor import GroupTensor
 from tests.models import tiny_llama, token_batches
 from tests.ranks import on_ranks, outcomes
-from tests.tensor.test_fsdp import IDS, local, quantized, train, with_lora
+from tests.tensor.test_fsdp import ids, local, quantized, train, with_lora
 
 
 def saved(folder: Path, format: str, **settings: Any) -> Path:
@@ -30,9 +30,9 @@ def loads(directory: Path, how: str) -> None:
     given = {"tp_plan": "auto"} if how == "tp_plan" else {"distributed_config": DistributedConfig(**{how: 2})}
     model = AutoModelForCausalLM.from_pretrained(directory, **given)
     with torch.no_grad():
-        found = model(IDS).logits
+        found = model(ids()).logits
         found = found.full_tensor() if hasattr(found, "full_tensor") else found
-        torch.testing.assert_close(found, whole(IDS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, whole(ids()).logits, rtol=1e-4, atol=1e-5)
     down = local(model.model.layers[0].mlp.down_proj.weight)
     assert isinstance(down, GroupTensor)
     assert down.shape == ((64, 256) if how == "fsdp_size" else (128, 128))
@@ -99,7 +99,7 @@ def prepared() -> list[float]:
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for _ in range(3):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=ids(), labels=ids()).loss
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -15,14 +15,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gptq_ao.tensor import GroupTensor
-from tests.ranks import on_ranks
-from tests.tensor.test_fsdp import IDS, local, quantized, same, shard, train, with_lora
+from tests.ranks import device, on_ranks
+from tests.tensor.test_fsdp import ids, local, quantized, same, shard, train, with_lora
 
 
 def mesh(*sizes: int) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor")[: len(sizes)])
+    return init_device_mesh(device(), sizes, mesh_dim_names=("data", "tensor")[: len(sizes)])
 
 
 def arranged(model: Any, how: str) -> Any:
@@ -40,7 +40,7 @@ def arranged(model: Any, how: str) -> Any:
 
 def logits(model: Any) -> Any:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(ids()).logits
 
 
 def there_and_back(folder: Path, saved: str, loaded: str, dtype: torch.dtype) -> None:
@@ -113,7 +113,7 @@ def with_optimizer(folder: Path) -> None:
     first, second = shard(with_lora(quantized())), shard(with_lora(quantized(seed=1)))
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2) for m in (first, second)]
     for _ in range(2):
-        first(input_ids=IDS, labels=IDS).loss.backward()
+        first(input_ids=ids(), labels=ids()).loss.backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
     model, optimizer = get_state_dict(first, optimizers[0])
@@ -134,7 +134,7 @@ def with_optimizer(folder: Path) -> None:
 def train_on(model: Any, optimizer: Any) -> list[float]:
     losses = []
     for _ in range(2):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=ids(), labels=ids()).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from gptq_ao import gptq_config, quantize_
 from gptq_ao.tensor import GroupTensor
 from tests.models import seeded, tiny_llama, token_batches
-from tests.ranks import on_ranks, outcomes
-
-IDS = token_batches(1)[0]["input_ids"]
+from tests.ranks import device, on_ranks, outcomes
 
 
 def quantized(**settings: Any) -> Any:
@@ -20,7 +18,11 @@ def quantized(**settings: Any) -> Any:
     model = tiny_llama(width=128, layers=1, dtype=settings.pop("dtype", torch.float32), seed=settings.pop("seed", 0))
     settings = {"bits": 4, "group_size": 32, "effort": "fast", "calibration": token_batches(2), **settings}
     quantize_(model, gptq_config(**settings))
-    return model
+    return model.to(device())
+
+
+def ids() -> Tensor:
+    return token_batches(1)[0]["input_ids"].to(device())
 
 
 def with_lora(model: Any) -> Any:
@@ -34,7 +36,7 @@ def train(model: Any, steps: int = 3) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     losses = []
     for _ in range(steps):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=ids(), labels=ids()).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -67,7 +69,7 @@ def fsdp_trains(settings: dict[str, Any], option: str) -> None:
         "stays gathered": {"reshard_after_forward": False},
         "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         "mixed precision": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
-        "hybrid": {"mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))},
+        "hybrid": {"mesh": init_device_mesh(device(), (1, 2), mesh_dim_names=("replicate", "shard"))},
         "compiled and checkpointed": {},
     }
     model = with_lora(quantized(**settings))
@@ -200,15 +202,15 @@ def loads_into_shards(dtype: torch.dtype, option: str) -> None:
 
     first, second = quantized(dtype=dtype), quantized(dtype=dtype, seed=1)
     with torch.no_grad():
-        before, expected = first(IDS).logits, second(IDS).logits
+        before, expected = first(ids()).logits, second(ids()).logits
         shard(first, reshard_after_forward=option == "reshard")
-        assert torch.equal(first(IDS).logits, before)
+        assert torch.equal(first(ids()).logits, before)
         first.reshard()
         for layer in first.model.layers:
             layer.reshard()
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(first, second.state_dict(), options=options)
-        assert torch.equal(first(IDS).logits, expected)
+        assert torch.equal(first(ids()).logits, expected)
 
 
 @pytest.mark.parametrize("option", ["reshard", "stays gathered"])
@@ -222,12 +224,12 @@ def from_meta(act_order: bool) -> None:
 
     model = quantized(act_order="group" if act_order else "none")
     empty = shard(copy.deepcopy(model).to("meta"))
-    empty.to_empty(device="cpu")
+    empty.to_empty(device=device())
     for made, given in zip(empty.buffers(), model.buffers(), strict=True):
         made.copy_(given)
     set_model_state_dict(empty, model.state_dict(), options=StateDictOptions(full_state_dict=True))
     with torch.no_grad():
-        assert torch.equal(empty(IDS).logits, model(IDS).logits)
+        assert torch.equal(empty(ids()).logits, model(ids()).logits)
     for offload in (False, True):
         options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
         state = get_model_state_dict(empty, options=options)
@@ -273,7 +275,7 @@ def collectives() -> None:
     rank, kept = dist.get_rank(), [quantized(seed=s, dtype=torch.bfloat16).lm_head for s in (0, 1)]
     weights = [quantized(seed=s, dtype=torch.bfloat16).model.layers[0].mlp.up_proj.weight.detach() for s in (0, 1)]
     assert kept
-    x = torch.ones(2, 128, dtype=torch.bfloat16)
+    x = torch.ones(2, 128, dtype=torch.bfloat16, device=device())
     mine = weights[rank].clone()
     products = [nn.functional.linear(x, w) for w in weights]
     assert torch.equal(nn.functional.linear(x, mine), products[rank])  # converted for the CPU's kernel now
@@ -295,7 +297,7 @@ def test_collectives() -> None:
 def fsdp_of_different_weights() -> None:
     import torch.distributed as dist
 
-    shard(quantized(seed=dist.get_rank()))(IDS)
+    shard(quantized(seed=dist.get_rank()))(ids())
 
 
 def test_ranks_with_parts_of_different_weights_are_found() -> None:

@@ -11,13 +11,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from gptq_ao import gptq_config, quantize_
 from gptq_ao.tensor import GroupTensor
 from tests.models import seeded, tiny_llama, token_batches
-from tests.ranks import on_ranks, outcomes
+from tests.ranks import device, on_ranks, outcomes
 
 
 def mesh(ranks: int = 2) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", (ranks,))
+    return init_device_mesh(device(), (ranks,))
 
 
 class Mlp(nn.Module):
@@ -34,7 +34,7 @@ class Mlp(nn.Module):
 def mlp(**settings: Any) -> Mlp:
     model = seeded(Mlp(64, 256)).to(settings.pop("dtype", torch.float32))
     quantize_(model, gptq_config(**{"bits": 4, "group_size": 32, "method": "rtn", **settings}))
-    return model
+    return model.to(device())
 
 
 def local(parameter: Any) -> GroupTensor:
@@ -46,7 +46,7 @@ def local(parameter: Any) -> GroupTensor:
 def both_ways(settings: dict[str, Any], src_data_rank: int | None) -> None:
     model = mlp(**settings)
     dtype = settings.get("dtype", torch.float32)
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(device(), dtype).requires_grad_()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     y = model(x)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
@@ -88,7 +88,7 @@ def sequence_parallel() -> None:
     import torch.distributed as dist
 
     model, rank = mlp(), dist.get_rank()
-    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).to(device())
     y = model(x)
     parallelize_module(
         model,
@@ -108,7 +108,7 @@ def test_sequence_parallel_and_compiled() -> None:
 def whole_model() -> None:
     model = tiny_llama(width=128, layers=2)
     quantize_(model, gptq_config(4, 32, effort="fast", act_order="none", calibration=token_batches(2)))
-    ids = token_batches(1)[0]["input_ids"]
+    model, ids = model.to(device()), token_batches(1)[0]["input_ids"].to(device())
     with torch.no_grad():
         expected = model(ids).logits
         for layer in model.model.layers:

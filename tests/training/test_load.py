@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from gptq_ao.training import load_full_state_dict
-from tests.ranks import on_ranks, outcomes
+from tests.ranks import device, on_ranks, outcomes
 from tests.tensor.test_distributed_checkpoint import arranged, logits
 from tests.tensor.test_fsdp import quantized
 
@@ -19,7 +19,7 @@ def from_rank0(how: str, settings: dict[str, Any]) -> None:
     expected, state = logits(model), copy.deepcopy(model).state_dict() if dist.get_rank() == 0 else {}
     other = quantized(**settings, seed=1 + dist.get_rank())
     if how == "meta":
-        other = arranged(copy.deepcopy(model).to("meta"), "sharded").to_empty(device="cpu")
+        other = arranged(copy.deepcopy(model).to("meta"), "sharded").to_empty(device=device())
         for made, given in zip(other.buffers(), model.buffers(), strict=True):
             made.copy_(given)  # what is no part of a state dict
     else:
