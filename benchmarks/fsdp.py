@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/fsdp.py [--layers 32] [--tokens 2048]
 
-Each rank has one sequence, the one GPU all of them: losses and tokens per second of both, and the peak memory of a rank.
+Each rank has one sequence, the one GPU all of them: losses and tokens per second of both, and a rank's peak memory.
 Gradient checkpointing, autocast to bf16, AdamW, adapters of rank 16 on all linear layers but the head.
 """
 

@@ -48,8 +48,10 @@ def outcomes(
     case: Callable[..., Any], *args: Any, ranks: int = 2, seconds: int = 120, backend: str = "gloo"
 ) -> list[Outcome]:
     """What `case(*args)`, a function of a module, returns or raises on each rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    # CUDA does not survive a fork, and some of these packages look at it when they are imported.
+    context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+    if backend == "gloo":
+        context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):
@@ -84,10 +86,11 @@ def _rank(
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     limit = datetime.timedelta(seconds=seconds)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        store = f"file://{folder}/store"
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, timeout=limit)
         pipe.send(Outcome(case(*args), None))
     except BaseException as e:
         pipe.send(Outcome(None, "".join(traceback.format_exception_only(e)) + _where(e)))

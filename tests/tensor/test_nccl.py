@@ -1,5 +1,6 @@
 """The same on GPUs that talk to each other by NCCL: run with -m gpu on a machine with two of them."""
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,24 @@ CASES: dict[str, tuple[Any, ...]] = {
     "only rank 0 has it": (test_load.from_rank0, "sharded", {"dtype": BF16}),
     "only rank 0 has it, meta": (test_load.from_rank0, "meta", {}),
 }
+CHECKPOINTS = [("whole", "sharded"), ("sharded", "whole"), ("tensor parallel", "sharded")]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_on_two_gpus(name: str) -> None:
-    case, *args = CASES[name]
-    on_ranks(case, *args, backend="nccl", seconds=180)
+def every_case(folder: Path) -> dict[str, str]:
+    """The errors of all cases, by name. In one pair of processes, which take long to start."""
+    cases = dict(CASES)
+    for saved, loaded in CHECKPOINTS:
+        arguments = (folder / f"{saved}, {loaded}", saved, loaded, BF16)
+        cases[f"checkpoint: {saved}, {loaded}"] = (test_distributed_checkpoint.there_and_back, *arguments)
+    errors = {}
+    for name, (case, *arguments) in cases.items():
+        try:
+            case(*arguments)
+        except Exception:
+            errors[name] = traceback.format_exc(limit=-3)
+    return errors
 
 
-@pytest.mark.parametrize(
-    ("saved", "loaded"), [("whole", "sharded"), ("sharded", "whole"), ("tensor parallel", "sharded")]
-)
-def test_checkpoints_on_two_gpus(tmp_path: Path, saved: str, loaded: str) -> None:
-    case = test_distributed_checkpoint.there_and_back
-    on_ranks(case, tmp_path, saved, loaded, BF16, backend="nccl", seconds=180)
+def test_on_two_gpus(tmp_path: Path) -> None:
+    for errors in on_ranks(every_case, tmp_path, backend="nccl", seconds=600):
+        assert not errors, "\n".join(f"{name}: {error}" for name, error in errors.items())
