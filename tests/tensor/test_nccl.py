@@ -46,9 +46,9 @@ def every_case(folder: Path) -> dict[str, str]:
         arguments = (folder / f"{saved}, {loaded}", saved, loaded, BF16)
         cases[f"checkpoint: {saved}, {loaded}"] = (test_distributed_checkpoint.there_and_back, *arguments)
     errors = {}
-    for name, (case, *arguments) in cases.items():
+    for name, (case, *given) in cases.items():
         try:
-            case(*arguments)
+            case(*given)
         except Exception:
             errors[name] = traceback.format_exc(limit=-3)
     return errors
