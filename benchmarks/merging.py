@@ -28,7 +28,7 @@ LENGTH = 256
 
 
 def trained(model: nn.Module, chunks: torch.Tensor, steps: int, rate: float) -> Any:
-    import peft  # after gptq_ao: transformers would take `kernels.py` beside this file for a package
+    import peft  # after gptq_ao: transformers would take `kernel_times.py` beside this file for a package
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

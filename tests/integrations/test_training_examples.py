@@ -1,5 +1,9 @@
 """The examples of training train. (For those with other codebases see `trainers.py`.)"""
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,8 @@ import yaml
 from .trainers import FOLDER, OPTIONAL, train
 
 HERE = ("lora_loop", "hf_trainer")
-ELSEWHERE = {"embedded", "whole_way"}  # what the others import; what takes a minute
+SHARED = "embedded"  # what the others import
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533")
 
 
 @pytest.mark.parametrize("example", HERE)
@@ -16,9 +21,28 @@ def test_the_loss_falls(example: str) -> None:
     train(example)
 
 
+def test_the_loss_falls_in_two_processes() -> None:
+    train("fsdp2", launcher=TORCHRUN)
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    """Quantized, trained, merged, saved for engines: each step as good as the example's page says, or nearly."""
+    command = [sys.executable, "-W", "ignore", str(FOLDER / "whole_way.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER.parents[1])
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(\w[\w ]*?)\s+perplexity (\S+)$", done.stdout, re.MULTILINE))
+    original, quantized, adapted, merged = map(float, found.values())
+    assert quantized == pytest.approx(original, rel=0.02)
+    assert adapted < 0.95 * quantized
+    assert merged == pytest.approx(adapted, rel=0.03)
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "gptq"
+    assert len((FOLDER / "whole_way.py").read_text(encoding="utf-8").splitlines()) < 80
+
+
 def test_every_example_is_run_somewhere_and_documented() -> None:
     names = {path.stem for path in FOLDER.glob("*.py")}
-    assert names == {*HERE, *OPTIONAL, *ELSEWHERE}
+    assert names == {*HERE, *OPTIONAL, SHARED, "fsdp2", "whole_way"}
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     assert [name for name in names if f"examples/training/{name}.py" not in page] == []
 

@@ -15,9 +15,9 @@ FOLDER = Path(__file__).parents[2] / "examples" / "training"
 OPTIONAL = ("trl_sft", "fabric", "torchtitan_lora")
 
 
-def train(example: str, python: str = sys.executable) -> str:
+def train(example: str, python: str = sys.executable, launcher: tuple[str, ...] = ()) -> str:
     """Run an example; returns its last line, "loss A -> B", where B is clearly less."""
-    command = [python, "-W", "ignore", str(FOLDER / f"{example}.py")]
+    command = [python, "-W", "ignore", *launcher, str(FOLDER / f"{example}.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER.parents[1])
     assert done.returncode == 0, done.stderr
     line = done.stdout.splitlines()[-1]
