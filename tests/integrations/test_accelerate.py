@@ -1,4 +1,4 @@
-"""accelerate and transformers' Trainer with FSDP2, in two processes: the losses of one, and the same codes afterwards."""
+"""accelerate and the Trainer with FSDP2, in two processes: the losses of one, and the same codes afterwards."""
 
 import contextlib
 import copy

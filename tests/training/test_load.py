@@ -14,7 +14,6 @@ from tests.ranks import on_ranks, outcomes
 from tests.tensor.test_distributed_checkpoint import arranged, logits
 from tests.tensor.test_fsdp import quantized, with_lora
 
-
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
