@@ -91,6 +91,8 @@ class GPTQConfig(AOBaseConfig):
     expert_min_rows: int = 128
     calibrate_all_experts: bool = False
     strict_capture: bool = False
+    adapter_rank: int = 0
+    adapter_rounds: int = 2
     # torchao serializes no field that starts with an underscore: data never ends up in a checkpoint.
     _calibration: Calibration = field(default=None, repr=False, compare=False)
 
@@ -113,6 +115,8 @@ class GPTQConfig(AOBaseConfig):
         for name, least, meaning in (
             ("scale_candidates", 1, "scales to try per group, 1 or more"),
             ("refine_sweeps", 0, "sweeps, 0 or more"),
+            ("adapter_rank", 0, "columns of B and rows of A in an adapter, 0 (none) or more"),
+            ("adapter_rounds", 1, "rounds, 1 or more"),
         ):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -124,6 +128,11 @@ class GPTQConfig(AOBaseConfig):
             raise ConfigError(
                 f"damp_percent is {self.damp_percent!r}: give a fraction of the Hessian's mean diagonal, such as 0.01, "
                 "or None to derive it from the amount of calibration data"
+            )
+        if self.adapter_rank and self.method != "gptq":
+            raise ConfigError(
+                f'adapter_rank={self.adapter_rank} needs method="gptq", not {self.method!r}: an adapter is solved in '
+                "the metric of a Hessian. A rule that sets another method has to set adapter_rank to 0, too"
             )
         self._check_target()
         if not isinstance(self.rules, dict):
@@ -160,6 +169,21 @@ class GPTQConfig(AOBaseConfig):
     @property
     def calibration(self) -> Calibration:
         return self._calibration
+
+    def check_no_adapter(self, where: str) -> None:
+        """
+        Args:
+            where: what has no use for an adapter.
+
+        Raises:
+            ConfigError: a weight is to get one.
+        """
+        if self.adapter_rank or any(override.get("adapter_rank") for override in self.rules.values() if override):
+            raise ConfigError(
+                f"adapter_rank makes weights that need the adapter of the report, and {where} would lose it: call "
+                "gptq_ao.quantize_(model, config) with calibration data, which returns the report, or leave "
+                "adapter_rank out"
+            )
 
     @property
     def recipe(self) -> Recipe:
@@ -198,6 +222,8 @@ def gptq_config(
     scale_candidates: int | None = None,
     refine_sweeps: int | None = None,
     compensate: str | None = None,
+    adapter_rank: int = 0,
+    adapter_rounds: int = 2,
     target_bits: float | None = None,
     candidates: Iterable[int] = (*BITS, UNCHANGED),
     calibration: Calibration = None,
@@ -234,6 +260,13 @@ def gptq_config(
         compensate: what a layer's weights make up for beside their own rounding. `"inputs"`: that its inputs are those
             of an already quantized model. `"residual"`: also that the sum to which its output is added is. `"none"`.
             It takes a second forward, of the original model, and memory for its activations.
+        adapter_rank: with each weight, solve an adapter B·A of this rank (LoRA's), which corrects what rounding it did;
+            0: none. The weights are made for it: without the adapter, which `report.adapter` has, they are worse than
+            they would be. `gptq_ao.training` puts it into a model or a directory. A rank larger than a weight's sides
+            is an error; a rule may give weights another one, or 0. What PEFT puts no adapter on (experts, embeddings,
+            weights of several modules, convolutions) gets none, and the report says so.
+        adapter_rounds: how often the codes are solved for what the adapter leaves, and then the adapter for what the
+            codes leave, which it begins with; 1: the adapter, once the codes are final.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean. None: `in_features / rows` of
             calibration data, at least 0.01 and at most 1.
         method: `"gptq"`, or `"rtn"` (round to nearest, no Hessian) as a baseline.
@@ -296,6 +329,8 @@ def gptq_config(
     return GPTQConfig(
         **{**EFFORTS[effort], **given},
         sym=sym,
+        adapter_rank=adapter_rank,
+        adapter_rounds=adapter_rounds,
         damp_percent=damp_percent,
         method=method,
         target_bits=target_bits,

@@ -22,6 +22,8 @@ class Recipe:
     scale_candidates: int = 1
     refine_sweeps: int = 0
     compensate: str = "none"
+    adapter_rank: int = 0
+    adapter_rounds: int = 2
 
     @property
     def signed(self) -> bool:

@@ -4,9 +4,11 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import Any
+
+from gptq_ao.adapter import LowRank
 
 __all__ = ["Clock", "Decision", "Report", "WeightReport", "names_of"]
 
@@ -26,9 +28,10 @@ class WeightReport:
         rows: activation rows its Hessian was made of.
         damp: fraction of the Hessian's mean diagonal that was added.
         dead: input features that were zero in all of the data.
-        error: relative output error tr(E·H·Eᵀ) / tr(W·H·Wᵀ); None without a Hessian.
+        error: relative output error tr(E·H·Eᵀ) / tr(W·H·Wᵀ), with the adapter, if there is one; None without a Hessian.
         bytes: of the quantized weight in memory.
         fallback: why it was rounded to nearest although GPTQ was asked for, or None.
+        adapter: what was solved to be added to it (`adapter_rank`), in host memory; None: nothing.
     """
 
     name: str
@@ -44,6 +47,11 @@ class WeightReport:
     bytes: int
     original_bytes: int
     fallback: str | None = None
+    adapter: LowRank | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "adapter"}
+        return {**values, "adapter_rank": 0 if self.adapter is None else self.adapter.rank}
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,11 @@ class Report:
         return {w.name: w.fallback for w in self.weights if w.fallback is not None}
 
     @property
+    def adapter(self) -> dict[str, LowRank]:
+        """Weight → what is to be added to it, see `gptq_ao.training`; empty without `adapter_rank`."""
+        return {w.name: w.adapter for w in self.weights if w.adapter is not None}
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, scales, zero points and padding included."""
         return 8 * sum(w.bytes for w in self.weights) / sum(math.prod(w.shape) for w in self.weights)
@@ -162,7 +175,7 @@ class Report:
             "original_bytes": sum(w.original_bytes for w in self.weights),
             "seconds": dict(self.seconds),
             "peak_bytes": dict(self.peak_bytes),
-            "layers": [asdict(w) for w in self.weights],
+            "layers": [w.to_dict() for w in self.weights],
             "excluded": dict(self.excluded),
             "fallbacks": self.fallbacks,
             "warnings": list(self.warnings),
@@ -193,6 +206,11 @@ class Report:
             f"{len(self.weights)} weights in {self.stages} stages, {original / 2**20:.1f} → {total / 2**20:.1f} MiB, "
             f"{self.bits_per_weight:.3f} bits per weight"
         )
+        if self.adapter:
+            size = sum(a.A.numel() + a.B.numel() for a in self.adapter.values())
+            ranks = sorted({a.rank for a in self.adapter.values()})
+            which = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            lines.append(f"an adapter of rank {which} for {len(self.adapter)} weights, {size} numbers: report.adapter")
         lines += _table(self.precision)
         lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
         lines += [f"warning: {text}" for text in self.warnings]

@@ -67,13 +67,24 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`: the same [..., N, K] in `dtype`, bit for bit."""
-    device, perm = packed.qdata.device, packed.perm
-    if packed.is_contiguous() and in_one_pass(device, packed.bits, packed.group_size, packed.in_features, dtype):
-        from gptq_ao.kernels.triton import dequantize
+    qdata, _, _, perm, bits, group_size, out_features, in_features = packed
+    launch = _launch_dequantize(bits, group_size, out_features, in_features, dtype, qdata.get_device())
+    if launch is None or not packed.is_contiguous():
+        return reference.dequantize(packed, dtype)
+    weight = launch(packed)
+    return weight if perm is None else weight[..., torch.argsort(perm)]
 
-        weight = dequantize.dequantize(packed, dtype)
-        return weight if perm is None else weight[..., torch.argsort(perm)]
-    return reference.dequantize(packed, dtype)
+
+@functools.cache
+def _launch_dequantize(
+    bits: int, group_size: int, out_features: int, in_features: int, dtype: torch.dtype, device: int
+) -> Callable[[Packed], Tensor] | None:
+    """The kernel, ready to be launched; None if it does not compute this."""
+    if not in_one_pass(torch.device("cuda", device), bits, group_size, in_features, dtype):
+        return None
+    from gptq_ao.kernels.triton.dequantize import prepared
+
+    return prepared(bits, group_size, out_features, in_features, dtype, device)
 
 
 def in_one_pass(device: torch.device, bits: int, group_size: int, in_features: int, dtype: torch.dtype) -> bool:
@@ -103,6 +114,7 @@ def forget() -> None:
     """Forget which configurations were chosen, and what the tuning file said."""
     _tuned.cache_clear()
     _launch.cache_clear()
+    _launch_dequantize.cache_clear()
 
 
 @functools.cache

@@ -101,8 +101,11 @@ def _dequantize(*arguments: Any) -> Tensor:
 
 def _dequantize_cuda(qdata: Tensor, *more: Any) -> Tensor:
     *fields, dtype = more
+    packed = Packed(qdata, *fields)
+    if qdata.get_device() == torch.cuda.current_device():
+        return cuda.dequantize(packed, dtype)
     with torch.cuda.device(qdata.device):
-        return cuda.dequantize(Packed(qdata, *fields), dtype)
+        return cuda.dequantize(packed, dtype)
 
 
 def kernel_name(

@@ -22,6 +22,7 @@ def choose_weights(
     wanted: Callable[[str], bool] = lambda weight: True,
     first_names: Mapping[str, str] | None = None,
     adapters: Collection[str] = (),
+    lenient: bool = False,
 ) -> Selection:
     """Apply the defaults, the rules and the filter.
 
@@ -30,6 +31,7 @@ def choose_weights(
         first_names: every name of every parameter → the one by which sites know it, to explain a rule for another one.
         adapters: parameters of adapters, which are left alone. A rule that matches nothing else is obeyed; one that
             matches other weights too, such as a pattern for a whole layer, is a rule for those.
+        lenient: whether a rule may be for what cannot be quantized, which then stays as it is.
 
     Raises:
         ConfigError: a rule matches nothing or cannot be followed, or a group size does not divide.
@@ -59,7 +61,7 @@ def choose_weights(
         if e.weight in adapters and (rule is None or rule in for_others):
             left.append(Excluded(e.weight, ADAPTER, expected=True))
             continue
-        if rule is not None and config.for_weight(e.weight) is not None and e.expected:
+        if rule is not None and config.for_weight(e.weight) is not None and e.expected and not lenient:
             raise ConfigError(f"rule {rule!r} asks to quantize {e.weight!r}, which cannot be: {e.reason}")
         left.append(e if rule is None or config.rules[rule] is not None else Excluded(e.weight, f"rule {rule!r}", True))
 

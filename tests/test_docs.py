@@ -25,10 +25,7 @@ def in_a_folder_like_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
 
 
-# PEFT's own: it does not know how to merge what it has not seen being loaded, and asks transformers for an attribute by
-# its old name.
-@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated:UserWarning")
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.is_gradient_checkpointing.:FutureWarning")
 @pytest.mark.usefixtures("loaders")
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:

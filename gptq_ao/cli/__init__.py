@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from gptq_ao.cli.checkpoints import convert, inspect
+from gptq_ao.cli.merge import merge
 from gptq_ao.cli.quantization import plan, quantize
 from gptq_ao.cli.score import demo, evaluate
 from gptq_ao.errors import ConfigError, GPTQError, StrictError
@@ -23,6 +24,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(quantize)
 app.command()(plan)
+app.command()(merge)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(convert)

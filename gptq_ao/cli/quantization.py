@@ -11,12 +11,12 @@ from gptq_ao.cli.request import Request, with_request
 from gptq_ao.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from gptq_ao.config import GPTQConfig
     from gptq_ao.report import Report
 
-__all__ = ["plan", "quantize"]
+__all__ = ["plan", "quantize", "save", "with_data"]
 
 NATIVE = "native"
 
@@ -39,13 +39,20 @@ def quantize(
     from gptq_ao.checkpoint.hub import check_login, upload
 
     check_empty(out)
+    if request.config.adapter_rank:
+        from gptq_ao.training.adapters import require_peft
+
+        require_peft()
     if request.push_to_hub is not None:
         check_login()
     source = find_checkpoint(model, whole=True)
-    config = _with_data(request, source)
+    config = with_data(request, source)
     write = _stream if request.stream else _in_memory
     report = write(source, out, config, request, {"device": place, "max_memory": limits})
     text = f"{report}\nwritten to {out}"
+    if report.adapter:
+        _save_adapter(source, out / "adapter", report, request)
+        text += f"\nPeftModel.from_pretrained(model, {str(out / 'adapter')!r}) puts the adapter beside the weights"
     if request.push_to_hub is not None:
         text += f"\nuploaded to {upload(out, request.push_to_hub)}"
     show({"model": model, "out": str(out), "format": request.format, **report.to_dict()}, text, as_json)
@@ -95,7 +102,7 @@ def _check(request: Request) -> None:
         raise ConfigError("--format compressed-tensors holds no weights of --act-order group: write gptq or native")
 
 
-def _with_data(request: Request, source: Path) -> "GPTQConfig":
+def with_data(request: Request, source: Path) -> "GPTQConfig":
     """The settings, with batches of text where they are needed."""
     if request.calibration is None:
         return request.config
@@ -129,8 +136,15 @@ def _inputs(config: Any, ids: "Tensor") -> dict[str, "Tensor"]:
     return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
 
 
+def _save_adapter(source: Path, directory: Path, report: "Report", request: Request) -> None:
+    from gptq_ao.model.empty import empty_model
+    from gptq_ao.training.adapters import save_adapter
+
+    frame = empty_model(source, trust_remote_code=request.trust_remote_code)
+    save_adapter(frame, report.adapter, directory)
+
+
 def _in_memory(source: Path, out: Path, config: "GPTQConfig", request: Request, where: dict[str, Any]) -> "Report":
-    from gptq_ao.checkpoint.save import save_quantized
     from gptq_ao.integrations.transformers import load_model
     from gptq_ao.pipeline.quantize import quantize_
 
@@ -138,16 +152,23 @@ def _in_memory(source: Path, out: Path, config: "GPTQConfig", request: Request, 
     loaded = load_model(str(source), dtype=dtype, trust_remote_code=request.trust_remote_code)
     report = quantize_(loaded, config, **where)
     assert report is not None
+    save(loaded, out, request, report)
+    return report
+
+
+def save(model: "nn.Module", out: Path, request: Request, report: "Report") -> None:
+    """Write a quantized model in the format that was asked for."""
+    from gptq_ao.checkpoint.save import save_quantized
+
     try:
-        save_quantized(loaded, out, format=request.format, report=report)
+        save_quantized(model, out, format=request.format, report=report)
     except CheckpointError as e:
         if request.format == NATIVE:
             raise
         # Hours may have gone into it.
-        save_quantized(loaded, out, report=report)
+        save_quantized(model, out, report=report)
         e.add_note(f"It was written to {out} in the native format instead, which holds everything: see gptq-ao convert")
         raise
-    return report
 
 
 def _stream(source: Path, out: Path, config: "GPTQConfig", request: Request, where: dict[str, Any]) -> "Report":

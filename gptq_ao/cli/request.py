@@ -81,6 +81,10 @@ def _request(
         bool | None,
         typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.", show_default="sym"),
     ] = None,
+    adapter_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Solve adapters of this rank with the codes; PEFT finds them in OUT/adapter."),
+    ] = None,
     damp_percent: Annotated[float | None, typer.Option(help="Damping.", show_default="from the amount of data")] = None,
     method: Annotated[
         Method | None, typer.Option(help="GPTQ, or round to nearest as a baseline.", show_default="gptq")
@@ -135,6 +139,7 @@ def _request(
         "effort": effort,
         "act_order": act_order,
         "sym": sym,
+        "adapter_rank": adapter_rank,
         "damp_percent": damp_percent,
         "method": method,
         "rules": None if rules is None else _read(rules, "--rules"),
@@ -164,9 +169,9 @@ def _request(
     )
 
 
-def with_request(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of `_request` in place of its parameter `request`."""
-    shared = signature(_request).parameters
+def with_request(command: Callable[..., None], without: tuple[str, ...] = ()) -> Callable[..., None]:
+    """A command with the options of `_request`, but for some, in place of its parameter `request`."""
+    shared = {name: p for name, p in signature(_request).parameters.items() if name not in without}
     own = signature(command).parameters
 
     @functools.wraps(command)

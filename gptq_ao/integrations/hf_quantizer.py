@@ -75,7 +75,9 @@ class GptqAoConfig(CheckpointConfig):
         super().__init__({"quant_method": "gptq_ao"})
         if calibration is None:
             settings.setdefault("method", "rtn")
-        self.recipe: GPTQConfig | None = gptq_config(bits, group_size, calibration=calibration, **settings)
+        recipe = gptq_config(bits, group_size, calibration=calibration, **settings)
+        recipe.check_no_adapter("from_pretrained")
+        self.recipe: GPTQConfig | None = recipe
 
     def __deepcopy__(self, memo: Any) -> "GptqAoConfig":
         """transformers copies configs; the calibration data, of any size and kind, is shared."""

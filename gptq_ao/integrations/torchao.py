@@ -22,6 +22,7 @@ def register() -> None:
 
 
 def _quantize_module(module: nn.Module, config: GPTQConfig, *, parameter_name: str = "weight") -> nn.Module:
+    config.check_no_adapter("torchao.quantization.quantize_")
     if config.calibration is None:
         quantize_parameter_(module, parameter_name, config)
     # Without a filter torchao hands over each Linear by itself. Rounding it silently would not be what was asked for.

@@ -90,7 +90,7 @@ def choose_precision(job: Job, prepared: Prepared) -> tuple[Prepared, tuple[Deci
             f"target_bits={job.config.target_bits} leaves every weight as it is: nothing would be quantized. Give less"
         )
     decisions = (Decision(*each) for each in zip(units, chosen, counts, strict=True))
-    return with_selection(prepared, selection), tuple(decisions)
+    return with_selection(job, prepared, selection), tuple(decisions)
 
 
 def _units(
@@ -156,7 +156,7 @@ def _costs(job: Job, prepared: Prepared, selection: Selection) -> dict[tuple[str
     target = job.config.target_bits
     assert target is not None
     typical = min((b for b in job.config.candidates if b != UNCHANGED), key=lambda b: abs(b - target))
-    measured = with_selection(prepared, dataclasses.replace(selection, settings=_cheap(selection.settings)))
+    measured = with_selection(job, prepared, dataclasses.replace(selection, settings=_cheap(selection.settings)))
     energies, errors = _round(job, measured, typical)
     assert measured.found is not None
     assert measured.calibrated is not None
@@ -177,7 +177,9 @@ def _costs(job: Job, prepared: Prepared, selection: Selection) -> dict[tuple[str
 def _cheap(settings: Mapping[str, GPTQConfig]) -> dict[str, GPTQConfig]:
     most = EFFORTS["fast"]["scale_candidates"]
     return {
-        name: dataclasses.replace(c, scale_candidates=min(c.scale_candidates, most), refine_sweeps=0, compensate="none")
+        name: dataclasses.replace(
+            c, scale_candidates=min(c.scale_candidates, most), refine_sweeps=0, compensate="none", adapter_rank=0
+        )
         for name, c in settings.items()
     }
 

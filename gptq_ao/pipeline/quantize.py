@@ -19,18 +19,16 @@ from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarning
-from gptq_ao.model.adapters import adapter_names
 from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.sharded import check_whole
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
-from gptq_ao.passes.choose_weights import choose_weights
 from gptq_ao.passes.observe import uncompensated
+from gptq_ao.passes.products.adapters import without_adapters
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
-from gptq_ao.passes.tracing.stand_in import first_names
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
@@ -41,7 +39,7 @@ from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import Limits, MaxMemory
 from gptq_ao.planning.memory import waiting_budget
 from gptq_ao.planning.output_bytes import result_size
-from gptq_ao.planning.prepare import Prepared, check_support, prepare
+from gptq_ao.planning.prepare import Prepared, check_support, prepare, select
 from gptq_ao.progress import Progress
 from gptq_ao.report import Decision, Report, WeightReport, names_of
 from gptq_ao.tensor import GroupTensor
@@ -123,7 +121,7 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
     # The model may draw random numbers when it runs.
     with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
         if isinstance(job.weights, ModelWeights):
-            weights = RestorableWeights(job)
+            weights = job.weights if isinstance(job.weights, RestorableWeights) else RestorableWeights(job)
             with weights.restored_on_error():
                 report = _quantize(dataclasses.replace(job, weights=weights))
         else:
@@ -205,16 +203,15 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
             f"or not loaded (it is on meta): load the model without offloading. {reason}"
         )
     with job.clock("plan"):
+        weights.make_dense()
         try:
             sites, excluded = find_products(job)
         except CaptureError as e:
             raise CaptureError(f"{reason}\nNor can it run without a graph: {e}") from e
-        selection = choose_weights(
-            sites, excluded, job.config, job.wanted, first_names(job.model), adapter_names(job.model)
-        )
+        selection = select(job, sites, excluded)
         check_support(job.config, selection)
         _check(job, selection)
-    prepared = Prepared(selection, job.device, mixed_sets(sites, selection), None)
+    prepared = Prepared(selection, job.device, mixed_sets(sites, selection, job.model), None)
     prepared.warn(deeper=2)
     if all(c.method == "rtn" for c in selection.settings.values()):
         report = _report(job, round_all(job, selection), prepared)
@@ -248,6 +245,7 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
             f"target_bits chooses the bits of all of a model's weights with calibration data, not those of {name!r} "
             "alone: give bits"
         )
+    config.check_no_adapter("rounding one parameter to nearest")
     check_unquantized(module, lambda each: each == name)
     if parameter.dim() < 2:
         raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
@@ -266,7 +264,11 @@ def _check(job: Job, selection: Selection) -> None:
 def _notes(job: Job, prepared: Prepared) -> tuple[str, ...]:
     selection = prepared.selection
     widths = {name: layout.in_features for name, layout in selection.layouts.items()}
-    notes = (_uncompensated(prepared), smaller_groups(widths, selection.settings, job.config))
+    notes = (
+        _uncompensated(prepared),
+        smaller_groups(widths, selection.settings, job.config),
+        without_adapters(selection, job.config, job.model),
+    )
     return tuple(note for note in notes if note is not None)
 
 

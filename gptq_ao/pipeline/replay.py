@@ -28,7 +28,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from gptq_ao.calibration.batches import Batch
-from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import CalibrationError, CaptureError, GPTQError, NonFiniteError
 from gptq_ao.model.inspection import output_heads
 from gptq_ao.passes.find_linears import ROUTER, left_out_by_name
@@ -40,7 +39,7 @@ from gptq_ao.passes.replay.products import Parameters, Use, Watch
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
 from gptq_ao.pipeline.restorable import RestorableWeights
-from gptq_ao.pipeline.run_plan import rewrite
+from gptq_ao.pipeline.run_plan import grids_of, rewrite
 from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, solve_together
 from gptq_ao.planning.job import Job
 from gptq_ao.progress import Steps
@@ -112,7 +111,7 @@ def replay(job: Job, weights: RestorableWeights, selection: Selection) -> Replay
         NonFiniteError, SolverError: as a run of a plan does. Whatever the model itself raises.
     """
     batches, clock = job.batches or [], job.clock
-    run = _Run(weights, selection, job.config)
+    run = _Run(job, weights, selection)
     with torch.no_grad(), clock("solve"):
         run.round_unreached(run.expected)  # first: nothing is done yet if `strict` forbids it
     calls = [partial(_call, run, _on(job.device, batch)) for batch in batches]
@@ -162,10 +161,10 @@ def _call(run: "_Run", batch: Batch, forward: Forward) -> None:
 class _Run:
     """What the forwards have led to so far."""
 
-    def __init__(self, weights: RestorableWeights, selection: Selection, config: GPTQConfig) -> None:
+    def __init__(self, job: Job, weights: RestorableWeights, selection: Selection) -> None:
         self.model, self.parameters, self._weights = weights.model, Parameters(weights.model), weights
         self.hessians = 0
-        self._selection, self._config = selection, config
+        self._job, self._selection, self._config = job, selection, job.config
         self.expected = {Part(s.weight, *s.part): i for i, s in enumerate(selection.sites) if s.rows}  # → order
         self.solved_on: dict[Part, set[int]] = {}  # → numbers of batches
         self._solved: dict[str, list[SolvedPart]] = {}
@@ -254,10 +253,15 @@ class _Run:
         if hessian is None:  # no row reached it
             hessian = Hessian(torch.zeros((layout.in_features,) * 2, dtype=torch.float32, device=parameter.device), 0)
         (solved,) = solve_together(
-            {part: torch.cat(views)}, self._selection.settings, hessian, self._config.strict, why
+            {part: torch.cat(views)},
+            self._selection.settings,
+            hessian,
+            self._config.strict,
+            why,
+            grids=grids_of(self._job, [part]),
         )
         self._weights.will_overwrite(part.weight)
-        values = solved.solution.dequantize().to(parameter.dtype)
+        values = solved.dequantize().to(parameter.dtype)
         for view, new in zip(views, values.split([len(v) for v in views]), strict=True):
             view.copy_(new)
         self._solved.setdefault(part.weight, []).append(solved)

@@ -40,6 +40,9 @@ class RestorableWeights(ModelWeights):
         """So many bytes of the device are needed for nothing else."""
         self._room[device.type] = size
 
+    def make_dense(self) -> None:
+        """Put what `get` gives of the weights to be quantized into the model: it is going to run by itself."""
+
     def replace(self, name: str, new: Tensor) -> None:
         """See `Weights`."""
         self._keep(name)

@@ -1,18 +1,19 @@
 """The stages of a plan, one after the other: observe what reaches the weights, solve them, put the results in place."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptq_ao.adapter import LowRank
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import GPTQConfig
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.follow_original import last_reads
-from gptq_ao.passes.records import Layout, Plan, Program, Selection, Stage, twin_of
+from gptq_ao.passes.records import Layout, Part, Plan, Program, Selection, Stage, twin_of
 from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, round_matrix, solve_together
 from gptq_ao.planning.job import Job
 from gptq_ao.planning.prepare import Calibrated
@@ -21,21 +22,27 @@ from gptq_ao.report import WeightReport
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.tensor import GroupTensor, tensor_class
 
-__all__ = ["rewrite", "round_all", "run_plan", "static_value"]
+__all__ = ["grids_of", "rewrite", "round_all", "run_plan", "static_value"]
 
 
 def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[WeightReport]:
     """Quantize with the plan's stages in order; one segment's weights at a time are on the device that computes."""
     weights, program, plan = job.weights, calibrated.program, calibrated.plan
-    settings = plan.selection.settings
+    settings, layouts = plan.selection.settings, plan.selection.layouts
     done: list[WeightReport] = []
+    adapters: dict[str, LowRank] = {}
     originals = _Originals(program, plan)
 
     def static(name: str) -> Any:
         placeholder = twin_of(name)
         if placeholder is not None:
             return originals[program.parameters[placeholder]].to(job.device)
-        return static_value(job, program, name)
+        value, adapter = static_value(job, program, name), adapters.get(program.parameters.get(name, ""))
+        if adapter is None:
+            return value
+        matrix = layouts[program.parameters[name]].matrix(value)  # a view: what was dequantized belongs to nobody else
+        matrix.add_(adapter.dense().to(matrix))
+        return value
 
     with Steps(job.progress, len(plan.stages), "stage") as steps:
         for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
@@ -49,6 +56,8 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
                         originals.keep(name, weights)
                         whole = join_parts(parts, matrix, settings[name])
                         done.append(rewrite(weights, layout, whole, settings[name], number))
+                        if done[-1].adapter is not None:
+                            adapters[name] = done[-1].adapter
                 del hessians, layout, matrix, parts, whole  # the next segment needs the room
     return done
 
@@ -59,7 +68,7 @@ def round_all(job: Job, selection: Selection) -> list[WeightReport]:
     with job.clock("solve"), torch.no_grad(), Steps(job.progress, len(selection.settings), "weight") as steps:
         for name, c in selection.settings.items():
             with steps.step(name.removesuffix(".weight")):
-                solved = round_matrix(name, layouts[name].matrix(job.weights.get(name)), c)
+                solved = round_matrix(name, layouts[name].matrix(job.weights.get(name)), c, job.grids(name))
                 done.append(rewrite(job.weights, layouts[name], solved, c, stage=0))
     return done
 
@@ -92,6 +101,7 @@ def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQCo
         bytes=sum(getattr(packed, n).nbytes for n in packed.__tensor_flatten__()[0]),
         original_bytes=parameter.nbytes,
         fallback=solved.fallback,
+        adapter=None if solved.adapter is None else LowRank(solved.adapter.A.cpu(), solved.adapter.B.cpu()),
     )
 
 
@@ -111,7 +121,8 @@ def _solve(
         for expert, (hessian, fallback) in enumerate(expert_hessians(of_shared, job.config.expert_min_rows)):
             rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
             streams = tuple(p for p, _ in shared.residuals)
-            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams):
+            grids = grids_of(job, rows)
+            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams, grids):
                 name = part.part.weight
                 solved.setdefault(name, []).append(part)
                 missing[name] -= 1
@@ -119,6 +130,12 @@ def _solve(
                     name
                 ]:  # at once, not at the end of the stage: what is packed takes a fraction of the room
                     yield layouts[name], matrices.pop(name), solved.pop(name)
+
+
+def grids_of(job: Job, parts: Iterable[Part]) -> dict[Part, tuple[Tensor, Tensor]]:
+    """What `job.grids` has of these parts."""
+    found = ((part, job.grids(part.weight)) for part in parts)
+    return {p: (grid[0][p.start : p.stop], grid[1][p.start : p.stop]) for p, grid in found if grid is not None}
 
 
 class _Originals:

@@ -1,24 +1,29 @@
 """Solve the parts of weights that share a Hessian: those of equal recipes at once, as one tall matrix, since no row
 depends on another; rounded to nearest where there is no data."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gptq_ao.adapter import LowRank
 from gptq_ao.config import GPTQConfig
 from gptq_ao.errors import SolverError, StrictError
 from gptq_ao.passes.records import Part
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
-from gptq_ao.solver.factor import factor
+from gptq_ao.solver.factor import Factor, factor
 from gptq_ao.solver.hessian import Hessian, pooled
+from gptq_ao.solver.low_rank import low_rank
 from gptq_ao.solver.refine import refine
 from gptq_ao.solver.solution import Solution
-from gptq_ao.solver.solve import output_energy, round_to_nearest, solve
+from gptq_ao.solver.solve import better_rows, output_energy, round_to_nearest, solve
 
 __all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_together"]
+
+Grid = tuple[Tensor, Tensor]  # scale [n, G] fp16 and zero point [n, G] uint8
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class SolvedPart:
     Attributes:
         solution: of the rows [n, K].
         changed, energy: tr(E·H·Eᵀ) and tr(W·H·Wᵀ), summed over all calibration rows; None without a Hessian.
+        adapter: B·A for the rows [n, K].
         See `report.WeightReport` for the others.
     """
 
@@ -40,6 +46,12 @@ class SolvedPart:
     changed: float | None = None
     energy: float | None = None
     fallback: str | None = None
+    adapter: LowRank | None = None
+
+    def dequantize(self) -> Tensor:
+        """What the rows are from now on, [n, K] fp32."""
+        rows = self.solution.dequantize()
+        return rows if self.adapter is None else rows + self.adapter.dense()
 
     @property
     def error(self) -> float | None:
@@ -49,9 +61,9 @@ class SolvedPart:
         return self.changed / self.energy if self.energy > 0 else 0.0
 
 
-def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig) -> SolvedPart:
-    """Round `matrix` [N, K] to nearest."""
-    return SolvedPart(Part(weight, 0, matrix.shape[0]), round_to_nearest(matrix.detach(), config.recipe), "rtn")
+def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig, grid: Grid | None = None) -> SolvedPart:
+    """Round `matrix` [N, K] to nearest, on a grid that there is already, if one is given."""
+    return SolvedPart(Part(weight, 0, matrix.shape[0]), round_to_nearest(matrix.detach(), config.recipe, grid), "rtn")
 
 
 def solve_together(
@@ -61,6 +73,7 @@ def solve_together(
     strict: bool,
     fallback: str | None = None,
     residual_parts: tuple[Part, ...] = (),
+    grids: Mapping[Part, Grid] | None = None,
 ) -> Iterator[SolvedPart]:
     """Solve the rows of `matrices` on the Hessian's device, recipe by recipe.
 
@@ -69,6 +82,8 @@ def solve_together(
         settings: weight → its settings; those of every part's weight.
         fallback: the reason why `hessian` is not that of the parts' own rows; None if it is.
         residual_parts: the parts that the Hessian's `residuals` belong to, in order.
+        grids: scales and zero points that parts may keep: each row does if that is better than new ones. All parts of
+            a recipe have one, or none has.
 
     Raises:
         SolverError: the Hessian cannot be factored.
@@ -89,9 +104,12 @@ def solve_together(
         dense = [matrices[part] for part in parts]
         sizes = [m.shape[0] for m in dense]
         targets = [m.float() for m in dense]
+        given = [(grids or {}).get(part) for part in parts]
         method, damp, dead = "rtn", None, 0
+        adapters: Sequence[LowRank | None]
         if recipe.method == "rtn" or blind:
-            solutions = [round_to_nearest(m, recipe) for m in dense]
+            solutions = [round_to_nearest(m, recipe, grid) for m, grid in zip(dense, given, strict=True)]
+            adapters = [None] * len(parts)
         else:
             try:
                 f = factor(hessian, recipe)
@@ -102,13 +120,48 @@ def solve_together(
                     target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
             except SolverError as e:
                 raise SolverError(f"{_names(parts)}: {e}") from e
-            solutions = refine(solve(target, f), target, hessian, f).split(sizes)
+            solutions, adapters = _solve(target, sizes, hessian, f, _stacked_grids(given))
             targets = list(target.split(sizes))
             method, damp, dead = "gptq", f.damp, f.dead
-        for part, matrix, solution in zip(parts, targets, solutions, strict=True):
-            changed = output_energy(matrix - solution.dequantize(), hessian) * hessian.rows
+        for part, matrix, solution, adapter in zip(parts, targets, solutions, adapters, strict=True):
+            solved = SolvedPart(part, solution, method, hessian.rows, damp, dead, fallback=why, adapter=adapter)
+            changed = output_energy(matrix - solved.dequantize(), hessian) * hessian.rows
             energy = output_energy(matrix, hessian) * hessian.rows
-            yield SolvedPart(part, solution, method, hessian.rows, damp, dead, changed, energy, why)
+            yield dataclasses.replace(solved, changed=changed, energy=energy)
+
+
+def _solve(
+    target: Tensor, sizes: list[int], hessian: Hessian, f: Factor, grid: Grid | None
+) -> tuple[list[Solution], Sequence[LowRank | None]]:
+    """Of parts that are stacked in `target` [N, K] fp32: their codes, and with `adapter_rank` what is added to them.
+    Each is solved for what the other leaves, in turn."""
+    recipe = f.recipe
+
+    def codes_for(goal: Tensor) -> Solution:
+        found = refine(solve(goal, f), goal, hessian, f)
+        if grid is None:
+            return found
+        return better_rows(found, refine(solve(goal, f, grid), goal, hessian, f), goal, hessian)
+
+    solution = codes_for(target)
+    if not recipe.adapter_rank:
+        return solution.split(sizes), [None] * len(sizes)
+
+    def correct(solution: Solution) -> list[LowRank]:
+        errors = (target - solution.dequantize()).split(sizes)
+        return [low_rank(error, f, recipe.adapter_rank) for error in errors]
+
+    adapters = correct(solution)
+    for _ in range(recipe.adapter_rounds - 1):
+        left = target - torch.cat([a.dense() for a in adapters])
+        solution = codes_for(left)
+        adapters = correct(solution)
+    return solution.split(sizes), adapters
+
+
+def _stacked_grids(grids: list[Grid | None]) -> Grid | None:
+    given = [grid for grid in grids if grid is not None]
+    return (torch.cat([s for s, _ in given]), torch.cat([z for _, z in given])) if len(given) == len(grids) else None
 
 
 def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[Tensor]) -> Tensor | None:

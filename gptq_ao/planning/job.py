@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_ao.calibration.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
@@ -29,6 +29,8 @@ class Job:
         device: where to compute.
         limits: to memory, as the caller gave them.
         progress: the caller's function, see `progress.py`.
+        grids: scales [rows, groups] and zero points that a weight has already, and may keep.
+        lenient: see `choose_weights`.
         clock: collects the seconds of each phase.
     """
 
@@ -39,6 +41,8 @@ class Job:
     device: torch.device
     limits: Limits
     progress: Progress | None = None
+    grids: Callable[[str], tuple[Tensor, Tensor] | None] = lambda name: None
+    lenient: bool = False
     clock: Clock = field(default_factory=Clock)
 
     @classmethod

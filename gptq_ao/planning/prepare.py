@@ -24,9 +24,10 @@ from gptq_ao.passes.find_linears import find_linears
 from gptq_ao.passes.follow_original import follow_original
 from gptq_ao.passes.linear_modules import linear_modules
 from gptq_ao.passes.observe import observe
+from gptq_ao.passes.products.adapters import with_adapters
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.reach_all_experts import reach_all_experts
-from gptq_ao.passes.records import LinearSite, Plan, Program, Selection
+from gptq_ao.passes.records import Excluded, LinearSite, Plan, Program, Selection
 from gptq_ao.passes.schedule import schedule
 from gptq_ao.passes.tracing.stand_in import first_names
 from gptq_ao.planning.job import Job
@@ -37,6 +38,7 @@ __all__ = [
     "Prepared",
     "check_support",
     "prepare",
+    "select",
     "with_selection",
 ]
 
@@ -96,8 +98,8 @@ def prepare(job: Job) -> Prepared:
     if batches is None:
         with clock("plan"):
             sites, excluded = linear_modules(model)
-            selection = choose_weights(sites, excluded, config, job.wanted, first_names(model), adapter_names(model))
-        return Prepared(selection, job.weights.device, mixed_sets(sites, selection), None)
+            selection = select(job, sites, excluded)
+        return Prepared(selection, job.weights.device, mixed_sets(sites, selection, model), None)
 
     with clock("capture"):
         # Captured where the weights say that the model is, since it may look at their device; then moved in the graph
@@ -112,19 +114,26 @@ def prepare(job: Job) -> Prepared:
         # For the Hessians only: `found` keeps the graph that computes what the model does.
         if config.calibrate_all_experts:
             program, sites = reach_all_experts(program, sites)
-        selection = choose_weights(sites, excluded, config, job.wanted, first_names(model), adapter_names(model))
+        selection = select(job, sites, excluded)
         check_support(config, selection)
         calibrated = _calibrated(program, selection, bound)
     where = job.device if calibrated else job.weights.device
-    return Prepared(selection, where, mixed_sets(sites, selection), calibrated, found)
+    return Prepared(selection, where, mixed_sets(sites, selection, model), calibrated, found)
 
 
-def with_selection(prepared: Prepared, selection: Selection) -> Prepared:
+def select(job: Job, sites: tuple[LinearSite, ...], excluded: tuple[Excluded, ...]) -> Selection:
+    """What will be quantized, and how; see `choose_weights` and `with_adapters`."""
+    names, adapters = first_names(job.model), adapter_names(job.model)
+    selection = choose_weights(sites, excluded, job.config, job.wanted, names, adapters, job.lenient)
+    return with_adapters(selection, job.model)
+
+
+def with_selection(job: Job, prepared: Prepared, selection: Selection) -> Prepared:
     """The same graph and data, for another selection of its sites or other settings."""
     assert prepared.calibrated is not None
     assert prepared.found is not None
     calibrated = _calibrated(prepared.calibrated.program, selection, prepared.calibrated.batches)
-    mixed = mixed_sets(prepared.found.sites, selection)
+    mixed = mixed_sets(prepared.found.sites, selection, job.model)
     return dataclasses.replace(prepared, selection=selection, mixed=mixed, calibrated=calibrated)
 
 

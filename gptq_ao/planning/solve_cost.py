@@ -55,30 +55,37 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compe
     compensated = compensated and recipe.compensates
     square = 4 * k * k  # a matrix of the Hessian's size, in fp32
     fp64 = k <= LARGEST_FP64
+    rounds = recipe.adapter_rounds if recipe.adapter_rank else 1
+    again = rounds > 1
     # What is alive at once in each of the steps that follow one another; the largest is the peak.
     peak = max(
         # factor: H in reverse order and its Cholesky factor, then two copies of the factor
         widened + 2 * (2 if fp64 else 1) * square,
         # corrected_target: the factor, H damped and its Cholesky factor; W, what is wrong with it, its transpose and T
         compensated * (widened + 3 * square + 4 * weights),
-        # solve and refine: the weights in fp32, the target and the factor stay
-        widened + weights + square + _solve(N, k, recipe),
-        (recipe.refine_sweeps > 0) * (widened + weights + square + _refine(N, k, recipe)),
+        # solve and refine: the weights in fp32, the target, what an adapter leaves of it and the factor stay
+        widened + (1 + again) * weights + square + _solve(N, k, recipe),
+        (recipe.refine_sweeps > 0) * (widened + (1 + again) * weights + square + _refine(N, k, recipe)),
+        (recipe.adapter_rank > 0) * (widened + (2 + again) * weights + square + result + _correct(n, k)),
         # the errors that are reported
         weights + square + result + _energy(n, k),
     )
     # Each weight is rounded once for every grid tried, once for good, and once in every sweep.
-    passes = 1 + _grids(recipe) + recipe.refine_sweeps
+    # Candidates are tried in one loop over the columns.
+    passes = rounds * (1 + _grids(recipe) + recipe.refine_sweeps)
     cholesky = k**3 // 3  # operations: as many additions as multiplications, K³/6 each
     # Errors times the triangle A while solving: half of a product's 2·N·K². Errors times all of H in every sweep.
-    products = N * k * k * (1 + 2 * recipe.refine_sweeps) + energies
+    products = rounds * N * k * k * (1 + 2 * recipe.refine_sweeps) + energies
     if compensated:
         products += cholesky + 4 * N * k * k  # W·drift, 2·N·K², and two triangular systems, N·K² each
+    # Of `low_rank`: a symmetric matrix of the shorter side, and its eigenvectors (about nine products of its size).
+    sides = [(m, min(m, k)) for m in rows] if recipe.adapter_rank else []
+    corrections = rounds * sum(2 * m * k * side + 9 * side**3 for m, side in sides)
     return SolveCost(
         peak,
         weights + square + result,
-        k * (1 + (_grids(recipe) > 0) + recipe.refine_sweeps),  # candidates are tried in one loop over the columns
-        cholesky if fp64 else 0,
+        rounds * k * (1 + (_grids(recipe) > 0) + recipe.refine_sweeps),
+        corrections + (cholesky if fp64 else 0),
         products + (0 if fp64 else cholesky),
         N * k * passes,
     )
@@ -122,6 +129,12 @@ def _refine(n: int, k: int, recipe: Recipe) -> int:
     loop = 4 * n * _span(k, columns) + max(3 * 4 * columns * n, 5 * 4 * min(columns, MAX_COLUMNS) * n)
     codes = result_bytes(n, k, recipe)
     return codes + permuted + max(matrices, 4 * k * k + 2 * 4 * n * k + codes + loop)
+
+
+def _correct(n: int, k: int) -> int:
+    """`low_rank`: the error in solving order, the factor with its pivots, their product and that in fp64; the matrix of
+    the shorter side, its eigenvectors, and what finding them takes."""
+    return 16 * n * k + 4 * k * k + 4 * 8 * min(n, k) ** 2
 
 
 def _span(k: int, columns: int) -> int:

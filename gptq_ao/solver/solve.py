@@ -33,16 +33,20 @@ from gptq_ao.solver.fp32 import ieee_fp32
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.solution import Solution
 
-__all__ = ["output_energy", "round_to_nearest", "solve"]
+__all__ = ["better_rows", "output_energy", "round_to_nearest", "solve"]
 
 
-def solve(weight: Tensor, factor: Factor) -> Solution:
+def solve(weight: Tensor, factor: Factor, grid: tuple[Tensor, Tensor] | None = None) -> Solution:
     """GPTQ of `weight` [N, K], floating point, with the recipe that `factor` was made for.
 
     Grids: with `act_order="static"` groups are runs of neighbouring columns and their grids come from the given
     weights, since a group's columns are met at different times. With the others a group's columns are met together, and
     its grid comes from the weights as updated by all errors before it: the one of `scale_candidates` that rounding the
     group with error feedback likes best.
+
+    Args:
+        grid: scale [N, G] fp16 and zero point [N, G] uint8 of runs of neighbouring columns, to be used as they are.
+            Not for a recipe that permutes.
 
     Returns:
         The solution; codes are on the stored (fp16) scales exactly.
@@ -55,9 +59,9 @@ def solve(weight: Tensor, factor: Factor) -> Solution:
     n, k = weight.shape
     columns = group_columns(k, recipe.group_size)
     device = weight.device
-    static = recipe.act_order == "static"
+    static = recipe.act_order == "static" or grid is not None
     if static:
-        chosen = choose_grid(weight, recipe.group_size, recipe.bits, recipe.sym, recipe.signed)
+        chosen = grid or choose_grid(weight, recipe.group_size, recipe.bits, recipe.sym, recipe.signed)
         scale, zero_point = (t.T.contiguous() for t in chosen)
     else:
         scale = torch.empty(k // columns, n, dtype=torch.float16, device=device)
@@ -157,18 +161,29 @@ def _choose(
     return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
 
 
-def round_to_nearest(weight: Tensor, recipe: Recipe) -> Solution:
+def round_to_nearest(weight: Tensor, recipe: Recipe, grid: tuple[Tensor, Tensor] | None = None) -> Solution:
     """Each weight of `weight` [..., N, K], floating point, to its nearest code: no Hessian, the baseline.
 
-    Of the recipe only the grid counts, and its scales stay positive: a baseline should be the usual one.
+    Of the recipe only the grid counts, and its scales stay positive: a baseline should be the usual one. Or `grid` is
+    used as it is: scale [..., N, G] fp16 and zero point [..., N, G] uint8.
 
     Raises:
         NonFiniteError: see `choose_grid`.
     """
-    scale, zero_point = choose_grid(weight, recipe.group_size, recipe.bits, recipe.sym)
+    scale, zero_point = grid or choose_grid(weight, recipe.group_size, recipe.bits, recipe.sym)
     per_column = group_columns(weight.shape[-1], recipe.group_size)
     s, z = (t.float().repeat_interleave(per_column, -1) for t in (scale, zero_point))
     return Solution(round_to_grid(weight.float(), s, z, recipe.bits).to(torch.uint8), scale, zero_point)
+
+
+def better_rows(one: Solution, other: Solution, target: Tensor, hessian: Hessian) -> Solution:
+    """Each row from the solution that has the smaller e·H·eᵀ there, of two for `target` [N, K] without a `perm`; of
+    equal ones, from the first."""
+    with ieee_fp32():
+        errors = (target - s.dequantize() for s in (one, other))
+        a, b = (torch.sum((e @ hessian.matrix) * e, dim=1, keepdim=True, dtype=torch.float64) for e in errors)
+    names = ("codes", "scale", "zero_point")
+    return Solution(*(torch.where(b < a, getattr(other, n), getattr(one, n)) for n in names))
 
 
 def output_energy(matrix: Tensor, hessian: Hessian) -> float:

@@ -218,6 +218,11 @@ class GroupTensor(Shards, TorchAOBaseTensor, metaclass=ParameterClass):
         """[..., out_features, groups] uint8."""
         return unpack_scale_zero(self.scale_zero, self.out_features)[1]
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether all zero points are the middle code."""
+        return bool((self.zero_point == 2 ** (self.bits - 1)).all())
+
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in the shape of this tensor."""
         weight = ops.dequantize(*self.packed(), output_dtype or self.dtype)

@@ -1,15 +1,19 @@
 # mypy: disable-error-code="no-untyped-def"
 """The dense weight of packed codes on a GPU: `reference.dequantize`, bit for bit, in one pass."""
 
+import dataclasses
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gptq_ao.kernels.packed import Packed
+from gptq_ao.kernels.triton.launch import Kernel
 from gptq_ao.kernels.triton.unpack import unpack
 
-__all__ = ["dequantize"]
+__all__ = ["DequantizeLaunch", "dequantize", "prepared"]
 
 ROWS, COLUMNS = 64, 256  # of a program
 INTERPRETED = not isinstance(unpack, triton.runtime.JITFunction)
@@ -73,6 +77,53 @@ def _dequantize(
     tl.store(weight + (n * K + c), w.to(weight.dtype.element_ty), mask=mask)
 
 
+@dataclasses.dataclass(frozen=True)
+class DequantizeLaunch:
+    """Launches for weights [out_features, in_features], or stacks of them, on one device: all that is the same each
+    time is found out once, as a training step makes hundreds.
+
+    Attributes:
+        device: index of the GPU; -1 for the CPU, in Triton's interpreter.
+        fast: see `unpack.py`.
+    """
+
+    bits: int
+    group_size: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    device: int
+    fast: bool = not INTERPRETED
+
+    @functools.cached_property
+    def kernel(self) -> Kernel:
+        values = {
+            "BITS": self.bits,
+            "RUN": _run(self.group_size, self.in_features),
+            "BN": ROWS,
+            "BK": COLUMNS,
+            "FAST": self.fast,
+            "COMPUTE": tl.float32 if INTERPRETED else tl.bfloat16,  # holds integers up to 255 exactly
+        }
+        return Kernel(_dequantize, values, {"num_warps": 4, "enable_fp_fusion": True})
+
+    def __call__(self, packed: Packed) -> Tensor:
+        """[..., out_features, in_features] in `dtype`, columns as they are stored; `packed` is contiguous, and its
+        device is the current one."""
+        qdata, n, k = packed.qdata, self.out_features, self.in_features
+        lead = qdata.shape[:-3]
+        weight = torch.empty((*lead, n, k), dtype=self.dtype, device=qdata.device)
+        if matrices := lead.numel():
+            grid = (-(-k // COLUMNS), -(-n // ROWS), matrices)
+            stream = torch._C._cuda_getCurrentRawStream(self.device) if self.device >= 0 else 0
+            tensors = (qdata, packed.high_plane, packed.scale_zero, weight)
+            self.kernel(grid, stream, tensors, (n, k, k // self.group_size, self.group_size))
+        return weight
+
+
+prepared = functools.cache(DequantizeLaunch)  # it keeps the kernels that it has compiled
+
+
 def dequantize(packed: Packed, dtype: torch.dtype, fast: bool = not INTERPRETED) -> Tensor:
     """[..., out_features, in_features] in `dtype`, columns as they are stored.
 
@@ -80,30 +131,8 @@ def dequantize(packed: Packed, dtype: torch.dtype, fast: bool = not INTERPRETED)
         packed: contiguous; group_size is a multiple of `heuristics.SMALLEST_RUN`, or in_features.
         fast: see `unpack.py`.
     """
-    qdata, scale_zero, high_plane, _, bits, group_size, n, k = packed
-    lead = qdata.shape[:-3]
-    weight = torch.empty(*lead, n, k, dtype=dtype, device=qdata.device)
-    grid = (triton.cdiv(k, COLUMNS), triton.cdiv(n, ROWS), lead.numel())
-    if weight.numel():
-        _dequantize[grid](
-            qdata,
-            high_plane,
-            scale_zero,
-            weight,
-            n,
-            k,
-            scale_zero.shape[-2],
-            group_size,
-            BITS=bits,
-            RUN=_run(group_size, k),
-            BN=ROWS,
-            BK=COLUMNS,
-            FAST=fast,
-            COMPUTE=tl.float32 if INTERPRETED else tl.bfloat16,  # holds integers up to 255 exactly
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return weight
+    sizes = (packed.bits, packed.group_size, packed.out_features, packed.in_features)
+    return prepared(*sizes, dtype, packed.qdata.get_device(), fast)(packed)
 
 
 def _run(group_size: int, in_features: int) -> int:

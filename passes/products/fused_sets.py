@@ -7,8 +7,11 @@ one set of settings. A model in which these differ is valid, and runs anywhere e
 import re
 from collections.abc import Iterable
 
+from torch import nn
+
 from gptq_ao.config import GPTQConfig
 from gptq_ao.passes.records import LinearSite, Selection
+from gptq_ao.tensor import GroupTensor
 
 __all__ = ["fused_sets", "mixed_sets"]
 
@@ -40,24 +43,31 @@ def fused_sets(sites: Iterable[LinearSite]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(members) for members in apart)
 
 
-def mixed_sets(sites: Iterable[LinearSite], selection: Selection) -> tuple[str, ...]:
+def mixed_sets(sites: Iterable[LinearSite], selection: Selection, model: nn.Module | None = None) -> tuple[str, ...]:
     """One line per set.
 
     Args:
-        sites: all that were found, also those that a rule or a filter leaves dense.
+        sites: all that were found, also those that a rule or a filter leaves as they are.
+        model: to know which of those are quantized already.
     """
     lines = []
     for names in fused_sets(sites):
-        members = {name: _settings(selection.settings.get(name)) for name in names}
+        members = {name: _settings(selection.settings.get(name), model, name) for name in names}
         if len(set(members.values())) > 1:
             lines.append(_line(members))
     return tuple(lines)
 
 
-def _settings(c: GPTQConfig | None) -> str:
-    if c is None:
-        return "not quantized"
-    return f"{c.bits} bits, group_size {c.group_size}, {'symmetric' if c.sym else 'asymmetric'}"
+def _settings(c: GPTQConfig | None, model: nn.Module | None, name: str) -> str:
+    weight = model.get_parameter(name) if c is None and model is not None else None
+    if isinstance(weight, GroupTensor):
+        size = -1 if weight.group_size == weight.in_features else weight.group_size
+        return _described(weight.bits, size, weight.symmetric)
+    return "not quantized" if c is None else _described(c.bits, c.group_size, c.sym)
+
+
+def _described(bits: int, group_size: int | None, sym: bool) -> str:
+    return f"{bits} bits, group_size {group_size}, {'symmetric' if sym else 'asymmetric'}"
 
 
 def _line(members: dict[str, str]) -> str:

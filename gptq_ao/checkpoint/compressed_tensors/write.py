@@ -8,7 +8,7 @@ means nothing to a weight whose columns are in their natural order.
 from collections import Counter
 from typing import Any
 
-from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, is_sym, refuse
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, refuse
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["compressed_config_of"]
@@ -51,7 +51,7 @@ def _scheme(setting: Setting, targets: list[str]) -> dict[str, Any]:
 def _setting(weight: GroupTensor) -> Setting:
     # A single group is a row, which the format calls a channel.
     size = -1 if weight.group_size == weight.in_features else weight.group_size
-    return weight.bits, is_sym(weight), size
+    return weight.bits, weight.symmetric, size
 
 
 def _why_not(weight: GroupTensor) -> str | None:

@@ -15,7 +15,7 @@ from gptq_ao.codes.bit_stream import codes_to_words
 from gptq_ao.errors import CheckpointError
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["ExportedModel", "export_model", "grouped", "is_sym", "refuse", "revert_conversions"]
+__all__ = ["ExportedModel", "export_model", "grouped", "refuse", "revert_conversions"]
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,3 @@ def grouped(weight: GroupTensor) -> GroupedWeight:
     codes, scale, zero_point = (t.cpu() for t in (weight.codes(), weight.scale, weight.zero_point))
     perm = None if weight.perm is None else weight.perm.cpu()
     return GroupedWeight(weight.bits, codes_to_words(codes, weight.bits), weight.in_features, scale, zero_point, perm)
-
-
-def is_sym(weight: GroupTensor) -> bool:
-    """Whether all zero points (uint8 [N, G]) are the middle of the grid, 2^(bits − 1)."""
-    return bool((weight.zero_point == 2 ** (weight.bits - 1)).all())

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, is_sym, refuse
+from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, refuse
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.version import VERSION
 
@@ -48,7 +48,7 @@ def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
         "bits": bits,
         "group_size": group_size,
         "desc_act": any(w.perm is not None for w in modules.values()),
-        "sym": all(is_sym(w) for w in modules.values()),
+        "sym": all(w.symmetric for w in modules.values()),
         "lm_head": _HEAD in modules,
         "checkpoint_format": format,
         "pack_dtype": "int32",
@@ -61,7 +61,7 @@ def _why_not(weight: GroupTensor, format: str) -> str | None:
     n, k = weight.out_features, weight.in_features
     if n % 32 or k % 32:
         return f"it has {n} output and {k} input features, and readers of GPTQ need multiples of 32"
-    if format == "gptq" and not is_sym(weight):
+    if format == "gptq" and not weight.symmetric:
         return "it is asymmetric, for which version 1 of the format is ambiguous: write gptq_v2 or compressed-tensors"
     return None
 

@@ -1,0 +1,28 @@
+"""What a layer adds to the product with a quantized weight: a matrix of low rank, as LoRA's."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """B·A, added to a weight that is read as [N, K], N output and K input features.
+
+    Attributes:
+        A: [r, K] fp32.
+        B: [N, r] fp32.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def dense(self) -> Tensor:
+        """[N, K] fp32."""
+        return self.B @ self.A
