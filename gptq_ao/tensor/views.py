@@ -87,8 +87,8 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _flattened(weight: GroupTensor, size: tuple[int, ...]) -> GroupTensor | None:
-    """A matrix or stack whose shape is one dimension, or back: what FSDP2 and DistributedDataParallel hold on to as a list of
-    numbers keeps its codes."""
+    """A matrix or stack whose shape is one dimension, or back: what FSDP2 and DistributedDataParallel hold on to as a
+    list of numbers keeps its codes."""
     matrices = (*weight.qdata.shape[:-3], weight.out_features, weight.in_features)
     flat = size in ((-1,), (weight.numel(),))
     if weight.transposed or not (flat or size == matrices):

@@ -11,7 +11,7 @@ import torch
 
 from gptq_ao.tensor import GroupTensor
 from tests.models import token_batches
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, some
 from tests.tensor.test_fsdp import IDS, local, quantized, same, train, with_lora
 
 
@@ -79,15 +79,17 @@ def prepared(folder: Path, options: dict[str, Any], settings: dict[str, Any]) ->
 
 @pytest.mark.parametrize(
     ("options", "settings"),
-    [
-        ({}, {}),
-        ({"cpu_ram_efficient_loading": True, "auto_wrap_policy": "transformer_based_wrap"}, {"act_order": "group"}),
-        ({"cpu_ram_efficient_loading": True, "state_dict_type": "FULL_STATE_DICT"}, {"bits": 3}),
-        ({"state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "transformer_based_wrap"}, {"bits": 8}),
-        ({"mixed_precision": "bf16", "cpu_ram_efficient_loading": True}, {}),
-        ({"activation_checkpointing": True, "auto_wrap_policy": "transformer_based_wrap"}, {"bits": 2}),
-        ({"reshard_after_forward": False}, {"dtype": torch.float32, "group_size": -1}),
-    ],
+    some(
+        [
+            ({}, {}),
+            ({"cpu_ram_efficient_loading": True, "auto_wrap_policy": "transformer_based_wrap"}, {"act_order": "group"}),
+            ({"cpu_ram_efficient_loading": True, "state_dict_type": "FULL_STATE_DICT"}, {"bits": 3}),
+            ({"state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "transformer_based_wrap"}, {"bits": 8}),
+            ({"mixed_precision": "bf16", "cpu_ram_efficient_loading": True}, {}),
+            ({"activation_checkpointing": True, "auto_wrap_policy": "transformer_based_wrap"}, {"bits": 2}),
+            ({"reshard_after_forward": False}, {"dtype": torch.float32, "group_size": -1}),
+        ]
+    ),
     ids=str,
 )
 def test_accelerate_prepares_saves_and_loads(tmp_path: Path, options: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -127,7 +129,7 @@ LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_t
 
 @pytest.mark.parametrize(
     "config",
-    [LAYERS, {"state_dict_type": "SHARDED_STATE_DICT"}, {**LAYERS, "activation_checkpointing": True}],
+    some([LAYERS, {"state_dict_type": "SHARDED_STATE_DICT"}, {**LAYERS, "activation_checkpointing": True}]),
     ids=["layers", "sharded state dict", "activation checkpointing"],
 )
 def test_trainer_shards_saves_and_resumes(tmp_path: Path, config: dict[str, Any]) -> None:

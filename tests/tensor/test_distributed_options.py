@@ -16,7 +16,7 @@ from gptq_ao import gptq_config, quantize_
 from gptq_ao.errors import TrainingWarning
 from gptq_ao.tensor import GroupTensor
 from tests.models import seeded, tiny_llama, token_batches
-from tests.ranks import on_ranks, outcomes
+from tests.ranks import on_ranks, outcomes, some
 from tests.tensor.test_distributed_checkpoint import logits, mesh
 from tests.tensor.test_fsdp import IDS, local, quantized, same, shard, train, with_lora
 
@@ -52,9 +52,10 @@ def prefetched(model: Any) -> Any:
 def by_hand(model: Any) -> Any:
     layer = shard(model).base_model.model.model.layers[0]
     weight = local(layer.mlp.up_proj.base_layer.weight)
-    for waited in (layer.unshard(), layer.unshard(async_op=True)):
-        if waited is not None:
-            waited.wait()
+    for in_background in (False, True):
+        handle = layer.unshard(async_op=in_background)
+        if handle is not None:
+            handle.wait()
         whole = layer.mlp.up_proj.base_layer.weight
         assert isinstance(whole, GroupTensor)
         assert whole.shape == (256, 128)
@@ -73,7 +74,7 @@ def placed(model: Any) -> Any:
 
 def reloaded(model: Any) -> Any:
     """By names, in place and by assignment, from another model."""
-    other = shard(with_lora(quantized(seed=1)))
+    other = shard(with_lora(quantized(act_order="group", seed=1)))
     other(input_ids=IDS, labels=IDS)
     state = shard(model).state_dict()
     other.load_state_dict(state)
@@ -105,7 +106,7 @@ def trains(way: str) -> None:
     assert train(WAYS[way](model)) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some(WAYS))
 def test_trains(way: str) -> None:
     on_ranks(trains, way)
 
@@ -135,6 +136,7 @@ def some_ranks(dense: bool) -> None:
     logits(shard(model, reshard_after_forward=2))
 
 
+@pytest.mark.long
 def test_fsdp_keeps_nothing_on_some_ranks() -> None:
     """Torch cuts one gathered tensor again, and here are several: its own error, on every rank."""
     on_ranks(some_ranks, True, ranks=4)
@@ -152,6 +154,7 @@ def cast(dense: bool, before: bool) -> None:
     assert dense or sum(isinstance(local(p), GroupTensor) for p in model.parameters()) == 7
 
 
+@pytest.mark.long
 def test_cast_after_sharding() -> None:
     """Later, in the middle of training, torch refuses dense ones too."""
     on_ranks(cast, False, True)
@@ -164,6 +167,7 @@ def copied(dense: bool) -> None:
     copy.deepcopy(shard(tiny_llama(width=128, layers=1) if dense else quantized()))
 
 
+@pytest.mark.long
 def test_torch_copies_no_sharded_model() -> None:
     for found in (*outcomes(copied, False), *outcomes(copied, True)):
         assert found.error is not None
@@ -180,6 +184,7 @@ def of_ddp(full: bool) -> None:
     assert torch.equal(logits(first).contiguous(), logits(second).contiguous())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("full", [False, True])
 def test_state_dict_of_a_wrapped_model(full: bool) -> None:
     on_ranks(of_ddp, full)
@@ -197,6 +202,7 @@ def in_background(folder: Path) -> None:
     assert torch.equal(logits(second), expected)
 
 
+@pytest.mark.long
 def test_saved_in_the_background(tmp_path: Path) -> None:
     on_ranks(in_background, tmp_path)
 
@@ -215,6 +221,7 @@ def from_a_file(folder: Path) -> None:
     assert torch.equal(logits(second), logits(first))
 
 
+@pytest.mark.long
 def test_from_a_file_of_torch(tmp_path: Path) -> None:
     on_ranks(from_a_file, tmp_path)
 
@@ -298,9 +305,9 @@ def mixture_trains(implementation: str, experts: bool, kind: str) -> None:
         assert name not in before or same(parameter.full_tensor(), before[name])
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("experts", [False, True], ids=["attention", "experts"])
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("implementation", some(["eager", "batched_mm", "grouped_mm"]))
+@pytest.mark.parametrize("experts", some([False, True]), ids=["attention", "experts"])
+@pytest.mark.parametrize("kind", some(["Mixtral", "Qwen3Moe"]))
 def test_a_mixture_of_experts_trains(implementation: str, experts: bool, kind: str) -> None:
     """A rank has whole experts of a stack, which FSDP2 holds on to as one dimension, too."""
     on_ranks(mixture_trains, implementation, experts, kind)

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from gptq_ao.training import load_full_state_dict
 from tests.models import tiny_llama
-from tests.ranks import on_ranks, outcomes
+from tests.ranks import on_ranks, outcomes, some
 from tests.tensor.test_distributed_checkpoint import arranged, logits
 from tests.tensor.test_fsdp import quantized, with_lora
 
@@ -36,15 +36,17 @@ def from_rank0(how: str, settings: dict[str, Any], by: str) -> None:
     torch.testing.assert_close(logits(other), expected, **close)
 
 
-@pytest.mark.parametrize("by", ["gptq_ao", "torch"])
+@pytest.mark.parametrize("by", some(["gptq_ao", "torch"]))
 @pytest.mark.parametrize(
     ("how", "settings"),
-    [
-        ("whole", {"dtype": torch.bfloat16}),
-        ("sharded", {"act_order": "group"}),
-        ("meta", {"bits": 3, "act_order": "group"}),
-        ("tensor parallel", {"act_order": "none"}),
-    ],
+    some(
+        [
+            ("whole", {"dtype": torch.bfloat16}),
+            ("sharded", {"act_order": "group"}),
+            ("meta", {"bits": 3, "act_order": "group"}),
+            ("tensor parallel", {"act_order": "none"}),
+        ]
+    ),
     ids=str,
 )
 def test_only_rank_0_has_it(how: str, settings: dict[str, Any], by: str) -> None:
@@ -85,10 +87,18 @@ def with_torch(what: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [
-        ("dense state", "q_proj.weight' is a Int4GroupTensor (128, 128) in the model, and a Tensor (128, 128) in the"),
-        ("dense model", "q_proj.weight' is a Tensor (128, 128) in the model, and a Int4GroupTensor (128, 128) in the"),
-    ],
+    some(
+        [
+            (
+                "dense state",
+                "q_proj.weight' is a Int4GroupTensor (128, 128) in the model, and a Tensor (128, 128) in the",
+            ),
+            (
+                "dense model",
+                "q_proj.weight' is a Tensor (128, 128) in the model, and a Int4GroupTensor (128, 128) in the",
+            ),
+        ]
+    ),
 )
 def test_torch_refuses_what_does_not_fit_on_every_rank(what: str, message: str) -> None:
     for found in outcomes(with_torch, what, seconds=20):
@@ -108,5 +118,6 @@ def adapters_alone() -> None:
         assert torch.equal(parameter.full_tensor(), before.get(name, torch.ones(parameter.shape)))
 
 
+@pytest.mark.long
 def test_a_state_dict_of_adapters() -> None:
     on_ranks(adapters_alone)
