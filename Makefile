@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel families conformance trainers clean
+.PHONY: demo test long lint wheel families conformance trainers clean
 
 demo: $(STAMP)
 	$(BIN)/gptq-ao demo
@@ -13,6 +13,10 @@ demo: $(STAMP)
 # One process per core, of one thread each: the tests' tensors are so small that threads would wait for each other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# The rest of the tables that run in several processes, and what else takes minutes.
+long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m 'long and not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

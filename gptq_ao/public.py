@@ -25,6 +25,13 @@ _register_with_torchao()
 # transformers takes long to import, and not everyone needs it. Whoever does imports this module of it with any model.
 _when_imported("transformers.modeling_utils", lambda: _import("gptq_ao.integrations.transformers"))
 _when_imported("peft", lambda: _import("gptq_ao.integrations.peft").register())
+_when_imported(
+    "torch.distributed.checkpoint.state_dict",
+    lambda: _import("gptq_ao.integrations.from_rank0").register_with_torch(),
+)
+_when_imported(
+    "accelerate.utils.fsdp_utils", lambda: _import("gptq_ao.integrations.from_rank0").register_with_accelerate()
+)
 
 __all__ = [
     "Fusion",

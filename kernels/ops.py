@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from gptq_ao.kernels import cpu, cuda, cuda_experts, reference
 from gptq_ao.kernels.derivatives import register_derivatives
@@ -235,3 +236,14 @@ for _operator in (linear, grouped_linear, grouped_linear_backward, dequantize):
             for i in range(info.batch_size)
         )
         return torch.stack([operator(*one) for one in batch]), 0
+
+
+@register_flop_formula(
+    [torch.ops.gptq_ao.linear, torch.ops.gptq_ao.grouped_linear, torch.ops.gptq_ao.grouped_linear_backward]
+)
+def _flops(x: torch.Size, *packed: Any, out_shape: Any = None, **_: Any) -> int:
+    """Of a product by rows `x`, for `FlopCounterMode`: those of a dense weight. What unpacking takes is not counted, as
+    the counts are compared with what a device can multiply."""
+    out_features, in_features = packed[6:8]
+    flops: int = 2 * x[:-1].numel() * out_features * in_features
+    return flops

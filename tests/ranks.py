@@ -11,11 +11,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Outcome", "device", "on_ranks", "outcomes"]
+import pytest
+
+__all__ = ["Outcome", "device", "on_ranks", "outcomes", "some"]
 
 _PRELOADED = ["torch", "torch.distributed.tensor", "torch.distributed.checkpoint", "transformers", "peft", "gptq_ao"]
 
@@ -25,6 +27,15 @@ class Outcome(NamedTuple):
 
     value: Any
     error: str | None
+
+
+def some(rows: Iterable[Any], count: int = 1) -> list[Any]:
+    """The rows of a table of cases, of which all but the first ones run with `make long`."""
+    long = pytest.mark.long
+    return [
+        row if i < count else pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=long)
+        for i, row in enumerate(rows)
+    ]
 
 
 def device() -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.errors import ConfigError
 from gptq_ao.tensor.group_tensor import GroupTensor
-from gptq_ao.tensor.sharding import called_from, written
+from gptq_ao.tensor.sharding import written
 from gptq_ao.tensor.table import implements
 
 _c10d, _functional = torch.ops.c10d, torch.ops._c10d_functional
@@ -19,18 +19,8 @@ _c10d, _functional = torch.ops.c10d, torch.ops._c10d_functional
 
 @implements([_c10d.broadcast_.default])
 def broadcast_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """`dist.broadcast(weight, src)`: the codes of one rank on all.
-
-    Raises:
-        ConfigError: torch broadcasts a whole state dict, for which the other ranks have made dense tensors.
-    """
+    """`dist.broadcast(weight, src)`: the codes of one rank on all."""
     (weight,), *rest = args
-    if called_from("torch.distributed._state_dict_utils") or called_from("accelerate.utils.fsdp_utils"):
-        raise ConfigError(
-            f"the other ranks wait for a dense tensor in place of {weight!r}: load a state dict that only rank 0 has "
-            "by gptq_ao.training.load_full_state_dict(model, state, from_rank0=True), or give every rank the state "
-            "dict (of accelerate: fsdp_cpu_ram_efficient_loading: false)"
-        )
     for name in weight.__tensor_flatten__()[0]:
         done = func([getattr(weight, name)], *rest, **kwargs)[1]
         done.wait()

@@ -1,5 +1,6 @@
 """What makes a new weight of others, or changes one: moved, cast, joined, overwritten."""
 
+import warnings
 from operator import attrgetter
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from gptq_ao.codes.tiles import TILE_ROWS, tile_columns
-from gptq_ao.errors import ConfigError
+from gptq_ao.errors import ConfigError, TrainingWarning
 from gptq_ao.tensor.group_tensor import GroupTensor
 from gptq_ao.tensor.sharding import axis_of, called_from, written
 from gptq_ao.tensor.table import aten, implements
@@ -134,6 +135,14 @@ def copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     """
     target, source = args[:2]
     if not isinstance(target, GroupTensor):
+        if called_from("torch.distributed.checkpoint."):
+            # `dcp_to_torch_save` makes room for every weight by its shape and dtype.
+            warnings.warn(
+                f"the checkpoint has {source!r} where a dense tensor is to be filled: the values are right, and no "
+                "longer quantized. To keep the codes, load into the state dict of a quantized model",
+                TrainingWarning,
+                stacklevel=2,
+            )
         return target.copy_(source.dequantize(target.dtype))
     if not isinstance(source, GroupTensor) and _has_values(target, source):
         return target

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.tensor.group_tensor import GroupTensor
-from gptq_ao.tensor.sharding import axis_of, called_from, remember_source
+from gptq_ao.tensor.sharding import axis_of, called_from, refuse_place, remember_source
 from gptq_ao.tensor.table import aten, implements
 from gptq_ao.tensor.values import on_values
 
@@ -23,8 +23,15 @@ def empty_like(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 @implements([aten.new_empty.default, aten.new_zeros.default])
 def new_rows(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    """A weight of the same kind with another number of rows, or of matrices in a stack; any other shape is dense."""
+    """A weight of the same kind with another number of rows, or of matrices in a stack; any other shape is dense.
+
+    Raises:
+        ConfigError: FSDP2 makes room for parts that are cut along another dimension than the first (`refuse_place`).
+    """
     weight, size = args
+    of_fsdp = called_from("torch.distributed.fsdp.")
+    if of_fsdp:
+        refuse_place(weight, size)
     alike = len(size) == weight.dim() and 0 not in size and not weight.transposed
     # At most one dimension may differ, and it must be one that tiles can be added to.
     axes = {axis_of(weight, d) for d, n in enumerate(size) if n != weight.shape[d]} if alike else {"columns"}
@@ -39,7 +46,7 @@ def new_rows(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     view_shape = weight.view_shape and tuple(size)
     dtype = kwargs.get("dtype") or weight.dtype
     new = weight.replace(**inner, perm=_order(weight, device), out_features=rows, dtype=dtype, view_shape=view_shape)
-    if called_from("torch.distributed.fsdp."):  # it copies this rank's part of `weight` into the new one
+    if of_fsdp:  # it copies this rank's part of `weight` into the new one
         remember_source(new, weight)
     return new
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gptq_ao.tensor.copies import kind_of
 from gptq_ao.tensor.group_tensor import GroupTensor
+from gptq_ao.tensor.sharding import called_from
 from gptq_ao.tensor.table import aten, implements, implements_torch_function
 from gptq_ao.tensor.values import refuse_to_write
 
@@ -22,8 +23,9 @@ def read_out(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 def data_ptr(func: Any, types: Any, args: Any, kwargs: Any) -> int:
     """The address of the codes: whatever groups tied weights by it must not take all quantized weights for one.
 
-    Below this table, where torch saves and copies tensors, it is 0: that tells torch that there are parts."""
-    address: int = args[0].qdata.data_ptr()
+    Below this table, where torch saves and copies tensors, it is 0: that tells torch that there are parts. Where it
+    copies a state dict to save it in the background, too."""
+    address: int = 0 if called_from("torch.distributed.checkpoint.") else args[0].qdata.data_ptr()
     return address
 
 

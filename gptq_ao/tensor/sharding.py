@@ -17,7 +17,7 @@ from gptq_ao.codes.tiles import TILE_ROWS, tile_columns
 from gptq_ao.errors import ConfigError
 from gptq_ao.kernels import cpu
 
-__all__ = ["Shards", "axis_of", "called_from", "refuse_cut", "remember_source", "why_uncut", "written"]
+__all__ = ["Shards", "axis_of", "called_from", "refuse_cut", "refuse_place", "remember_source", "why_uncut", "written"]
 
 
 class Shards:
@@ -34,7 +34,8 @@ class Shards:
         The first time, ranks also tell each other what they were cut from.
         """
         tensors = {n: t.contiguous() for n, t in self.tiled().items()}
-        if mesh.size() == 1:  # FSDP makes a copy of the first one, and of no others
+        # On one rank, and where each has it all (`replicate`), FSDP makes a copy of the first one, and of no others.
+        if tuple(self.shape) == tuple(outer_size):
             return (tensors["qdata"],), (self, (), outer_size, False)
         cut_from = _cut_from.pop(_memory(self), None)
         # Always sent, as FSDP allocates once for all times.
@@ -146,6 +147,20 @@ def refuse_cut(weight: Any, dim: int, parts: int, why: str | None) -> None:
         f"{weight!r} cannot be cut {into} and stay packed: {why}. Leave it whole on each rank: fully_shard(…, "
         f"ignored_params=gptq_ao.training.unshardable(model, {ranks})), or no parallel style for its layer"
     )
+
+
+def refuse_place(weight: Any, size: Any) -> None:
+    """Raise, if a part of the shape `size`, which FSDP2 makes, is not some of the first dimension: it would be gathered
+    as if it were.
+
+    Raises:
+        ConfigError: so it is, by a `shard_placement_fn`; on every rank.
+    """
+    if tuple(size[1:]) != tuple(weight.shape[1:]):
+        raise ConfigError(
+            f"{weight!r} cannot be cut into parts {tuple(size)} and gathered: FSDP2 gathers packed codes along the "
+            "first dimension. For this weight, shard_placement_fn has to return None or Shard(0)"
+        )
 
 
 def called_from(package: str) -> bool:

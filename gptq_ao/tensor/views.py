@@ -87,11 +87,11 @@ def view(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _flattened(weight: GroupTensor, size: tuple[int, ...]) -> GroupTensor | None:
-    """A matrix whose shape is one dimension, or back: what FSDP2 and DistributedDataParallel hold on to as a list of
-    numbers keeps its codes."""
-    matrix = (weight.out_features, weight.in_features)
+    """A matrix or stack whose shape is one dimension, or back: what FSDP2 and DistributedDataParallel hold on to as a
+    list of numbers keeps its codes."""
+    matrices = (*weight.qdata.shape[:-3], weight.out_features, weight.in_features)
     flat = size in ((-1,), (weight.numel(),))
-    if weight.transposed or weight.qdata.dim() != 3 or not (flat or size == matrix):
+    if weight.transposed or not (flat or size == matrices):
         return None
     if not called_from("torch.distributed."):
         return None

@@ -1,5 +1,6 @@
 """A full state dict, which may be on one rank only, into a model that is spread over several."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from gptq_ao.errors import CheckpointError
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["load_full_state_dict"]
+__all__ = ["kinds_of", "load_full_state_dict", "parts_of", "quantized"]
 
 
 @torch.no_grad()
 def load_full_state_dict(model: nn.Module, state: dict[str, Any], *, from_rank0: bool = False) -> None:
     """Copy every parameter and buffer of `state` into `model`: whole, or this rank's part of it.
 
-    In place of `set_model_state_dict(…, broadcast_from_rank0=True)` of torch, whose other ranks wait for dense tensors.
     One tensor at a time is whole on each rank.
 
     Args:
@@ -31,24 +31,55 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Any], *, from_rank0:
     """
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     given = state if not from_rank0 or dist.get_rank() == 0 else {}
-    kinds = {name: _kind(t) for name, t in given.items() if isinstance(t, Tensor)}
+    kinds = kinds_of(given, from_rank0=from_rank0)
+    missing, unknown = sorted(own.keys() - kinds.keys()), sorted(kinds.keys() - own.keys())
+    if missing or unknown:
+        raise CheckpointError(f"the state dict is not that of the model: it lacks {missing[:5]}, and has {unknown[:5]}")
+    for name, target in own.items():
+        if _local(target).is_meta:
+            raise CheckpointError(f"{name!r} is on meta: make room for the model first, by model.to_empty(device=…)")
+    for name, part in parts_of(own, given, kinds, from_rank0=from_rank0):
+        _local(own[name]).copy_(part)
+
+
+def kinds_of(state: dict[str, Any], *, from_rank0: bool) -> dict[str, tuple[Any, ...]]:
+    """All that must be known of each tensor to make an empty one like it: on each rank that of rank 0, if asked for."""
+    sent = [{name: _kind(t) for name, t in state.items() if isinstance(t, Tensor)}]
     if from_rank0:
-        sent = [kinds]
         dist.broadcast_object_list(sent, 0)
-        kinds = sent[0]
-    _check(own, kinds)
+    return sent[0]
+
+
+def parts_of(
+    own: dict[str, Any], given: dict[str, Any], kinds: dict[str, tuple[Any, ...]], *, from_rank0: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Name by name, this rank's part of the tensors that `kinds` are of, cut as those of `own`, the model's, are.
+
+    Raises:
+        CheckpointError: a kind is not that of the model; before any tensor travels.
+    """
+    for name, (cls, shape, *_) in kinds.items():
+        mine = type(_local(own[name])) if quantized(own[name]) else torch.Tensor
+        if (mine, tuple(own[name].shape)) != (cls, shape):
+            here = f"a {mine.__name__} {tuple(own[name].shape)}"
+            raise CheckpointError(f"{name!r} is {here} in the model, and a {cls.__name__} {shape} in the state dict")
     for name, kind in kinds.items():
         # A part that FSDP keeps on the host may only travel between GPUs.
-        mesh = getattr(own[name], "device_mesh", None)
-        device = own[name].device if mesh is None else torch.device(mesh.device_type)
+        mesh, device = getattr(own[name], "device_mesh", None), own[name].device
+        if mesh is not None or device.type == "meta":
+            device = torch.device(mesh.device_type if mesh else dist.distributed_c10d._get_pg_default_device())
         whole = given[name].detach().to(device).contiguous() if name in given else _empty(kind, device)
         if from_rank0:
             dist.broadcast(whole, 0)
-        _local(own[name]).copy_(_part(whole, own[name]))
+        yield name, _part(whole, own[name])
+
+
+def quantized(tensor: Any) -> bool:
+    """Whether a tensor is a quantized weight, or a part of one."""
+    return isinstance(getattr(tensor, "_local_tensor", tensor), GroupTensor)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    """All that must be known to make an empty tensor like it."""
     if not isinstance(tensor, GroupTensor):
         return torch.Tensor, tuple(tensor.shape), tensor.dtype
     names, attributes = tensor.__tensor_flatten__()
@@ -77,17 +108,3 @@ def _part(whole: Any, target: Tensor) -> Tensor:
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
     part: Tensor = whole[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
     return part
-
-
-def _check(own: dict[str, Any], kinds: dict[str, tuple[Any, ...]]) -> None:
-    missing, unknown = sorted(own.keys() - kinds.keys()), sorted(kinds.keys() - own.keys())
-    if missing or unknown:
-        raise CheckpointError(f"the state dict is not that of the model: it lacks {missing[:5]}, and has {unknown[:5]}")
-    for name, (cls, shape, *_) in kinds.items():
-        target = own[name]
-        if _local(target).is_meta:
-            raise CheckpointError(f"{name!r} is on meta: make room for the model first, by model.to_empty(device=…)")
-        mine = type(_local(target)) if isinstance(_local(target), GroupTensor) else torch.Tensor
-        if (mine, tuple(target.shape)) != (cls, shape):
-            here = f"a {mine.__name__} {tuple(target.shape)}"
-            raise CheckpointError(f"{name!r} is {here} in the model, and a {cls.__name__} {shape} in the state dict")

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gptq_ao.tensor import GroupTensor
-from tests.ranks import device, on_ranks
+from tests.ranks import device, on_ranks, some
 from tests.tensor.test_fsdp import ids, local, quantized, same, shard, train, with_lora
 
 
@@ -62,21 +62,24 @@ def there_and_back(folder: Path, saved: str, loaded: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize(
     ("saved", "loaded", "dtype"),
-    [
-        ("whole", "whole", torch.bfloat16),
-        ("whole", "sharded", torch.bfloat16),
-        ("sharded", "sharded", torch.bfloat16),
-        ("sharded", "whole", torch.bfloat16),
-        ("tensor parallel", "whole", torch.float32),
-        ("tensor parallel", "sharded", torch.float32),
-        ("sharded", "tensor parallel", torch.bfloat16),
-    ],
+    some(
+        [
+            ("whole", "whole", torch.bfloat16),
+            ("whole", "sharded", torch.bfloat16),
+            ("sharded", "sharded", torch.bfloat16),
+            ("sharded", "whole", torch.bfloat16),
+            ("tensor parallel", "whole", torch.float32),
+            ("tensor parallel", "sharded", torch.float32),
+            ("sharded", "tensor parallel", torch.bfloat16),
+        ]
+    ),
     ids=str,
 )
 def test_saved_and_loaded(tmp_path: Path, saved: str, loaded: str, dtype: torch.dtype) -> None:
     on_ranks(there_and_back, tmp_path, saved, loaded, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("saved", "loaded"), [("hybrid", "sharded"), ("both", "whole"), ("sharded", "both")])
 def test_saved_and_loaded_by_four(tmp_path: Path, saved: str, loaded: str) -> None:
     """Two parts become four, and tensor parallelism with FSDP2 on top is taken apart."""
@@ -104,6 +107,7 @@ def with_lora_on_attention(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
 
+@pytest.mark.long
 def test_tensor_parallel_and_fsdp_train() -> None:
     on_ranks(both_train, ranks=4)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gptq_ao import gptq_config, quantize_
 from gptq_ao.tensor import GroupTensor
 from tests.models import seeded, tiny_llama, token_batches
-from tests.ranks import device, on_ranks, outcomes
+from tests.ranks import device, on_ranks, outcomes, some
 
 
 def quantized(**settings: Any) -> Any:
@@ -100,16 +100,18 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("settings", "option"),
-    [
-        ({}, "default"),
-        ({"bits": 2}, "mixed precision"),
-        ({"bits": 3}, "stays gathered"),
-        ({"bits": 8}, "hybrid"),
-        ({"act_order": "group"}, "offloaded"),
-        ({"act_order": "group", "bits": 3}, "default"),
-        ({"dtype": torch.bfloat16}, "default"),
-        ({"group_size": -1}, "compiled and checkpointed"),
-    ],
+    some(
+        [
+            ({}, "default"),
+            ({"bits": 2}, "mixed precision"),
+            ({"bits": 3}, "stays gathered"),
+            ({"bits": 8}, "hybrid"),
+            ({"act_order": "group"}, "offloaded"),
+            ({"act_order": "group", "bits": 3}, "default"),
+            ({"dtype": torch.bfloat16}, "default"),
+            ({"group_size": -1}, "compiled and checkpointed"),
+        ]
+    ),
     ids=str,
 )
 def test_fsdp_trains(settings: dict[str, Any], option: str) -> None:
@@ -134,6 +136,7 @@ def alone(offloaded: bool) -> None:
     assert same(whole, other["model.layers.0.mlp.up_proj.weight"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_one_rank(offloaded: bool) -> None:
     on_ranks(alone, offloaded, ranks=1)
@@ -213,8 +216,8 @@ def loads_into_shards(dtype: torch.dtype, option: str) -> None:
         assert torch.equal(first(ids()).logits, expected)
 
 
-@pytest.mark.parametrize("option", ["reshard", "stays gathered"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("option", some(["reshard", "stays gathered"]))
+@pytest.mark.parametrize("dtype", some([torch.bfloat16, torch.float32]), ids=str)
 def test_weights_loaded_into_shards_are_those_that_compute(dtype: torch.dtype, option: str) -> None:
     on_ranks(loads_into_shards, dtype, option)
 
@@ -237,7 +240,7 @@ def from_meta(act_order: bool) -> None:
             assert all(same(state[n], t) for n, t in model.state_dict().items() if isinstance(t, GroupTensor))
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", some([False, True]))
 def test_a_model_made_on_meta_is_filled_from_a_full_state_dict(act_order: bool) -> None:
     on_ranks(from_meta, act_order)
 
@@ -250,7 +253,7 @@ def ddp_trains(init_sync: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("init_sync", [True, False])
+@pytest.mark.parametrize("init_sync", some([True, False]))
 def test_distributed_data_parallel_trains(init_sync: bool) -> None:
     first, second = on_ranks(ddp_trains, init_sync)
     assert first == second
@@ -290,6 +293,7 @@ def collectives() -> None:
     assert torch.equal(nn.functional.linear(x, mine), products[1 - rank])
 
 
+@pytest.mark.long
 def test_collectives() -> None:
     on_ranks(collectives)
 

@@ -33,8 +33,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "sequence parallel, compiled": (test_tensor_parallel.sequence_parallel,),
     "tensor parallel Llama": (test_tensor_parallel.whole_model,),
     "experts": (test_tensor_parallel.experts,),
-    "only rank 0 has it": (test_load.from_rank0, "sharded", {"dtype": BF16}),
-    "only rank 0 has it, meta": (test_load.from_rank0, "meta", {}),
+    "only rank 0 has it": (test_load.from_rank0, "sharded", {"dtype": BF16}, "torch"),
+    "only rank 0 has it, meta": (test_load.from_rank0, "meta", {}, "gptq_ao"),
 }
 CHECKPOINTS = [("whole", "sharded"), ("sharded", "whole"), ("tensor parallel", "sharded")]
 
