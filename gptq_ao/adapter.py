@@ -23,6 +23,10 @@ class LowRank:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        return self.A.nbytes + self.B.nbytes
+
     def dense(self) -> Tensor:
         """[N, K] fp32."""
         return self.B @ self.A

@@ -84,7 +84,10 @@ def test_an_adapter_takes_error_away_and_a_second_round_more(bits: int, effort: 
         "first.weight": ((4, 32), (48, 4)),
         "second.weight": ((4, 48), (16, 4)),
     }
-    assert "an adapter of rank 4 for 2 weights, 576 numbers: report.adapter" in str(report)
+    # 4·(48 + 32) + 4·(16 + 48) = 576 numbers beside 48·32 + 16·48 = 2304 weights.
+    assert report.adapter_bits_per_weight == report.to_dict()["adapter_bits_per_weight"] == 576 * 32 / 2304 == 8
+    assert report.to_dict()["adapter_bytes"] == 576 * 4
+    assert "report.adapter: of rank 4 for 2 weights, 0.0 MiB in fp32, 8.000 bits per weight more\n" in str(report)
     assert [layer["adapter_rank"] for layer in json.loads(json.dumps(report.to_dict()))["layers"]] == [4, 4]
     assert type(model.first.weight).__name__ == f"Int{bits}GroupTensor"
 
