@@ -77,6 +77,7 @@ def test_weights_that_need_an_adapter_say_so() -> None:
     for rank in (4, 0):
         model = tiny_llama()
         report = quantize_(model, gptq_config(4, 16, effort="fast", adapter_rank=rank, calibration=token_batches()))
+        assert report is not None
         cards.append(model_card(model, None, [(4, 16)], report))
         more = f"if none had been made: {report.adapter_bits_per_weight:.3f} bits per weight more"
         assert (more in cards[-1]) == (rank > 0)
