@@ -9,11 +9,12 @@ __all__ = ["LowRank"]
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """B·A, added to a weight that is read as [N, K], N output and K input features.
+    """B·A, added to a weight that is read as [N, K], N output and K input features; for a stack of E such matrices
+    (experts), one for each.
 
     Attributes:
-        A: [r, K] fp32.
-        B: [N, r] fp32.
+        A: [r, K] fp32; [E, r, K] for a stack.
+        B: [N, r] fp32; [E, N, r] for a stack.
     """
 
     A: Tensor
@@ -21,8 +22,12 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.A.nbytes + self.B.nbytes
 
     def dense(self) -> Tensor:
-        """[N, K] fp32."""
-        return self.B @ self.A
+        """[N, K] fp32; of a stack, one matrix below the other, [E·N, K]."""
+        return (self.B @ self.A).flatten(end_dim=-2)

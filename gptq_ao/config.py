@@ -263,8 +263,8 @@ def gptq_config(
         adapter_rank: with each weight, solve an adapter B·A of this rank (LoRA's), which corrects what rounding it did;
             0: none. The weights are made for it: without the adapter, which `report.adapter` has, they are worse than
             they would be. `gptq_ao.training` puts it into a model or a directory. A rank larger than a weight's sides
-            is an error; a rule may give weights another one, or 0. What PEFT puts no adapter on (experts, embeddings,
-            weights of several modules, convolutions) gets none, and the report says so.
+            is an error; a rule may give weights another one, or 0. Stacked experts get one each. What PEFT puts no
+            adapter on (weights of several modules, convolutions) gets none, and the report says so.
         adapter_rounds: how often the codes are solved for what the adapter leaves, and then the adapter for what the
             codes leave, which it begins with; 1: the adapter, once the codes are final.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean. None: `in_features / rows` of

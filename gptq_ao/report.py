@@ -165,14 +165,21 @@ class Report:
         """Stored bits per quantized weight, scales, zero points and padding included."""
         return 8 * sum(w.bytes for w in self.weights) / sum(math.prod(w.shape) for w in self.weights)
 
+    @property
+    def adapter_bits_per_weight(self) -> float:
+        """What the adapter adds to `bits_per_weight`, in the fp32 that it is saved in; 0 without one."""
+        return 8 * sum(a.nbytes for a in self.adapter.values()) / sum(math.prod(w.shape) for w in self.weights)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "weights": len(self.weights),
             "stages": self.stages,
             "hessians": self.hessians,
             "bits_per_weight": self.bits_per_weight,
+            "adapter_bits_per_weight": self.adapter_bits_per_weight,
             "bytes": sum(w.bytes for w in self.weights),
             "original_bytes": sum(w.original_bytes for w in self.weights),
+            "adapter_bytes": sum(a.nbytes for a in self.adapter.values()),
             "seconds": dict(self.seconds),
             "peak_bytes": dict(self.peak_bytes),
             "layers": [w.to_dict() for w in self.weights],
@@ -207,10 +214,13 @@ class Report:
             f"{self.bits_per_weight:.3f} bits per weight"
         )
         if self.adapter:
-            size = sum(a.A.numel() + a.B.numel() for a in self.adapter.values())
+            size = sum(a.nbytes for a in self.adapter.values())
             ranks = sorted({a.rank for a in self.adapter.values()})
             which = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-            lines.append(f"an adapter of rank {which} for {len(self.adapter)} weights, {size} numbers: report.adapter")
+            lines.append(
+                f"report.adapter: of rank {which} for {len(self.adapter)} weights, {size / 2**20:.1f} MiB in fp32, "
+                f"{self.adapter_bits_per_weight:.3f} bits per weight more"
+            )
         lines += _table(self.precision)
         lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
         lines += [f"warning: {text}" for text in self.warnings]

@@ -75,6 +75,11 @@ def _recipe(report: Report | None) -> list[str]:
     lines = [f"- {key}: {value}" for key, value in report.recipe.items()]
     if report.fallbacks:
         lines.append(f"- {len(report.fallbacks)} weights were rounded to nearest, for want of data")
+    if report.adapter:
+        lines.append(
+            "- made for an adapter of PEFT, without which the weights are worse than if none had been made: "
+            f"{report.adapter_bits_per_weight:.3f} bits per weight more"
+        )
     lines += [f"- {name}: {value:.4g}" for name, value in report.measured.items()]
     return [*lines, f"- {report.bits_per_weight:.3f} stored bits per weight, scales and zero points included"]
 

@@ -259,6 +259,7 @@ class _Run:
             self._config.strict,
             why,
             grids=grids_of(self._job, [part]),
+            heights={part.weight: layout.out_features},
         )
         self._weights.will_overwrite(part.weight)
         values = solved.dequantize().to(parameter.dtype)

@@ -40,8 +40,10 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
         value, adapter = static_value(job, program, name), adapters.get(program.parameters.get(name, ""))
         if adapter is None:
             return value
-        matrix = layouts[program.parameters[name]].matrix(value)  # a view: what was dequantized belongs to nobody else
-        matrix.add_(adapter.dense().to(matrix))
+        layout = layouts[program.parameters[name]]
+        changes = adapter.dense().split(layout.out_features)
+        for view, change in zip(layout.views(value, 0, layout.rows), changes, strict=True):
+            view.add_(change.to(view))  # what was dequantized belongs to nobody else
         return value
 
     with Steps(job.progress, len(plan.stages), "stage") as steps:
@@ -114,6 +116,7 @@ def _solve(
     missing = Counter(p.weight for shared in stage.inputs for p in shared.parts for _ in range(shared.experts))
     matrices: dict[str, Tensor] = {}
     solved: dict[str, list[SolvedPart]] = {}
+    heights = {name: layout.out_features for name, layout in layouts.items()}
     for shared, of_shared in zip(stage.inputs, hessians, strict=True):
         for name in shared.weights:
             if name not in matrices:
@@ -122,7 +125,7 @@ def _solve(
             rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
             streams = tuple(p for p, _ in shared.residuals)
             grids = grids_of(job, rows)
-            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams, grids):
+            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams, grids, heights):
                 name = part.part.weight
                 solved.setdefault(name, []).append(part)
                 missing[name] -= 1

@@ -4,6 +4,7 @@ depends on another; rounded to nearest where there is no data."""
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ def solve_together(
     fallback: str | None = None,
     residual_parts: tuple[Part, ...] = (),
     grids: Mapping[Part, Grid] | None = None,
+    heights: Mapping[str, int] | None = None,
 ) -> Iterator[SolvedPart]:
     """Solve the rows of `matrices` on the Hessian's device, recipe by recipe.
 
@@ -84,6 +86,8 @@ def solve_together(
         residual_parts: the parts that the Hessian's `residuals` belong to, in order.
         grids: scales and zero points that parts may keep: each row does if that is better than new ones. All parts of
             a recipe have one, or none has.
+        heights: weight → rows of one of its matrices, each of which gets an adapter of its own. By default a part is
+            one matrix.
 
     Raises:
         SolverError: the Hessian cannot be factored.
@@ -120,7 +124,8 @@ def solve_together(
                     target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
             except SolverError as e:
                 raise SolverError(f"{_names(parts)}: {e}") from e
-            solutions, adapters = _solve(target, sizes, hessian, f, _stacked_grids(given))
+            each = [(heights or {}).get(part.weight, n) for part, n in zip(parts, sizes, strict=True)]
+            solutions, adapters = _solve(target, sizes, each, hessian, f, _stacked_grids(given))
             targets = list(target.split(sizes))
             method, damp, dead = "gptq", f.damp, f.dead
         for part, matrix, solution, adapter in zip(parts, targets, solutions, adapters, strict=True):
@@ -131,7 +136,7 @@ def solve_together(
 
 
 def _solve(
-    target: Tensor, sizes: list[int], hessian: Hessian, f: Factor, grid: Grid | None
+    target: Tensor, sizes: list[int], heights: list[int], hessian: Hessian, f: Factor, grid: Grid | None
 ) -> tuple[list[Solution], Sequence[LowRank | None]]:
     """Of parts that are stacked in `target` [N, K] fp32: their codes, and with `adapter_rank` what is added to them.
     Each is solved for what the other leaves, in turn."""
@@ -149,7 +154,8 @@ def _solve(
 
     def correct(solution: Solution) -> list[LowRank]:
         errors = (target - solution.dequantize()).split(sizes)
-        return [low_rank(error, f, recipe.adapter_rank) for error in errors]
+        matrices = (e if len(e) == n else e.unflatten(0, (-1, n)) for e, n in zip(errors, heights, strict=True))
+        return [low_rank(each, f, recipe.adapter_rank) for each in matrices]
 
     adapters = correct(solution)
     for _ in range(recipe.adapter_rounds - 1):
@@ -213,6 +219,23 @@ def join_parts(parts: Iterable[SolvedPart], matrix: Tensor, config: GPTQConfig) 
         changed=sum(p.changed or 0.0 for p in pieces),
         energy=sum(p.energy or 0.0 for p in pieces),
         fallback=_summary(pieces),
+        adapter=_stack_of([p.adapter for p in pieces], [p.part.stop - p.part.start for p in pieces]),
+    )
+
+
+def _stack_of(adapters: list[LowRank | None], rows: list[int]) -> LowRank | None:
+    """Those of experts as one. An expert without gets one that adds nothing and can be trained, as A is zero and B is
+    not; nothing if all are without."""
+    given = [a for a in adapters if a is not None]
+    if not given:
+        return None
+    rank, k, height = given[0].rank, given[0].A.shape[-1], given[0].B.shape[-2]
+    like: dict[str, Any] = {"dtype": given[0].A.dtype, "device": given[0].A.device}
+    nothing = LowRank(torch.zeros(rank, k, **like), torch.eye(height, rank, **like))
+    # What no product used is one piece, however many experts that are.
+    each = [a or nothing for a, n in zip(adapters, rows, strict=True) for _ in range(1 if a else n // height)]
+    return LowRank(
+        torch.cat([a.A.reshape(-1, rank, k) for a in each]), torch.cat([a.B.reshape(-1, height, rank) for a in each])
     )
 
 

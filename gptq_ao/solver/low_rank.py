@@ -20,7 +20,8 @@ __all__ = ["low_rank"]
 
 
 def low_rank(error: Tensor, factor: Factor, rank: int) -> LowRank:
-    """The correction of `error` [N, K] fp32, in the metric of the Hessian that `factor` was made of, damped as there.
+    """The correction of `error` [N, K] fp32, or of each matrix of a stack, [E, N, K], in the metric of the Hessian that
+    `factor` was made of, damped as there.
 
     Row i of A and column i of B have the same norm, the largest first, as training wants them; where the error has
     fewer than `rank` directions, A is zero and B is not.
@@ -28,22 +29,22 @@ def low_rank(error: Tensor, factor: Factor, rank: int) -> LowRank:
     Args:
         rank: 1 to min(N, K).
     """
-    n, k = error.shape
+    n, k = error.shape[-2:]
     with ieee_fp32():
         # L is the factor's triangle, with its rows in solving order.
-        ordered = error if factor.order is None else error[:, factor.order]
+        ordered = error if factor.order is None else error[..., factor.order]
         scaled = (ordered @ (factor.unit * factor.pivots.sqrt())).double()
         # Singular vectors of the shorter side, from a symmetric matrix of its size; in fp64, since that squares E·L.
         if n <= k:
-            left = _leading(scaled @ scaled.T, rank).float()
+            left = _leading(scaled @ scaled.mT, rank).float()
         else:
-            left = torch.linalg.qr(scaled @ _leading(scaled.T @ scaled, rank)).Q.float()
-        right = left.T @ error
-    norms = right.norm(dim=1)
+            left = torch.linalg.qr(scaled @ _leading(scaled.mT @ scaled, rank)).Q.float()
+        right = left.mT @ error
+    norms = right.norm(dim=-1)
     balance = torch.where(norms > 0, norms, 1).sqrt()
-    return LowRank(right / balance.unsqueeze(1), left * balance)
+    return LowRank(right / balance.unsqueeze(-1), left * balance.unsqueeze(-2))
 
 
 def _leading(square: Tensor, rank: int) -> Tensor:
-    """The eigenvectors [n, rank] of the largest eigenvalues, the largest first."""
-    return torch.linalg.eigh(square).eigenvectors[:, -rank:].flip(1)
+    """The eigenvectors [..., n, rank] of the largest eigenvalues, the largest first."""
+    return torch.linalg.eigh(square).eigenvectors[..., -rank:].flip(-1)

@@ -31,10 +31,10 @@ def attach_adapter(model: nn.Module, adapter: Mapping[str, LowRank]) -> Any:
     from peft import get_peft_model, set_peft_model_state_dict
 
     model = same_forward(model)
-    config = _lora_config(model, adapter)
+    config, state = _lora_config(model, adapter), _state(model, adapter)  # while the model has its own names
     with torch.random.fork_rng():  # PEFT draws the values that are replaced here
         made = get_peft_model(model, config)
-    set_peft_model_state_dict(made, _state(adapter))
+    set_peft_model_state_dict(made, state)
     return made
 
 
@@ -54,13 +54,14 @@ def save_adapter(model: nn.Module, adapter: Mapping[str, LowRank], directory: st
     require_peft()
     from safetensors.torch import save_file
 
-    config = _lora_config(same_forward(model), adapter)
+    whole = same_forward(model)
+    config = _lora_config(whole, adapter)
     config.base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     config.inference_mode = True  # as PEFT itself saves it: whoever loads it says whether to train
     directory = Path(directory)
     check_empty(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(_state(adapter), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(_state(whole, adapter), directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(directory))
 
 
@@ -113,38 +114,56 @@ def _lora_config(model: nn.Module, adapter: Mapping[str, LowRank]) -> Any:
 
     if not adapter:
         raise ConfigError("the adapter is empty: quantize with gptq_config(adapter_rank=16, calibration=…)")
-    modules = dict(model.named_modules())
+    parameters, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
     for name, pair in adapter.items():
-        module = modules.get(name.removesuffix(".weight"))
-        shape = None if module is None else tuple(getattr(module, "weight", torch.empty(0)).shape)
-        wanted = (pair.B.shape[0], pair.A.shape[1])
-        if shape not in (wanted, wanted[::-1]):
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        wanted = (*pair.B.shape[:-1], pair.A.shape[-1])
+        if shape not in (wanted, (*wanted[:-2], *wanted[:-3:-1])):
             raise ConfigError(
                 f"the adapter has {name!r} {list(wanted)}, the {type(model).__name__} "
                 + ("has no such weight" if shape is None else f"has {list(shape)} there")
                 + ": give the model that was quantized with it"
             )
-    ranks = {name.removesuffix(".weight"): pair.rank for name, pair in adapter.items()}
+    stacks = [name for name, pair in adapter.items() if _is_stack(pair)]
+    layers = [name.removesuffix(".weight") for name, pair in adapter.items() if not _is_stack(pair)]
     # PEFT takes a name for every name that ends with it.
-    clear = all(m in ranks for m in modules if any(m.endswith("." + name) for name in ranks))
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != usual}
+    clear = all(m in layers for m in modules if any(m.endswith("." + name) for name in layers))
+    # A pattern for a parameter works, but PEFT warns that it did not.
+    usual = Counter(adapter[name].rank for name in stacks or adapter).most_common(1)[0][0]
+    pattern = {
+        "^" + re.escape(name if _is_stack(pair) else name.removesuffix(".weight")): pair.rank
+        for name, pair in adapter.items()
+        if pair.rank != usual
+    }
     return LoraConfig(
         r=usual,
         lora_alpha=usual,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=list(ranks) if clear else "|".join(re.escape(name) for name in ranks),
-        fan_in_fan_out=all(not isinstance(modules[name], nn.Linear) for name in ranks),
+        target_modules=layers if clear else "|".join(re.escape(name) for name in layers),
+        target_parameters=stacks or None,
+        fan_in_fan_out=not stacks and all(not isinstance(modules[name], nn.Linear) for name in layers),
         task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     )
 
 
-def _state(adapter: Mapping[str, LowRank]) -> dict[str, Tensor]:
+def _state(model: nn.Module, adapter: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """The tensors by the names that PEFT saves them under."""
     state = {}
     for name, pair in adapter.items():
-        layer = f"base_model.model.{name.removesuffix('.weight')}"
-        state[f"{layer}.lora_A.weight"] = pair.A.contiguous()
-        state[f"{layer}.lora_B.weight"] = pair.B.contiguous()
+        layer, a, b = name.removesuffix(".weight"), pair.A, pair.B
+        if _is_stack(pair):
+            layer, _, own = name.rpartition(".")
+            # One wrapper around the module for each of its stacks, the last one outermost.
+            stacks = [p for p, _ in model.get_submodule(layer).named_parameters(recurse=False)]
+            later = [p for p in stacks[stacks.index(own) + 1 :] if f"{layer}.{p}" in adapter]
+            layer += ".base_layer" * len(later)
+            # [E·r, K] and [N, r·E]: of A an expert has adjacent rows, of B every E-th column.
+            a, b = a.flatten(end_dim=1), b.permute(1, 2, 0).flatten(start_dim=1)
+        state[f"base_model.model.{layer}.lora_A.weight"] = a.contiguous()
+        state[f"base_model.model.{layer}.lora_B.weight"] = b.contiguous()
     return state
+
+
+def _is_stack(pair: LowRank) -> bool:
+    return pair.A.dim() == 3

@@ -1,4 +1,5 @@
-"""Which weights can have an adapter beside them: those on whose module PEFT puts one, and that have one Hessian."""
+"""Which weights can have an adapter beside them: those that PEFT puts one beside, with one Hessian for all rows of a
+matrix."""
 
 import dataclasses
 from collections.abc import Collection, Iterable
@@ -57,17 +58,38 @@ def _impossible(sites: Iterable[LinearSite], names: Collection[str], model: nn.M
     for module in model.modules():
         for p in module._parameters.values():
             owners.setdefault(id(p), []).append(module)
-    reasons = ((s.weight, _reason(s, owners[id(model.get_parameter(s.weight))])) for s in sites if s.weight in names)
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    reasons = (
+        (s.weight, _reason(s, owners[id(model.get_parameter(s.weight))], parameters))
+        for s in sites
+        if s.weight in names
+    )
     return {name: why for name, why in reasons if why is not None}
 
 
-def _reason(site: LinearSite, owners: list[nn.Module]) -> str | None:
+def _reason(site: LinearSite, owners: list[nn.Module], parameters: Collection[str]) -> str | None:
     if len(owners) > 1:
         return "the weight of several modules"
+    layout, (start, stop) = site.layout, site.part
     # The class of GPT-2's layers is known by name: transformers may not be imported.
     known = isinstance(owners[0], nn.Linear) or type(owners[0]).__name__ == "Conv1D"
     # The last is a Linear that `nn.MultiheadAttention` never calls.
-    if not known or not site.weight.endswith(".weight") or isinstance(owners[0], NonDynamicallyQuantizableLinear):
+    called = site.weight.endswith(".weight") and not isinstance(owners[0], NonDynamicallyQuantizableLinear)
+    stack = layout.stack > 1 and layout.stacked
+    if not (stack or (known and called and layout.view_shape is None)):
         return "not the weight of an nn.Linear or Conv1D that is called"
-    whole = site.part == (0, site.layout.rows) and site.experts == 1 and site.layout.view_shape is None
-    return None if whole else "made of parts with Hessians of their own"
+    if start % layout.out_features or (stop - start) // site.experts % layout.out_features:
+        return "made of parts with Hessians of their own"
+    return _reason_of_stack(site, owners[0], parameters) if stack else None
+
+
+def _reason_of_stack(site: LinearSite, owner: nn.Module, parameters: Collection[str]) -> str | None:
+    """PEFT adapts stacks of experts by the names of parameters (`target_parameters`)."""
+    if "." not in site.weight:
+        return "a parameter of the model itself, for which PEFT has no adapters"
+    if any(name.endswith(f".{site.weight}") for name in parameters):
+        return "of a name that another ends with, which PEFT cannot tell apart"
+    # By this PEFT tells input from output features. If it took one for the other, A would be where B belongs.
+    if site.layout.transposed != bool(getattr(owner, "is_transposed", False)):
+        return "stored the other way round than PEFT takes it for"
+    return None

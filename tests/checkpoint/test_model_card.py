@@ -10,6 +10,7 @@ from torch import nn
 from gptq_ao import gptq_config, quantize_, save_quantized
 from gptq_ao.checkpoint.model_card import model_card
 
+from ..models import tiny_llama, token_batches
 from .test_directories import SMALL
 from .test_model_config import llava, t5
 
@@ -69,3 +70,16 @@ def test_a_class_that_no_auto_class_builds() -> None:
     encoder = transformers.T5EncoderModel(t5().config)
     assert isinstance(encoder, nn.Module)
     assert "AutoModelForTextEncoding" in loading(model_card(encoder, None, []))
+
+
+def test_weights_that_need_an_adapter_say_so() -> None:
+    cards = []
+    for rank in (4, 0):
+        model = tiny_llama()
+        report = quantize_(model, gptq_config(4, 16, effort="fast", adapter_rank=rank, calibration=token_batches()))
+        assert report is not None
+        cards.append(model_card(model, None, [(4, 16)], report))
+        more = f"if none had been made: {report.adapter_bits_per_weight:.3f} bits per weight more"
+        assert (more in cards[-1]) == (rank > 0)
+    assert "- made for an adapter of PEFT" in cards[0]
+    assert "adapter of PEFT" not in cards[1]

@@ -82,3 +82,13 @@ def test_arguments_stay_as_they_are() -> None:
     before = error.clone(), f.unit.clone(), f.pivots.clone()
     low_rank(error, f, 2)
     assert all(torch.equal(a, b) for a, b in zip(before, (error, f.unit, f.pivots), strict=True))
+
+
+@pytest.mark.parametrize(("n", "k"), [(12, 20), (20, 12)])
+@pytest.mark.parametrize("act_order", ["none", "static"])
+def test_each_matrix_of_a_stack_has_its_own(n: int, k: int, act_order: str) -> None:
+    error, f = torch.stack([random(n, k, seed=i) for i in range(3)]), factor(correlated(k), Recipe(act_order=act_order))
+    found = low_rank(error, f, 4)
+    assert (found.A.shape, found.B.shape, found.rank) == ((3, 4, k), (3, n, 4), 4)
+    expected = torch.cat([low_rank(each, f, 4).dense() for each in error])
+    assert torch.allclose(found.dense(), expected, atol=1e-5)

@@ -59,10 +59,12 @@ def dense_with(model: nn.Module, adapter: dict[str, LowRank]) -> nn.Module:
     """The model with Ŵ + BA as its weights."""
     same = copy.deepcopy(model)
     for name, pair in adapter.items():
-        module: Any = same.get_submodule(name.removesuffix(".weight"))
-        weight, change = module.weight.dequantize(torch.float32), pair.dense()
-        change = change if isinstance(module, nn.Linear) else change.T  # GPT-2
-        module.weight = nn.Parameter((weight + change).to(module.weight.dtype))
+        owner, _, own = name.rpartition(".")
+        weight: Any = same.get_parameter(name)
+        change = pair.B @ pair.A
+        change = change.mT if weight.transposed else change
+        value = (weight.dequantize(torch.float32) + change).to(weight.dtype)
+        setattr(same.get_submodule(owner), own, nn.Parameter(value))
     return same
 
 
@@ -84,7 +86,10 @@ def test_an_adapter_takes_error_away_and_a_second_round_more(bits: int, effort: 
         "first.weight": ((4, 32), (48, 4)),
         "second.weight": ((4, 48), (16, 4)),
     }
-    assert "an adapter of rank 4 for 2 weights, 576 numbers: report.adapter" in str(report)
+    # 4·(48 + 32) + 4·(16 + 48) = 576 numbers beside 48·32 + 16·48 = 2304 weights.
+    assert report.adapter_bits_per_weight == report.to_dict()["adapter_bits_per_weight"] == 576 * 32 / 2304 == 8
+    assert report.to_dict()["adapter_bytes"] == 576 * 4
+    assert "report.adapter: of rank 4 for 2 weights, 0.0 MiB in fp32, 8.000 bits per weight more\n" in str(report)
     assert [layer["adapter_rank"] for layer in json.loads(json.dumps(report.to_dict()))["layers"]] == [4, 4]
     assert type(model.first.weight).__name__ == f"Int{bits}GroupTensor"
 
@@ -233,15 +238,6 @@ def test_what_peft_has_no_adapter_for_is_in_the_notes(model: nn.Module, has: set
     assert report.adapter.keys() == has
     (note,) = (note for note in report.notes if "adapter" in note)
     assert re.search(message, note)
-
-
-def test_experts_get_none() -> None:
-    from ..pipeline.test_experts import mixture
-
-    report = quantized(mixture(), gptq_config(4, -1, adapter_rank=4, calibration=token_batches()))
-    assert report.adapter
-    assert not any("experts" in name for name in report.adapter)
-    assert any("experts.gate_up_proj" in note and "no adapter" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
