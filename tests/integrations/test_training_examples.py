@@ -21,10 +21,12 @@ def test_the_loss_falls(example: str) -> None:
     train(example)
 
 
+@pytest.mark.long
 def test_the_loss_falls_in_two_processes() -> None:
     train("fsdp2", launcher=TORCHRUN)
 
 
+@pytest.mark.long
 def test_the_whole_way(tmp_path: Path) -> None:
     """Quantized, trained, merged, saved for engines: each step as good as the example's page says, or nearly."""
     command = [sys.executable, "-W", "ignore", str(FOLDER / "whole_way.py"), str(tmp_path / "out")]

@@ -248,13 +248,14 @@ def of_a_part() -> None:
     """Operators on a weight of which each rank has a part."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    weight = quantized(act_order="none").model.layers[0].mlp.up_proj.weight.detach()
+    weight: Any = quantized(act_order="none").model.layers[0].mlp.up_proj.weight.detach()
     part: Any = distribute_tensor(weight, mesh(2), [Shard(0)])
     made: Any
     for made in (part.clone(), part.detach(), part.contiguous(), part.cpu(), part.float(), copy.deepcopy(part)):
         assert same(made.full_tensor(), weight)
     for placement in (Replicate(), Shard(1), Shard(0)):
-        assert same(part.redistribute(placements=[placement]).full_tensor(), weight)
+        made = part.redistribute(placements=[placement])
+        assert same(made.full_tensor(), weight)
     assert same(torch.empty_like(part).copy_(part).full_tensor(), weight)
     assert part.to(torch.bfloat16).to_local().dtype == torch.bfloat16
     assert isinstance(part.to("meta").to_local(), GroupTensor)
