@@ -256,7 +256,8 @@ def of_a_part() -> None:
     for placement in (Replicate(), Shard(1), Shard(0)):
         made = part.redistribute(placements=[placement])
         assert same(made.full_tensor(), weight)
-    assert same(torch.empty_like(part).copy_(part).full_tensor(), weight)
+    made = torch.empty_like(part).copy_(part)
+    assert same(made.full_tensor(), weight)
     assert part.to(torch.bfloat16).to_local().dtype == torch.bfloat16
     assert isinstance(part.to("meta").to_local(), GroupTensor)
     assert isinstance(part.t().to_local(), GroupTensor)
