@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gptq_ao import gptq_config
+from gptq_ao import gptq_config, quantize_checkpoint
+from gptq_ao.model.empty import empty_model
 from gptq_ao.training import attach_adapter, save_adapter
 
 from ..families.tiny import seeded_model, tiny_config
@@ -160,3 +161,16 @@ def test_stacks_that_peft_cannot_adapt_are_in_the_notes(
     assert without not in report.adapter
     (note,) = (note for note in report.notes if "adapter" in note)
     assert re.search(message, note)
+
+
+def test_streamed_they_are_the_same_and_a_model_without_values_is_enough_to_save(tmp_path: Path) -> None:
+    with_experts("Mixtral").save_pretrained(tmp_path / "model")
+    config = gptq_config(3, 32, effort="fast", adapter_rank=4, calibration=token_batches())
+    streamed = quantize_checkpoint(tmp_path / "model", tmp_path / "out", config)
+    report = quantized(model := with_experts("Mixtral"), config)
+    assert streamed.adapter.keys() == report.adapter.keys()
+    save_adapter(model, report.adapter, tmp_path / "adapter")
+    save_adapter(empty_model(tmp_path / "model"), streamed.adapter, tmp_path / "streamed")
+    ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "streamed"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
