@@ -23,7 +23,7 @@ def register_with_torch() -> None:
 
 def register_with_accelerate() -> None:
     """So does `accelerator.prepare` with `cpu_ram_efficient_loading`."""
-    module = import_module("accelerate.utils.fsdp_utils")
+    module: Any = import_module("accelerate.utils.fsdp_utils")
     if hasattr(module, "fsdp2_load_full_state_dict"):
         module.fsdp2_load_full_state_dict = _by_torch(module.fsdp2_load_full_state_dict)
 

@@ -1,6 +1,7 @@
 """FlopCounterMode counts products with quantized weights as those with dense ones."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_experts() -> None:
     """Every row is multiplied by one expert."""
     layer = seeded(nn.Linear(64, 40, bias=False))
     quantize_(layer, gptq_config(4, 32, method="rtn"))
-    stack = torch.stack([layer.weight.detach()] * 3)
+    stack: Any = torch.stack([layer.weight.detach()] * 3)
     x = torch.ones(10, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         offsets = torch.tensor([2, 5, 10], dtype=torch.int32)

@@ -194,7 +194,7 @@ def in_background(folder: Path) -> None:
     first, second = shard(quantized(act_order="group")), shard(quantized(act_order="group", seed=1))
     expected = logits(first)
     state = {"model": first.state_dict()}
-    saving = dcp.async_save(state, checkpoint_id=folder)
+    saving: Any = dcp.async_save(state, checkpoint_id=folder)
     saving.result()
     state = {"model": second.state_dict()}
     dcp.load(state, checkpoint_id=folder)
@@ -248,8 +248,8 @@ def of_a_part() -> None:
     """Operators on a weight of which each rank has a part."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    weight = quantized(act_order="none").model.layers[0].mlp.up_proj.weight.detach()
-    part = distribute_tensor(weight, mesh(2), [Shard(0)])
+    weight: Any = quantized(act_order="none").model.layers[0].mlp.up_proj.weight.detach()
+    part: Any = distribute_tensor(weight, mesh(2), [Shard(0)])
     for made in (part.clone(), part.detach(), part.contiguous(), part.cpu(), part.float(), copy.deepcopy(part)):
         assert same(made.full_tensor(), weight)
     for placement in (Replicate(), Shard(1), Shard(0)):
@@ -264,7 +264,7 @@ def of_a_part() -> None:
     assert torch.equal((part * 2).full_tensor(), weight.dequantize() * 2)
     torch.testing.assert_close(part.norm().full_tensor(), weight.dequantize().norm())
     assert "Int4GroupTensor(shape=(128, 128)" in repr(part)
-    x = distribute_tensor(torch.ones(3, 128), mesh(2), [Replicate()])
+    x: Any = distribute_tensor(torch.ones(3, 128), mesh(2), [Replicate()])
     torch.testing.assert_close((x @ part.t()).full_tensor(), torch.ones(3, 128) @ weight.t())
     with pytest.raises(NotImplementedError, match=r"cannot change .* in place"):
         part.add_(1)
@@ -288,7 +288,7 @@ def mixture(implementation: str, experts: bool, kind: str) -> Any:
     quantize_(model, gptq_config(4, 32, effort="fast", act_order="none", calibration=token_batches(2)))
     model.set_experts_implementation(implementation)
     torch.manual_seed(0)
-    more = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]} if experts else {}
+    more: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]} if experts else {}
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **more))
 
 

@@ -111,7 +111,7 @@ def adapters_alone() -> None:
     trained, other = with_lora(quantized()), arranged(with_lora(quantized(seed=1)), "sharded")
     weights = {n: p for n, p in other.named_parameters() if "lora_" not in n}
     before = {n: p.full_tensor().clone() for n, p in weights.items()}
-    state = {n: torch.ones_like(t) for n, t in trained.state_dict().items() if "lora_" in n}
+    state: dict[str, Any] = {n: torch.ones_like(t) for n, t in trained.state_dict().items() if "lora_" in n}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(other, state if dist.get_rank() == 0 else {}, options=options)
     for name, parameter in other.named_parameters():
