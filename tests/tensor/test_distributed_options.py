@@ -254,7 +254,8 @@ def of_a_part() -> None:
         assert same(made.full_tensor(), weight)
     for placement in (Replicate(), Shard(1), Shard(0)):
         assert same(part.redistribute(placements=[placement]).full_tensor(), weight)
-    assert same(torch.empty_like(part).copy_(part).full_tensor(), weight)
+    empty: Any = torch.empty_like(part)
+    assert same(empty.copy_(part).full_tensor(), weight)
     assert part.to(torch.bfloat16).to_local().dtype == torch.bfloat16
     assert isinstance(part.to("meta").to_local(), GroupTensor)
     assert isinstance(part.t().to_local(), GroupTensor)
