@@ -265,7 +265,8 @@ class GroupTensor(Shards, TorchAOBaseTensor, metaclass=ParameterClass):
         """
         raise ConfigError(
             f"{type(self).__name__} has no storage of its own, so it cannot be written as one tensor: save the model "
-            "with gptq_ao.save_quantized(model, directory)"
+            "with gptq_ao.save_quantized(model, directory), or a training run with accelerator.save_state(directory, "
+            "safe_serialization=False)"
         )
 
     @property

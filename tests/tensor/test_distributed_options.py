@@ -250,14 +250,12 @@ def of_a_part() -> None:
 
     weight: Any = quantized(act_order="none").model.layers[0].mlp.up_proj.weight.detach()
     part: Any = distribute_tensor(weight, mesh(2), [Shard(0)])
-    made: Any
     for made in (part.clone(), part.detach(), part.contiguous(), part.cpu(), part.float(), copy.deepcopy(part)):
         assert same(made.full_tensor(), weight)
     for placement in (Replicate(), Shard(1), Shard(0)):
-        made = part.redistribute(placements=[placement])
-        assert same(made.full_tensor(), weight)
-    made = torch.empty_like(part).copy_(part)
-    assert same(made.full_tensor(), weight)
+        assert same(part.redistribute(placements=[placement]).full_tensor(), weight)
+    empty: Any = torch.empty_like(part)
+    assert same(empty.copy_(part).full_tensor(), weight)
     assert part.to(torch.bfloat16).to_local().dtype == torch.bfloat16
     assert isinstance(part.to("meta").to_local(), GroupTensor)
     assert isinstance(part.t().to_local(), GroupTensor)
@@ -267,7 +265,7 @@ def of_a_part() -> None:
     assert torch.equal((part * 2).full_tensor(), weight.dequantize() * 2)
     torch.testing.assert_close(part.norm().full_tensor(), weight.dequantize().norm())
     assert "Int4GroupTensor(shape=(128, 128)" in repr(part)
-    x = distribute_tensor(torch.ones(3, 128), mesh(2), [Replicate()])
+    x: Any = distribute_tensor(torch.ones(3, 128), mesh(2), [Replicate()])
     torch.testing.assert_close((x @ part.t()).full_tensor(), torch.ones(3, 128) @ weight.t())
     with pytest.raises(NotImplementedError, match=r"cannot change .* in place"):
         part.add_(1)
