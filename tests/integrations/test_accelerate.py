@@ -129,8 +129,8 @@ LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_t
 
 @pytest.mark.parametrize(
     "config",
-    some([LAYERS, {"state_dict_type": "SHARDED_STATE_DICT"}, {**LAYERS, "activation_checkpointing": True}]),
-    ids=["layers", "sharded state dict", "activation checkpointing"],
+    some([{**LAYERS, "state_dict_type": "SHARDED_STATE_DICT"}, LAYERS, {**LAYERS, "activation_checkpointing": True}]),
+    ids=["sharded state dict", "layers", "activation checkpointing"],
 )
 def test_trainer_shards_saves_and_resumes(tmp_path: Path, config: dict[str, Any]) -> None:
     expected, _ = on_ranks(trainer, tmp_path / "whole", None)
