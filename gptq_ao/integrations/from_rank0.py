@@ -18,7 +18,9 @@ def register_with_torch() -> None:
     Its `CheckpointError`, of a weight that is quantized only in the model or only in the state dict, is on every rank.
     """
     module: Any = import_module("torch.distributed.checkpoint.state_dict")
-    module._broadcast_state_dict = _codes_first(module._broadcast_state_dict)
+    # Torch's own business, which may have another name some day.
+    if hasattr(module, "_broadcast_state_dict"):
+        module._broadcast_state_dict = _codes_first(module._broadcast_state_dict)
 
 
 def register_with_accelerate() -> None:
