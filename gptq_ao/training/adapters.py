@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptq_ao.adapter import LowRank
 from gptq_ao.checkpoint.files.output_directory import check_empty
+from gptq_ao.checkpoint.files.shards import read_header
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.model.unwrap import same_forward
 
@@ -74,17 +75,15 @@ def load_adapter(model: nn.Module, directory: Path) -> Any:
     """
     require_peft()
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
 
     config, values = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     for file in (config, values):
         if not file.is_file():
             raise CheckpointError(f"{directory} has no {file.name}: give a directory that PEFT's save_pretrained wrote")
+    stored = set(read_header(values))
     try:
-        with safe_open(values, "pt") as f:
-            stored = set(f.keys())
         made = PeftModel.from_pretrained(model, str(directory))
-    except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as e:
+    except (ValueError, RuntimeError, TypeError, KeyError) as e:
         first = str(e).strip().splitlines()[0]
         raise CheckpointError(f"the adapter in {directory} does not fit the {type(model).__name__}: {first}") from e
     expected = set(get_peft_model_state_dict(made, save_embedding_layers=False))

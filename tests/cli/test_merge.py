@@ -117,7 +117,7 @@ def damaged(path: Path) -> None:
     [
         (lambda p: p.mkdir(), r"has no adapter_config\.json: give a directory that PEFT's save_pretrained wrote"),
         (without_values, r"has no adapter_model\.safetensors: give a directory that PEFT"),
-        (damaged, r"the adapter in .* does not fit the LlamaForCausalLM: "),
+        (damaged, r"adapter_model\.safetensors is truncated, or not a safetensors file: "),
         (other, r"the adapter in .* does not fit the LlamaForCausalLM: Error\(s\) in loading|size mismatch"),
         (other_names, r"does not fit the LlamaForCausalLM: Target module "),
     ],

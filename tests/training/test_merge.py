@@ -16,6 +16,7 @@ from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.training import merge_and_requantize_
 from gptq_ao.training.peft_layers import PlainModel
+from tests.ranks import some
 
 from ..models import seeded, tiny_llama, token_batches
 
@@ -107,7 +108,9 @@ def test_what_is_merged_is_what_peft_makes_of_dense_weights(kind: str) -> None:
         assert torch.equal(plain.model.get_parameter(name).dequantize(), expected.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
+@pytest.mark.parametrize(
+    "settings", some([{}, {"use_dora": True}, {"use_rslora": True}]), ids=["lora", "dora", "rslora"]
+)
 @pytest.mark.parametrize(
     ("bits", "group", "own"),
     [
