@@ -5,6 +5,7 @@ more than what it does. Each has a process group of its own, and a limit: a rank
 """
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -42,7 +43,7 @@ def device() -> str:
     """Where a case keeps its tensors: on the CPU, or on a GPU of each rank."""
     import torch.distributed as dist
 
-    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return "cuda" if dist.is_initialized() and "nccl" in dist.get_backend_config() else "cpu"
 
 
 def on_ranks(
@@ -97,9 +98,11 @@ def _rank(
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     limit = datetime.timedelta(seconds=seconds)
+    faulthandler.enable()  # a rank that dies of a signal says where
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)
+            backend = "cpu:gloo,cuda:nccl"  # as torch has it by default; what is offloaded is on the CPU
         store = f"file://{folder}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks, timeout=limit)
         pipe.send(Outcome(case(*args), None))

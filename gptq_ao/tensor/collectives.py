@@ -6,6 +6,7 @@ The work is waited for at once: a handler returns one handle, and there are seve
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gptq_ao.codes.tiles import TILE_ROWS
@@ -22,8 +23,7 @@ def broadcast_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """`dist.broadcast(weight, src)`: the codes of one rank on all."""
     (weight,), *rest = args
     for name in weight.__tensor_flatten__()[0]:
-        done = func([getattr(weight, name)], *rest, **kwargs)[1]
-        done.wait()
+        done = _done(func, [getattr(weight, name)], *rest, **kwargs)
     written(weight)
     return [weight], done
 
@@ -34,8 +34,7 @@ def scatter_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     (target,), given, *rest = args
     for name in target.__tensor_flatten__()[0]:
         parts = [[getattr(part, name).contiguous() for part in each] for each in given]
-        done = func([getattr(target, name)], parts, *rest, **kwargs)[1]
-        done.wait()
+        done = _done(func, [getattr(target, name)], parts, *rest, **kwargs)
     written(target)
     return [target], done
 
@@ -45,11 +44,20 @@ def allgather_(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """`dist.all_gather(weights, weight)`: every rank's weight on all."""
     (targets,), (weight,), *rest = args
     for name in weight.__tensor_flatten__()[0]:
-        done = func([[getattr(t, name) for t in targets]], [getattr(weight, name).contiguous()], *rest, **kwargs)[1]
-        done.wait()
+        done = _done(func, [[getattr(t, name) for t in targets]], [getattr(weight, name).contiguous()], *rest, **kwargs)
     for target in targets:
         written(target)
     return [targets], done
+
+
+def _done(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """The handle of a collective that is over."""
+    names = (argument.name for argument in func._schema.arguments)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    # Otherwise NCCL gives a handle that refers to nothing, and waiting for it ends the process.
+    done = func(**{**given, "async_op": True})[1]
+    done.wait()
+    return done
 
 
 @implements([_functional.all_gather_into_tensor.default])
@@ -72,6 +80,20 @@ def all_gather_into_tensor(func: Any, types: Any, args: Any, kwargs: Any) -> Ten
     return weight.replace(**inner, out_features=rows, view_shape=shape)
 
 
+def shard_dim_alltoall(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """The whole weight, of which ranks have parts along one dimension, cut along another: this rank's part.
+
+    Raises:
+        ConfigError: the new parts would begin within a tile or group.
+    """
+    weight, joined, cut, group = args
+    if not isinstance(group, dist.ProcessGroup):
+        group = dist.distributed_c10d._resolve_process_group(group)
+    parts = [torch.empty_like(weight) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, weight, group=group)
+    return torch.cat(parts, joined).chunk(len(parts), cut)[dist.get_rank(group)].contiguous()
+
+
 def _waited(tensor: Tensor) -> Tensor:
     result: Tensor = _functional.wait_tensor.default(tensor)
     return result
@@ -84,5 +106,6 @@ def wait_tensor(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return weight
 
 
-# Registered by a file of torch that is imported late.
+# Registered by files of torch that are imported late.
+GroupTensor.implemented_by_name["_dtensor::shard_dim_alltoall"] = shard_dim_alltoall
 GroupTensor.implemented_by_name["_c10d_functional::_wrap_tensor_autograd"] = wait_tensor

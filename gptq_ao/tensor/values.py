@@ -17,8 +17,14 @@ def on_values(quantized: type[torch.Tensor], func: Any, args: Any, kwargs: Any) 
     """`func`, an operator, with every argument that is `quantized` replaced by the dense weight.
 
     Raises:
-        NotImplementedError: it writes to one of them.
+        NotImplementedError: it writes to one of them, or sends it to another process, which expects codes.
     """
+    if func.namespace == "c10d":  # whose operators do not say what they write to
+        held = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, quantized))
+        raise NotImplementedError(
+            f"{func} does not know {next(held)!r}: between processes, quantized weights are sent by broadcast, "
+            "scatter, all_gather and what FSDP2 and DTensor do. Send `weight.dequantize()`, or each of its `parts()`"
+        )
     for leaf in pytree.tree_leaves(list(_written(func, args, kwargs))):
         if isinstance(leaf, quantized):
             refuse_to_write(leaf, func)

@@ -95,7 +95,8 @@ def fsdp_trains(settings: dict[str, Any], option: str) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    return a.spec == b.spec and all(torch.equal(t, b.parts()[n]) for n, t in a.parts().items())
+    """The same codes and scales, wherever they are."""
+    return a.spec == b.spec and all(torch.equal(t.cpu(), b.parts()[n].cpu()) for n, t in a.parts().items())
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,18 @@ def collectives() -> None:
     dist.scatter(mine, weights[::-1] if rank == 0 else None, 0)
     assert same(mine, weights[1 - rank])
     assert torch.equal(nn.functional.linear(x, mine), products[1 - rank])
+    # What DTensor calls on GPUs to cut along another dimension.
+    rows, columns = (weights[0].chunk(2, dim)[rank].contiguous() for dim in (0, 1))
+    group = dist.distributed_c10d._get_default_group().group_name
+    assert same(torch.ops._dtensor.shard_dim_alltoall(rows, 0, 1, group), columns)
+    for collective in (
+        lambda: dist.all_reduce(mine),
+        lambda: dist.reduce(mine, 0),
+        lambda: dist.send(mine, 1 - rank),
+        lambda: dist.all_to_all([mine.clone(), mine.clone()], [mine, mine]),
+    ):
+        with pytest.raises(NotImplementedError, match=r"does not know Int4GroupTensor.*: between processes, quantized"):
+            collective()
 
 
 @pytest.mark.long
