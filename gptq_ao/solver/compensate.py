@@ -54,12 +54,14 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
     H.diagonal().add_(
         damp * mean + (~live)
     )  # 1 where nothing was seen: the drift is zero there, whatever it is divided by
-    with ieee_fp32():
-        wrong = torch.zeros_like(weight)
-        if hessian.drift is not None:
+    wrong = torch.zeros_like(weight)
+    if hessian.drift is not None:
+        # Three digits are enough: the drift is a mean of differences of activations that have no more.
+        with ieee_fp32(cuda="tf32"):
             wrong.addmm_(weight, hessian.drift, alpha=OF_INPUTS)
-        if residual is not None:
-            wrong.add_(residual, alpha=OF_RESIDUAL)
+    if residual is not None:
+        wrong.add_(residual, alpha=OF_RESIDUAL)
+    with ieee_fp32():
         lower, info = torch.linalg.cholesky_ex(H)
         del H  # on CUDA, the products below copy `lower`
         if info.item():

@@ -15,7 +15,8 @@ Source: coordinate descent, for codes as in Behdin et al., "QuantEase" (2023) an
 import torch
 from torch import Tensor
 
-from gptq_ao.kernels.columns import column_blocks, round_columns
+from gptq_ao.kernels.columns import column_blocks
+from gptq_ao.kernels.refinement import fit_codes, fit_scale
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import Factor
 from gptq_ao.solver.fp32 import ieee_fp32
@@ -72,53 +73,29 @@ class _Sweep:
         self.error = torch.empty_like(target)
         for g in range(len(self.scale)):
             group = slice(g * self.columns, (g + 1) * self.columns)
-            self.error[group] = target[group] - self._steps(group) * self.scale[g].float()
+            self.error[group] = target[group] - (self.codes[group] - self.zero_point[g]) * self.scale[g].float()
 
     def run(self) -> None:
         # E·H of a range of columns is one large product. What changes while the range is swept is added to it by small
         # ones, for the columns still to come: those before have had their turn.
         for first, last, blocks in column_blocks(len(self.target), self.columns):
             gradient = self.H[first:last] @ self.error
-            for block in blocks:
-                if block.start % self.columns == 0:
-                    group = slice(block.start, block.start + self.columns)
-                    change = self._fit_scale(group, gradient[group.start - first : group.stop - first])
-                    gradient[group.start - first :].addmm_(self.H[group.start : last, group], change)
-                change = self._fit_codes(block, gradient[block.start - first : block.stop - first])
-                gradient[block.stop - first :].addmm_(self.H[block.stop : last, block], change)
+            for start in range(first, last, self.columns):
+                group = slice(start, start + self.columns)
+                before = self.error[group].clone()
+                self._fit_group(group, [b for b in blocks if start <= b.start < group.stop], gradient[start - first :])
+                gradient[group.stop - first :].addmm_(self.H[group.stop : last, group], self.error[group] - before)
 
-    def _steps(self, block: slice) -> Tensor:
-        """code − zero_point of columns of one group."""
-        return self.codes[block] - self.zero_point[block.start // self.columns]
-
-    def _fit_scale(self, group: slice, gradient: Tensor) -> Tensor:
-        """Set it where the new one, rounded to fp16, is better. Returns what that changes in `error`.
-
-        A change by δ changes the loss by curvature·δ² − 2·slope·δ.
-        """
-        steps, g = self._steps(group), group.start // self.columns
-        old = self.scale[g].float()
-        # A group whose codes all equal the zero point has no steps: curvature 0, and `new` is NaN, so nothing changes.
-        slope = (steps * gradient).sum(0)
-        curvature = (steps * (self.H[group, group] @ steps)).sum(0)
-        new = (old + slope / curvature).to(torch.float16).float()
-        delta = new - old
-        better = torch.isfinite(new) & (new != 0) & (2 * slope * delta > curvature * delta * delta)
-        if not self.signed:
-            better &= new > 0
-        self.scale[g] = torch.where(better, new, old)
-        change = steps.mul_(old - self.scale[g].float())
-        self.error[group] += change
-        return change
-
-    def _fit_codes(self, block: slice, gradient: Tensor) -> Tensor:
-        """Set them one after the other. Returns what that changes in `error`."""
-        g = block.start // self.columns
-        s, z = (t.expand_as(gradient) for t in (self.scale[g].float(), self.zero_point[g]))
-        H = self.H[block, block]
-        now = self.target[block] - self.error[block]
-        best = now + gradient / H.diagonal().unsqueeze(1)
-        self.codes[block] = round_columns(best, -H / H.diagonal(), s, z, self.bits, before=now)
-        change = now - self._steps(block).mul_(s)
-        self.error[block] += change
-        return change
+    def _fit_group(self, group: slice, blocks: list[slice], gradient: Tensor) -> None:
+        """Its scale, then its codes, block by block. `gradient` begins with the group, and follows within it only."""
+        g = group.start // self.columns
+        scale, zero_point = self.scale[g], self.zero_point[g]
+        mine = gradient[: self.columns]
+        fit_scale(self.H[group, group], mine, self.codes[group], scale, zero_point, self.error[group], self.signed)
+        for block in blocks:
+            before = self.error[block].clone() if block.stop < group.stop else None
+            here = slice(block.start - group.start, block.stop - group.start)
+            tensors = (self.codes[block], scale, zero_point, self.target[block], self.error[block])
+            fit_codes(self.H[block, block], mine[here], *tensors, self.bits)
+            if before is not None:
+                mine[here.stop :].addmm_(self.H[block.stop : group.stop, block], self.error[block] - before)

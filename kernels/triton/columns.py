@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`kernels/columns.py` on a GPU: one thread per row, which keeps its part of the block in registers.
+"""`kernels/columns.py` on a GPU: a few threads per row, which keep its part of the block in registers.
 
 A row's columns are walked through in order, so what parallelism there is comes from rows (and, for scores, from grids).
 A register cannot be chosen by a number that is known only at run time: a column is picked out of its tile by comparing
 all of the tile's column numbers. Tiles of 32 columns keep that cheap, and tiles that are done are left alone. Unrolling
-the walk instead would take a minute to compile.
+the walk instead would take a minute to compile. Memory would be waited for in each column: what the next one needs is
+loaded one column ahead.
 """
 
 import torch
@@ -12,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["round_columns", "score_grids"]
+__all__ = ["round_columns", "score_grids", "tiles"]
 
-ROWS = 32  # of a program, which is one warp: neighbouring threads work on neighbouring rows
+ROWS = 16  # of a program, which is one warp: neighbouring threads work on neighbouring rows
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}  # of the compiler; Triton 3.9 warns if fusion is left to it
 TILE = tl.constexpr(32)  # columns
 # Added and subtracted again, it rounds any number below 2^22 to the nearest integer, ties to even.
@@ -45,33 +46,9 @@ def _load(pointer, first, column, columns, row, rows):
 
 
 @triton.jit
-def _pass_on(tile, p, follow, first, column, columns):
-    """What is left of a tile's columns after a change by p of the column whose row of `follow` is given."""
-    f = tl.load(follow + first + column, mask=first + column < columns, other=0.0)
-    return tile - f[:, None] * p[None, :]
-
-
-@triton.jit
-def _round_one(
-    tile, i, first, row, rows, column, scale, zero_point, before, codes, importance, lost, LEVELS: tl.constexpr
-):
-    """Round column first + i, which is in `tile`: what that changes, and the loss with it."""
-    at = (first + i) * rows + row
-    mask = row < rows
-    x = _pick(tile, column, i)
-    if importance is not None:
-        p = x - (_code(x, scale, zero_point, LEVELS) - zero_point) * scale
-        lost += tl.load(importance + first + i) * p * p
-    else:
-        s = tl.load(scale + at, mask=mask, other=1.0)
-        z = tl.load(zero_point + at, mask=mask, other=0.0)
-        code = _code(x, s, z, LEVELS)
-        tl.store(codes + at, code.to(tl.uint8), mask=mask)
-        # The change to pass on is that from these values, not from those that were rounded.
-        if before is not None:
-            x = tl.load(before + at, mask=mask, other=0.0)
-        p = x - (code - z) * s
-    return p, lost
+def _row(matrix, stride, i, first, column, columns):
+    """Of row i of a matrix [columns, columns] what belongs to a tile's columns, zero outside."""
+    return tl.load(matrix + i * stride + first + column, mask=first + column < columns, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -93,54 +70,69 @@ def _walk(
     """Both loops of `kernels/columns.py`. With `importance`, a grid per program writes its loss; without, its codes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, TILE)
+    mask = row < rows
     lost = tl.zeros([ROWS], tl.float32)
-    # What `_round_one` reads grids from: for scores these are the values, the same for all columns.
-    s = scale
-    z = zero_point
+    # For scores, grids are the same for all columns. For codes these are those of the first.
+    grid = row
     if importance is not None:
-        at = tl.program_id(1) * rows + row
-        s = tl.load(scale + at, mask=row < rows, other=1.0)
-        z = tl.load(zero_point + at, mask=row < rows, other=0.0)
+        grid += tl.program_id(1) * rows
+    s = tl.load(scale + grid, mask=mask, other=1.0)
+    z = tl.load(zero_point + grid, mask=mask, other=0.0)
+    was = s
+    if before is not None:
+        was = tl.load(before + row, mask=mask, other=0.0)
     x0 = _load(x, 0, column, columns, row, rows)
-    # All four tiles need a name, as arguments below, also where TILES is less.
-    x1 = x0
-    x2 = x0
-    x3 = x0
+    f0 = _row(follow, columns, 0, 0, column, columns)
+    # All four tiles need a name, also where TILES is less.
+    x1, x2, x3 = x0, x0, x0
+    f1, f2, f3 = f0, f0, f0
     if TILES > 1:
         x1 = _load(x, 32, column, columns, row, rows)
+        f1 = _row(follow, columns, 0, 32, column, columns)
     if TILES > 2:
         x2 = _load(x, 64, column, columns, row, rows)
+        f2 = _row(follow, columns, 0, 64, column, columns)
         x3 = _load(x, 96, column, columns, row, rows)
-    # A loop for each tile: which one to pick from has to be written down, it cannot be computed.
-    for i in range(tl.minimum(columns, 32)):
-        f = follow + i * columns
-        p, lost = _round_one(x0, i, 0, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
-        x0 = _pass_on(x0, p, f, 0, column, columns)
-        if TILES > 1:
-            x1 = _pass_on(x1, p, f, 32, column, columns)
-        if TILES > 2:
-            x2 = _pass_on(x2, p, f, 64, column, columns)
-            x3 = _pass_on(x3, p, f, 96, column, columns)
-    if TILES > 1:
-        for i in range(tl.minimum(columns - 32, 32)):
-            f = follow + (32 + i) * columns
-            p, lost = _round_one(x1, i, 32, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
-            x1 = _pass_on(x1, p, f, 32, column, columns)
-            if TILES > 2:
-                x2 = _pass_on(x2, p, f, 64, column, columns)
-                x3 = _pass_on(x3, p, f, 96, column, columns)
-    if TILES > 2:
-        for i in range(tl.minimum(columns - 64, 32)):
-            f = follow + (64 + i) * columns
-            p, lost = _round_one(x2, i, 64, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
-            x2 = _pass_on(x2, p, f, 64, column, columns)
-            x3 = _pass_on(x3, p, f, 96, column, columns)
-        for i in range(tl.minimum(columns - 96, 32)):
-            f = follow + (96 + i) * columns
-            p, lost = _round_one(x3, i, 96, row, rows, column, s, z, before, codes, importance, lost, LEVELS)
-            x3 = _pass_on(x3, p, f, 96, column, columns)
+        f3 = _row(follow, columns, 0, 96, column, columns)
+    for t in tl.static_range(TILES):
+        for i in range(tl.minimum(columns - 32 * t, 32)):
+            # What the next column needs is loaded while this one is rounded. (Behind the last, that one's again.)
+            n = tl.minimum(32 * t + i + 1, columns - 1)
+            g0 = _row(follow, columns, n, 32 * t, column, columns)
+            g1, g2, g3 = f1, f2, f3
+            if t + 1 < TILES:
+                g1 = _row(follow, columns, n, 32 * t + 32, column, columns)
+            if t + 2 < TILES:
+                g2 = _row(follow, columns, n, 32 * t + 64, column, columns)
+            if t + 3 < TILES:
+                g3 = _row(follow, columns, n, 32 * t + 96, column, columns)
+            value = _pick(x0, column, i)
+            code = _code(value, s, z, LEVELS)
+            if importance is not None:
+                p = value - (code - z) * s
+                lost += tl.load(importance + 32 * t + i) * p * p
+            else:
+                tl.store(codes + (32 * t + i) * rows + row, code.to(tl.uint8), mask=mask)
+                # The change to pass on is that from these values, not from those that were rounded.
+                if before is not None:
+                    value = was
+                    was = tl.load(before + n * rows + row, mask=mask, other=0.0)
+                p = value - (code - z) * s
+                s = tl.load(scale + n * rows + row, mask=mask, other=1.0)
+                z = tl.load(zero_point + n * rows + row, mask=mask, other=0.0)
+            x0 -= f0[:, None] * p[None, :]
+            if t + 1 < TILES:
+                x1 -= f1[:, None] * p[None, :]
+            if t + 2 < TILES:
+                x2 -= f2[:, None] * p[None, :]
+            if t + 3 < TILES:
+                x3 -= f3[:, None] * p[None, :]
+            f0, f1, f2, f3 = g0, g1, g2, g3
+        # The tile to pick from is always the first: it cannot be computed which.
+        x0, x1, x2 = x1, x2, x3
+        f0, f1, f2 = f1, f2, f3
     if importance is not None:
-        tl.store(loss + at, lost, mask=row < rows)
+        tl.store(loss + grid, lost, mask=mask)
 
 
 def round_columns(
@@ -159,7 +151,7 @@ def round_columns(
         rows,
         columns,
         LEVELS=float(2**bits - 1),
-        TILES=_tiles(columns),
+        TILES=tiles(columns),
         ROWS=ROWS,
         **OPTIONS,
     )
@@ -179,13 +171,13 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
         rows,
         columns,
         LEVELS=float(2**bits - 1),
-        TILES=_tiles(columns),
+        TILES=tiles(columns),
         ROWS=ROWS,
         **OPTIONS,
     )
     return loss
 
 
-def _tiles(columns: int) -> int:
+def tiles(columns: int) -> int:
     """1, 2 or 4."""
     return 1 if columns <= 32 else 2 if columns <= 64 else 4

@@ -1,0 +1,194 @@
+# mypy: disable-error-code="no-untyped-def"
+"""`kernels/refinement.py` on a GPU: a kernel for each of the two steps, where plain torch launches some fifty."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptq_ao.kernels.triton.columns import TILE, _code, _load, _pick, _row, tiles
+
+__all__ = ["fit_codes", "fit_scale"]
+
+SCALE_ROWS = 64  # of a program of `fit_scale`
+CODE_ROWS = 16  # of a program of `fit_codes`, which is one warp
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _fit_scale(
+    H,
+    stride,
+    gradient,
+    codes,
+    scale,
+    zero_point,
+    error,
+    rows,
+    columns,
+    SIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = row < rows
+    mask = (column < columns)[:, None] & inside[None, :]
+    at = column[:, None] * rows + row[None, :]
+    old = tl.load(scale + row, mask=inside, other=1.0).to(tl.float32)
+    z = tl.load(zero_point + row, mask=inside, other=0.0)
+    steps = tl.where(mask, tl.load(codes + at, mask=mask, other=0).to(tl.float32) - z[None, :], 0.0)
+    square = (column < columns)[:, None] & (column < columns)[None, :]
+    h = tl.load(H + column[:, None] * stride + column[None, :], mask=square, other=0.0)
+    product = tl.dot(h, steps, input_precision=PRECISION)
+    g = tl.load(gradient + at, mask=mask, other=0.0)
+    slope = tl.sum(steps * g, axis=0)
+    curvature = tl.sum(steps * product, axis=0)
+    # Without steps the curvature is 0, which must not reach the division: what comes of it is not defined.
+    new = (old + slope / tl.where(curvature > 0, curvature, 1.0)).to(tl.float16).to(tl.float32)
+    delta = new - old
+    better = (curvature > 0) & (tl.abs(new) <= 65504.0) & (new != 0)
+    better = better & (2 * slope * delta > curvature * delta * delta)
+    if not SIGNED:
+        better = better & (new > 0)
+    change = tl.where(better, -delta, 0.0)
+    tl.store(scale + row, tl.where(better, new, old).to(tl.float16), mask=inside)
+    tl.store(gradient + at, g + product * change[None, :], mask=mask)
+    e = tl.load(error + at, mask=mask, other=0.0)
+    tl.store(error + at, e + steps * change[None, :], mask=mask)
+
+
+@triton.jit
+def _fit_one(tile, i, first, column, row, rows, H, stride, code, goal, codes, error, s, z, LEVELS: tl.constexpr):
+    """Set the code of column first + i, which is in `tile`. Returns by how much the error grows."""
+    at = (first + i) * rows + row
+    now = (code.to(tl.float32) - z) * s
+    best = now + _pick(tile, column, i) / tl.load(H + (first + i) * (stride + 1))
+    new_code = _code(best, s, z, LEVELS)
+    new = (new_code - z) * s
+    tl.store(codes + at, new_code.to(tl.uint8), mask=row < rows)
+    tl.store(error + at, goal - new, mask=row < rows)
+    return now - new
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _fit_codes(
+    H,
+    stride,
+    gradient,
+    codes,
+    scale,
+    zero_point,
+    target,
+    error,
+    rows,
+    columns,
+    LEVELS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Gradients stay in registers, in tiles of 32 columns (see `columns.py`); tiles that are done are left alone."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    column = tl.arange(0, TILE)
+    s = tl.load(scale + row, mask=inside, other=1.0).to(tl.float32)
+    z = tl.load(zero_point + row, mask=inside, other=0.0)
+    u0 = _load(gradient, 0, column, columns, row, rows)
+    h0 = _row(H, stride, 0, 0, column, columns)
+    # All four tiles need a name, also where TILES is less.
+    u1, u2, u3 = u0, u0, u0
+    h1, h2, h3 = h0, h0, h0
+    if TILES > 1:
+        u1 = _load(gradient, 32, column, columns, row, rows)
+        h1 = _row(H, stride, 0, 32, column, columns)
+    if TILES > 2:
+        u2 = _load(gradient, 64, column, columns, row, rows)
+        h2 = _row(H, stride, 0, 64, column, columns)
+        u3 = _load(gradient, 96, column, columns, row, rows)
+        h3 = _row(H, stride, 0, 96, column, columns)
+    code = tl.load(codes + row, mask=inside, other=0)
+    goal = tl.load(target + row, mask=inside, other=0.0)
+    for t in tl.static_range(TILES):
+        for i in range(tl.minimum(columns - 32 * t, 32)):
+            # What the next column needs is loaded while this one is fitted. (Behind the last, that one's again.)
+            n = tl.minimum(32 * t + i + 1, columns - 1)
+            next_code = tl.load(codes + n * rows + row, mask=inside, other=0)
+            next_goal = tl.load(target + n * rows + row, mask=inside, other=0.0)
+            n0 = _row(H, stride, n, 32 * t, column, columns)
+            n1, n2, n3 = h1, h2, h3
+            if t + 1 < TILES:
+                n1 = _row(H, stride, n, 32 * t + 32, column, columns)
+            if t + 2 < TILES:
+                n2 = _row(H, stride, n, 32 * t + 64, column, columns)
+            if t + 3 < TILES:
+                n3 = _row(H, stride, n, 32 * t + 96, column, columns)
+            p = _fit_one(u0, i, 32 * t, column, row, rows, H, stride, code, goal, codes, error, s, z, LEVELS)
+            u0 += h0[:, None] * p[None, :]
+            if t + 1 < TILES:
+                u1 += h1[:, None] * p[None, :]
+            if t + 2 < TILES:
+                u2 += h2[:, None] * p[None, :]
+            if t + 3 < TILES:
+                u3 += h3[:, None] * p[None, :]
+            h0, h1, h2, h3 = n0, n1, n2, n3
+            code, goal = next_code, next_goal
+        # The tile to pick from is always the first: it cannot be computed which.
+        u0, u1, u2 = u1, u2, u3
+        h0, h1, h2 = h1, h2, h3
+
+
+def fit_scale(
+    H: Tensor, gradient: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, error: Tensor, signed: bool
+) -> None:
+    """See `fit_scale` in `kernels/refinement.py`; [B, N] tensors are rows of contiguous ones, and H part of a larger
+    matrix. The product is as precise as torch's are at the moment."""
+    columns, rows = gradient.shape
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    _fit_scale[(triton.cdiv(rows, SCALE_ROWS),)](
+        H,
+        H.stride(0),
+        gradient,
+        codes,
+        scale,
+        zero_point,
+        error,
+        rows,
+        columns,
+        SIGNED=signed,
+        COLUMNS=max(16, triton.next_power_of_2(columns)),
+        ROWS=SCALE_ROWS,
+        PRECISION="tf32" if tf32 else "tf32x3",  # three products, as good as one in fp32 and much faster
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def fit_codes(
+    H: Tensor,
+    gradient: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    target: Tensor,
+    error: Tensor,
+    bits: int,
+) -> None:
+    """See `fit_codes` in `kernels/refinement.py`, and above for the layout."""
+    columns, rows = gradient.shape
+    _fit_codes[(triton.cdiv(rows, CODE_ROWS),)](
+        H,
+        H.stride(0),
+        gradient,
+        codes,
+        scale,
+        zero_point,
+        target,
+        error,
+        rows,
+        columns,
+        LEVELS=float(2**bits - 1),
+        TILES=tiles(columns),
+        ROWS=CODE_ROWS,
+        num_warps=1,
+        enable_fp_fusion=True,
+    )
