@@ -95,7 +95,10 @@ def solve(weight: Tensor, factor: Factor, grid: tuple[Tensor, Tensor] | None = N
                     x = x[: len(of_block)]
                 else:
                     x = _unrounded(W[block], ahead[: len(of_block)], A[block, block], inverse)
-                s, z = scale[of_block].float(), zero_point[of_block].float()
+                if static:
+                    s, z = scale[of_block].float(), zero_point[of_block].float()
+                else:  # the same for all columns, which are of one group
+                    s, z = (t[g].float().expand_as(x) for t in (scale, zero_point))
                 codes[block] = round_columns(x, inverse, s, z, recipe.bits)
                 W[block] -= (codes[block] - z).mul_(s)  # from here on these rows hold errors, not weights
                 X[block.stop - first :].addmm_(A[block, block.stop : last].T, W[block])

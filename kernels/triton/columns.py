@@ -8,10 +8,14 @@ the walk instead would take a minute to compile. Memory would be waited for in e
 loaded one column ahead.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gptq_ao.kernels.triton.launch import Kernel, launch_there
 
 __all__ = ["round_columns", "score_grids", "tiles"]
 
@@ -51,7 +55,7 @@ def _row(matrix, stride, i, first, column, columns):
     return tl.load(matrix + i * stride + first + column, mask=first + column < columns, other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "stride"])
 def _walk(
     x,
     follow,
@@ -63,6 +67,7 @@ def _walk(
     loss,
     rows,
     columns,
+    stride,  # between the grids of two columns
     LEVELS: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -118,8 +123,8 @@ def _walk(
                     value = was
                     was = tl.load(before + n * rows + row, mask=mask, other=0.0)
                 p = value - (code - z) * s
-                s = tl.load(scale + n * rows + row, mask=mask, other=1.0)
-                z = tl.load(zero_point + n * rows + row, mask=mask, other=0.0)
+                s = tl.load(scale + n * stride + row, mask=mask, other=1.0)
+                z = tl.load(zero_point + n * stride + row, mask=mask, other=0.0)
             x0 -= f0[:, None] * p[None, :]
             if t + 1 < TILES:
                 x1 -= f1[:, None] * p[None, :]
@@ -141,19 +146,13 @@ def round_columns(
     """See `round_columns` in `kernels/columns.py`, also for shapes and dtypes."""
     columns, rows = x.shape
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=x.device)
-    inputs = [t.contiguous() for t in (x, follow, scale, zero_point)]
-    _walk[(triton.cdiv(rows, ROWS),)](
-        *inputs,
-        before if before is None else before.contiguous(),
-        codes,
-        None,
-        None,
-        rows,
-        columns,
-        LEVELS=float(2**bits - 1),
-        TILES=tiles(columns),
-        ROWS=ROWS,
-        **OPTIONS,
+    # One grid for all columns is often a row that is expanded: it needs no copies, but a stride of 0.
+    if scale.stride() != zero_point.stride() or scale.stride(1) != 1:
+        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    before = before if before is None else before.contiguous()
+    tensors = (x.contiguous(), follow.contiguous(), scale, zero_point, before, codes, None, None)
+    launch_there(
+        _kernel(bits, columns, x.get_device()), (-(-rows // ROWS), 1, 1), tensors, (rows, columns, scale.stride(0))
     )
     return codes
 
@@ -162,20 +161,16 @@ def score_grids(x: Tensor, follow: Tensor, importance: Tensor, scale: Tensor, ze
     """See `score_grids` in `kernels/columns.py`, also for shapes and dtypes."""
     columns, rows = x.shape
     loss = torch.empty_like(scale, memory_format=torch.contiguous_format)
-    _walk[(triton.cdiv(rows, ROWS), len(scale))](
-        *(t.contiguous() for t in (x, follow, scale, zero_point)),
-        None,
-        None,
-        importance.contiguous(),
-        loss,
-        rows,
-        columns,
-        LEVELS=float(2**bits - 1),
-        TILES=tiles(columns),
-        ROWS=ROWS,
-        **OPTIONS,
-    )
+    x, follow, scale, zero_point, importance = (t.contiguous() for t in (x, follow, scale, zero_point, importance))
+    tensors = (x, follow, scale, zero_point, None, None, importance, loss)
+    grid = (-(-rows // ROWS), len(scale), 1)
+    launch_there(_kernel(bits, columns, x.get_device()), grid, tensors, (rows, columns, rows))
     return loss
+
+
+@functools.cache
+def _kernel(bits: int, columns: int, device: int) -> Kernel:
+    return Kernel(_walk, {"LEVELS": float(2**bits - 1), "TILES": tiles(columns), "ROWS": ROWS}, OPTIONS)
 
 
 def tiles(columns: int) -> int:

@@ -18,7 +18,7 @@ from gptq_ao.kernels.triton.counters import zeroed_counters
 from gptq_ao.kernels.triton.linear import add_splits_kernel, linear_kernel
 from gptq_ao.kernels.tuning.heuristics import SHARED_MEMORY, LinearConfig
 
-__all__ = ["Kernel", "LinearLaunch", "constants", "launch", "prepared", "take_shared_memory", "warm_up"]
+__all__ = ["Kernel", "LinearLaunch", "constants", "launch", "launch_there", "prepared", "take_shared_memory", "warm_up"]
 
 INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 VERSION = tuple(int(i) for i in triton.__version__.split(".")[:2])
@@ -121,6 +121,19 @@ class Kernel:
         take_shared_memory(known, shared)
         known[grid](*pointers, *numbers, *self.values)
         return known
+
+
+def launch_there(
+    kernel: Kernel, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]
+) -> None:
+    """Launch it on the device of the first tensor, which need not be the current one; see `Kernel`."""
+    assert tensors[0] is not None
+    device = tensors[0].get_device()
+    if device < 0:
+        kernel(grid, 0, tensors, numbers)
+        return
+    with torch.cuda.device(device):
+        kernel(grid, torch._C._cuda_getCurrentRawStream(device), tensors, numbers)
 
 
 def take_shared_memory(compiled: Any, least: int) -> None:

@@ -1,12 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
 """`kernels/refinement.py` on a GPU: a kernel for each of the two steps, where plain torch launches some fifty."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gptq_ao.kernels.triton.columns import TILE, _code, _load, _pick, _row, tiles
+from gptq_ao.kernels.triton.launch import Kernel, launch_there
 
 __all__ = ["fit_codes", "fit_scale"]
 
@@ -14,10 +17,9 @@ SCALE_ROWS = 64  # of a program of `fit_scale`
 CODE_ROWS = 16  # of a program of `fit_codes`, which is one warp
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "stride"])
 def _fit_scale(
     H,
-    stride,
     gradient,
     codes,
     scale,
@@ -25,6 +27,7 @@ def _fit_scale(
     error,
     rows,
     columns,
+    stride,  # of H
     SIGNED: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -71,10 +74,9 @@ def _fit_one(tile, i, first, column, row, rows, H, stride, code, goal, codes, er
     return now - new
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "stride"])
 def _fit_codes(
     H,
-    stride,
     gradient,
     codes,
     scale,
@@ -83,6 +85,7 @@ def _fit_codes(
     error,
     rows,
     columns,
+    stride,  # of H
     LEVELS: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -144,23 +147,9 @@ def fit_scale(
     matrix. The product is as precise as torch's are at the moment."""
     columns, rows = gradient.shape
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    _fit_scale[(triton.cdiv(rows, SCALE_ROWS),)](
-        H,
-        H.stride(0),
-        gradient,
-        codes,
-        scale,
-        zero_point,
-        error,
-        rows,
-        columns,
-        SIGNED=signed,
-        COLUMNS=max(16, triton.next_power_of_2(columns)),
-        ROWS=SCALE_ROWS,
-        PRECISION="tf32" if tf32 else "tf32x3",  # three products, as good as one in fp32 and much faster
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    kernel = _scale_kernel(columns, signed, tf32, H.get_device())
+    tensors = (H, gradient, codes, scale, zero_point, error)
+    launch_there(kernel, (-(-rows // SCALE_ROWS), 1, 1), tensors, (rows, columns, H.stride(0)))
 
 
 def fit_codes(
@@ -175,20 +164,23 @@ def fit_codes(
 ) -> None:
     """See `fit_codes` in `kernels/refinement.py`, and above for the layout."""
     columns, rows = gradient.shape
-    _fit_codes[(triton.cdiv(rows, CODE_ROWS),)](
-        H,
-        H.stride(0),
-        gradient,
-        codes,
-        scale,
-        zero_point,
-        target,
-        error,
-        rows,
-        columns,
-        LEVELS=float(2**bits - 1),
-        TILES=tiles(columns),
-        ROWS=CODE_ROWS,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
+    kernel = _codes_kernel(bits, columns, H.get_device())
+    tensors = (H, gradient, codes, scale, zero_point, target, error)
+    launch_there(kernel, (-(-rows // CODE_ROWS), 1, 1), tensors, (rows, columns, H.stride(0)))
+
+
+@functools.cache
+def _scale_kernel(columns: int, signed: bool, tf32: bool, device: int) -> Kernel:
+    constants = {
+        "SIGNED": signed,
+        "COLUMNS": max(16, triton.next_power_of_2(columns)),
+        "ROWS": SCALE_ROWS,
+        "PRECISION": "tf32" if tf32 else "tf32x3",  # three products, as good as one in fp32 and much faster
+    }
+    return Kernel(_fit_scale, constants, {"num_warps": 4, "enable_fp_fusion": True})
+
+
+@functools.cache
+def _codes_kernel(bits: int, columns: int, device: int) -> Kernel:
+    constants = {"LEVELS": float(2**bits - 1), "TILES": tiles(columns), "ROWS": CODE_ROWS}
+    return Kernel(_fit_codes, constants, {"num_warps": 1, "enable_fp_fusion": True})

@@ -362,7 +362,7 @@ def test_kernels_compile_without_spilling(
     from gptq_ao.kernels.triton import columns as columns_triton
 
     constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": columns_triton.ROWS, **dict.fromkeys(absent)}
-    types = {"rows": "i32", "columns": "i32", "codes": "*u8"}
+    types = {"rows": "i32", "columns": "i32", "stride": "i32", "codes": "*u8"}
     options = columns_triton.OPTIONS
     _, usage = compile_ahead(columns_triton._walk, constants, types, "*fp32", options, architecture)
     # A register that does not fit goes to the stack, in local memory.

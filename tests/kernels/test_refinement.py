@@ -203,12 +203,12 @@ def test_kernels_compile_ahead(architecture: int, compile_ahead: Callable[..., A
     for tiles in (1, 2, 4):
         constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": refinement.CODE_ROWS}
         options = {"num_warps": 1, "enable_fp_fusion": True}
-        _, used = compile_ahead(refinement._fit_codes, constants, types, "*fp32", options, architecture, ("stride",))
+        _, used = compile_ahead(refinement._fit_codes, constants, types, "*fp32", options, architecture)
         assert used["LOCAL"] == "0"
     for precision in ("tf32", "tf32x3"):
         constants = {"SIGNED": True, "COLUMNS": 128, "ROWS": refinement.SCALE_ROWS, "PRECISION": precision}
         options = {"num_warps": 4, "enable_fp_fusion": True}
-        compile_ahead(refinement._fit_scale, constants, types, "*fp32", options, architecture, ("stride",))
+        compile_ahead(refinement._fit_scale, constants, types, "*fp32", options, architecture)
 
 
 @pytest.mark.gpu

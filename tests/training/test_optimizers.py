@@ -22,7 +22,7 @@ def two_layers() -> nn.Sequential:
 def eight_bit(parameters: Any) -> torch.optim.Optimizer:
     from torchao.optim import AdamW8bit
 
-    return AdamW8bit(parameters, lr=1e-2)  # type: ignore[no-any-return]
+    return AdamW8bit(parameters, lr=1e-2)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -42,7 +42,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 )
 def test_an_optimizer_of_all_parameters_leaves_quantized_ones_alone(name: str) -> None:
     model = two_layers()
-    before = model[0].weight.dequantize().clone()
+    weight: Any = model[0].weight
+    before = weight.dequantize().clone()
     optimizer = OPTIMIZERS[name](list(model.parameters()))
     x, y = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0)).unbind()
     y = y[:, :16]
@@ -55,8 +56,8 @@ def test_an_optimizer_of_all_parameters_leaves_quantized_ones_alone(name: str) -
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert torch.equal(model[0].weight.dequantize(), before)
-    assert model[0].weight not in optimizer.state
+    assert torch.equal(weight.dequantize(), before)
+    assert weight not in optimizer.state
     OPTIMIZERS[name](list(model.parameters())).load_state_dict(optimizer.state_dict())
 
 
