@@ -86,38 +86,22 @@ def _walk(
     was = s
     if before is not None:
         was = tl.load(before + row, mask=mask, other=0.0)
-    x0 = _load(x, 0, column, columns, row, rows)
-    f0 = _row(follow, columns, 0, 0, column, columns)
-    # All four tiles need a name, also where TILES is less.
-    x1, x2, x3 = x0, x0, x0
-    f1, f2, f3 = f0, f0, f0
-    if TILES > 1:
-        x1 = _load(x, 32, column, columns, row, rows)
-        f1 = _row(follow, columns, 0, 32, column, columns)
-    if TILES > 2:
-        x2 = _load(x, 64, column, columns, row, rows)
-        f2 = _row(follow, columns, 0, 64, column, columns)
-        x3 = _load(x, 96, column, columns, row, rows)
-        f3 = _row(follow, columns, 0, 96, column, columns)
+    xs = ()
+    fs = ()
+    for k in tl.static_range(TILES):
+        xs = xs + (_load(x, TILE * k, column, columns, row, rows),)
+        fs = fs + (_row(follow, columns, 0, TILE * k, column, columns),)
     for t in tl.static_range(TILES):
-        for i in range(tl.minimum(columns - 32 * t, 32)):
+        for i in range(tl.minimum(columns - TILE * t, TILE)):
             # What the next column needs is loaded while this one is rounded. (Behind the last, that one's again.)
-            n = tl.minimum(32 * t + i + 1, columns - 1)
-            g0 = _row(follow, columns, n, 32 * t, column, columns)
-            g1, g2, g3 = f1, f2, f3
-            if t + 1 < TILES:
-                g1 = _row(follow, columns, n, 32 * t + 32, column, columns)
-            if t + 2 < TILES:
-                g2 = _row(follow, columns, n, 32 * t + 64, column, columns)
-            if t + 3 < TILES:
-                g3 = _row(follow, columns, n, 32 * t + 96, column, columns)
-            value = _pick(x0, column, i)
+            n = tl.minimum(TILE * t + i + 1, columns - 1)
+            value = _pick(xs[0], column, i)
             code = _code(value, s, z, LEVELS)
             if importance is not None:
                 p = value - (code - z) * s
-                lost += tl.load(importance + 32 * t + i) * p * p
+                lost += tl.load(importance + TILE * t + i) * p * p
             else:
-                tl.store(codes + (32 * t + i) * rows + row, code.to(tl.uint8), mask=mask)
+                tl.store(codes + (TILE * t + i) * rows + row, code.to(tl.uint8), mask=mask)
                 # The change to pass on is that from these values, not from those that were rounded.
                 if before is not None:
                     value = was
@@ -125,17 +109,16 @@ def _walk(
                 p = value - (code - z) * s
                 s = tl.load(scale + n * stride + row, mask=mask, other=1.0)
                 z = tl.load(zero_point + n * stride + row, mask=mask, other=0.0)
-            x0 -= f0[:, None] * p[None, :]
-            if t + 1 < TILES:
-                x1 -= f1[:, None] * p[None, :]
-            if t + 2 < TILES:
-                x2 -= f2[:, None] * p[None, :]
-            if t + 3 < TILES:
-                x3 -= f3[:, None] * p[None, :]
-            f0, f1, f2, f3 = g0, g1, g2, g3
+            left = ()
+            coming = ()
+            for k in tl.static_range(TILES - t):
+                left = left + (xs[k] - fs[k][:, None] * p[None, :],)
+                coming = coming + (_row(follow, columns, n, TILE * (t + k), column, columns),)
+            xs = left
+            fs = coming
         # The tile to pick from is always the first: it cannot be computed which.
-        x0, x1, x2 = x1, x2, x3
-        f0, f1, f2 = f1, f2, f3
+        xs = xs[1:]
+        fs = fs[1:]
     if importance is not None:
         tl.store(loss + grid, lost, mask=mask)
 

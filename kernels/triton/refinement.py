@@ -96,48 +96,32 @@ def _fit_codes(
     column = tl.arange(0, TILE)
     s = tl.load(scale + row, mask=inside, other=1.0).to(tl.float32)
     z = tl.load(zero_point + row, mask=inside, other=0.0)
-    u0 = _load(gradient, 0, column, columns, row, rows)
-    h0 = _row(H, stride, 0, 0, column, columns)
-    # All four tiles need a name, also where TILES is less.
-    u1, u2, u3 = u0, u0, u0
-    h1, h2, h3 = h0, h0, h0
-    if TILES > 1:
-        u1 = _load(gradient, 32, column, columns, row, rows)
-        h1 = _row(H, stride, 0, 32, column, columns)
-    if TILES > 2:
-        u2 = _load(gradient, 64, column, columns, row, rows)
-        h2 = _row(H, stride, 0, 64, column, columns)
-        u3 = _load(gradient, 96, column, columns, row, rows)
-        h3 = _row(H, stride, 0, 96, column, columns)
+    us = ()
+    hs = ()
+    for k in tl.static_range(TILES):
+        us = us + (_load(gradient, TILE * k, column, columns, row, rows),)
+        hs = hs + (_row(H, stride, 0, TILE * k, column, columns),)
     code = tl.load(codes + row, mask=inside, other=0)
     goal = tl.load(target + row, mask=inside, other=0.0)
     for t in tl.static_range(TILES):
-        for i in range(tl.minimum(columns - 32 * t, 32)):
+        for i in range(tl.minimum(columns - TILE * t, TILE)):
             # What the next column needs is loaded while this one is fitted. (Behind the last, that one's again.)
-            n = tl.minimum(32 * t + i + 1, columns - 1)
+            n = tl.minimum(TILE * t + i + 1, columns - 1)
             next_code = tl.load(codes + n * rows + row, mask=inside, other=0)
             next_goal = tl.load(target + n * rows + row, mask=inside, other=0.0)
-            n0 = _row(H, stride, n, 32 * t, column, columns)
-            n1, n2, n3 = h1, h2, h3
-            if t + 1 < TILES:
-                n1 = _row(H, stride, n, 32 * t + 32, column, columns)
-            if t + 2 < TILES:
-                n2 = _row(H, stride, n, 32 * t + 64, column, columns)
-            if t + 3 < TILES:
-                n3 = _row(H, stride, n, 32 * t + 96, column, columns)
-            p = _fit_one(u0, i, 32 * t, column, row, rows, H, stride, code, goal, codes, error, s, z, LEVELS)
-            u0 += h0[:, None] * p[None, :]
-            if t + 1 < TILES:
-                u1 += h1[:, None] * p[None, :]
-            if t + 2 < TILES:
-                u2 += h2[:, None] * p[None, :]
-            if t + 3 < TILES:
-                u3 += h3[:, None] * p[None, :]
-            h0, h1, h2, h3 = n0, n1, n2, n3
-            code, goal = next_code, next_goal
+            p = _fit_one(us[0], i, TILE * t, column, row, rows, H, stride, code, goal, codes, error, s, z, LEVELS)
+            left = ()
+            coming = ()
+            for k in tl.static_range(TILES - t):
+                left = left + (us[k] + hs[k][:, None] * p[None, :],)
+                coming = coming + (_row(H, stride, n, TILE * (t + k), column, columns),)
+            us = left
+            hs = coming
+            code = next_code
+            goal = next_goal
         # The tile to pick from is always the first: it cannot be computed which.
-        u0, u1, u2 = u1, u2, u3
-        h0, h1, h2 = h1, h2, h3
+        us = us[1:]
+        hs = hs[1:]
 
 
 def fit_scale(
