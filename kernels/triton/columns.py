@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 """`kernels/columns.py` on a GPU: a few threads per row, which keep its part of the block in registers.
 
 A row's columns are walked through in order, so what parallelism there is comes from rows (and, for scores, from grids).

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 """`kernels/refinement.py` on a GPU: a kernel for each of the two steps, where plain torch launches some fifty."""
 
 import functools
