@@ -114,7 +114,8 @@ def _solve(n: int, k: int, recipe: Recipe) -> int:
     grids = _grids(recipe)
     at_once = min(n, SCRATCH // (4 * block * grids)) if grids else 0
     choose = 4 * columns * n + 19 * grids * n + 4 * (block + 4) * grids * at_once
-    rounding = 5 * 4 * block * n  # the block three times, its scales and zero points
+    # The block three times; its scales and zero points, where columns have different ones.
+    rounding = (5 if recipe.act_order == "static" else 3) * 4 * block * n
     loop = inverses + 4 * n * span + max(choose, rounding, 2 * 4 * columns * n)
     codes = result_bytes(n, k, recipe)
     return max(5 * inverses + 8 * block * block, 4 * n * k + codes + loop, n * k + codes)
@@ -126,7 +127,8 @@ def _refine(n: int, k: int, recipe: Recipe) -> int:
     columns = group_columns(k, recipe.group_size)
     permuted = 4 * n * k if recipe.permutes else 0
     matrices = (3 if permuted else 2) * 4 * k * k  # while it is made
-    loop = 4 * n * _span(k, columns) + max(3 * 4 * columns * n, 5 * 4 * min(columns, MAX_COLUMNS) * n)
+    before = 4 * n * columns if columns < min(k, OUTER) else 0  # the error, where others of a range follow
+    loop = 4 * n * _span(k, columns) + before + max(3 * 4 * columns * n, 6 * 4 * min(columns, MAX_COLUMNS) * n)
     codes = result_bytes(n, k, recipe)
     return codes + permuted + max(matrices, 4 * k * k + 2 * 4 * n * k + codes + loop)
 

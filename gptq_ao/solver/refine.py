@@ -82,9 +82,12 @@ class _Sweep:
             gradient = self.H[first:last] @ self.error
             for start in range(first, last, self.columns):
                 group = slice(start, start + self.columns)
-                before = self.error[group].clone()
+                # What nothing follows need not be compared with what it was.
+                before = self.error[group].clone() if group.stop < last else None
                 self._fit_group(group, [b for b in blocks if start <= b.start < group.stop], gradient[start - first :])
-                gradient[group.stop - first :].addmm_(self.H[group.stop : last, group], self.error[group] - before)
+                if before is not None:
+                    change = torch.sub(self.error[group], before, out=before)
+                    gradient[group.stop - first :].addmm_(self.H[group.stop : last, group], change)
 
     def _fit_group(self, group: slice, blocks: list[slice], gradient: Tensor) -> None:
         """Its scale, then its codes, block by block. `gradient` begins with the group, and follows within it only."""
@@ -98,4 +101,5 @@ class _Sweep:
             tensors = (self.codes[block], scale, zero_point, self.target[block], self.error[block])
             fit_codes(self.H[block, block], mine[here], *tensors, self.bits)
             if before is not None:
-                mine[here.stop :].addmm_(self.H[block.stop : group.stop, block], self.error[block] - before)
+                change = torch.sub(self.error[block], before, out=before)
+                mine[here.stop :].addmm_(self.H[block.stop : group.stop, block], change)
