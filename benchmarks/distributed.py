@@ -80,10 +80,9 @@ def show(a: argparse.Namespace, found: dict[str, Any]) -> None:
         "nccl": ".".join(map(str, version)),
         "python": platform.python_version(),
     }
-    print(
-        f"{found['world']} x {found['device']}, torch {found['torch']}, NCCL {found['nccl']}, Python {found['python']}\n"
-        f"{a.layers} layers, effort {a.effort}, {a.sequences} x {a.seq_len} tokens, {a.batch_size} a batch"
-    )
+    on = f"torch {found['torch']}, NCCL {found['nccl']}, Python {found['python']}"
+    print(f"{found['world']} x {found['device']}, {on}")
+    print(f"{a.layers} layers, effort {a.effort}, {a.sequences} x {a.seq_len} tokens, {a.batch_size} a batch")
     one = json.loads(a.single.read_text())["seconds"] if a.single is not None else None
     print(f"{'phase':>10} {'seconds':>8}" + (f" {'alone':>8} {'ratio':>6}" if one else ""))
     for phase, seconds in found["seconds"].items():

@@ -41,17 +41,17 @@ def check_agreement(job: Job) -> None:
     )
     first = said[0]
     for rank, there in enumerate(said):
+        if there["model"] != first["model"]:
+            raise ConfigError(
+                "the ranks that quantize together have different models; the first difference is on rank "
+                f"{rank}: {_difference(first['model'], there['model'])}. Load the same model on all"
+            )
         for what in ("versions", "config", "filter_fn"):
             if there[what] != first[what]:
                 raise ConfigError(
                     f"the ranks that quantize together differ in {what}: rank 0 has {first[what]}, rank {rank} has "
                     f"{there[what]}. Give the same on all"
                 )
-        if there["model"] != first["model"]:
-            raise ConfigError(
-                "the ranks that quantize together have different models; the first difference is on rank "
-                f"{rank}: {_difference(first['model'], there['model'])}. Load the same model on all"
-            )
         if there["batches"] != first["batches"]:
             raise CalibrationError(
                 f"the ranks that quantize together were given different calibration data: rank 0 has "
@@ -84,10 +84,11 @@ def _sum_of_bits(t: Tensor) -> int | None:
 
 
 def _difference(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> str:
-    name = next(n for n in (*ours, *theirs) if ours.get(n) != theirs.get(n))
-    if name not in ours or name not in theirs:
-        return f"only one of them has {name!r}"
-    (shape, dtype, _), (other, other_dtype, _) = ours[name], theirs[name]
-    if (shape, dtype) != (other, other_dtype):
-        return f"{name!r} is {other_dtype} {tuple(other)}, not {dtype} {tuple(shape)}"
-    return f"{name!r} has other values"
+    missing = next((n for n in (*ours, *theirs) if n not in ours or n not in theirs), None)
+    if missing is not None:
+        return f"only one of them has {missing!r}"
+    for name, (shape, dtype, _) in ours.items():
+        other, other_dtype, _ = theirs[name]
+        if (shape, dtype) != (other, other_dtype):
+            return f"{name!r} is {other_dtype} {tuple(other)}, not {dtype} {tuple(shape)}"
+    return f"{next(n for n in ours if ours[n] != theirs[n])!r} has other values"

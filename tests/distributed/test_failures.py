@@ -1,6 +1,8 @@
 """What is wrong on one rank: an error of all, which says what and where, with every model as it was."""
 
+import os
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from torch import nn
 
 from gptq_ao import gptq_config, quantize_
+from gptq_ao.distributed.ranks import LOST
 from gptq_ao.errors import SolverError
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.pipeline import run_plan
-from tests.ranks import on_ranks, some
+from tests.ranks import on_ranks, outcomes, some
 
 from ..models import tiny_llama, token_batches
 
@@ -135,3 +138,51 @@ def test_an_error_of_one_rank_is_one_of_all(case: Callable[[int], Any], error: s
     for _, (text, *_), _ in (ours, theirs):
         assert re.search(message, text), text
     assert theirs[0] == error
+
+
+def killed() -> tuple[str, list[str], bool] | None:
+    def case(rank: int) -> Any:
+        if rank == 1:
+
+            def dies(self: Any, name: str, new: Any) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            ModelWeights.replace = dies  # type: ignore[method-assign]
+        return tiny_llama(layers=1), settings(rank)
+
+    return attempt(case)
+
+
+@pytest.mark.long
+def test_a_rank_that_dies_is_missed() -> None:
+    """As torch says it, with a word on what it means; the model is as it was."""
+    ours, theirs = outcomes(killed, seconds=60)
+    assert theirs.error == "died"
+    assert ours.error is None, ours.error
+    _, said, same = ours.value
+    assert same
+    assert LOST in said
+
+
+class Branching(nn.Module):
+    """Cannot be captured as one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Any) -> Any:
+        return self.linear(x) if x.sum().item() > 0 else self.linear(-x)
+
+
+def no_graph() -> tuple[str, list[str], bool]:
+    return attempt(lambda rank: (Branching(), settings(rank, calibration=[torch.ones(2, 64)] * 2)))
+
+
+@pytest.mark.long
+def test_what_is_no_graph_is_refused() -> None:
+    with torch.random.fork_rng(devices=[]):
+        for name, (text, *_), same in on_ranks(no_graph):
+            assert name == "ConfigError"
+            assert re.match("the model cannot be captured as one graph, and only a graph .*: quantize on one", text)
+            assert same

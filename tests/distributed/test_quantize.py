@@ -1,6 +1,7 @@
 """One model, quantized by several processes together: what one process makes of it, on every rank."""
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_ao import gptq_config, quantize_
+from gptq_ao import gptq_config, load_quantized, quantize_, quantize_checkpoint
 from gptq_ao.codes.reinterpret import reinterpret
 from gptq_ao.config import GPTQConfig
+from gptq_ao.errors import CheckpointError, ConfigError, FusedSettingsWarning, TrainingWarning
 from gptq_ao.tensor import GroupTensor
-from tests.ranks import on_ranks, some
+from tests.ranks import on_ranks, outcomes, some
 
 from ..models import tiny_llama, token_batches
 
@@ -111,7 +113,7 @@ WARNS = pytest.mark.filterwarnings("ignore::gptq_ao.errors.FusedSettingsWarning"
 
 
 @WARNS
-@pytest.mark.parametrize("name", some(cases(), 2))
+@pytest.mark.parametrize("name", some(cases()))
 @pytest.mark.parametrize("ranks", some([2, 3]))
 def test_what_one_process_makes_of_it(name: str, ranks: int) -> None:
     make, batches, settings = cases()[name]
@@ -134,3 +136,111 @@ def test_what_one_process_makes_of_it(name: str, ranks: int) -> None:
     for what in ("seconds", "peak_bytes", "adapter", "precision"):
         assert report.pop(what).__class__ is expected.pop(what).__class__
     assert report == expected
+
+
+def streamed(source: str, out: str, recipe: str) -> tuple[dict[str, Any], int]:
+    """The report, and how many quantized weights this rank kept at most."""
+    from gptq_ao.pipeline import quantize_checkpoint as module
+
+    kept = [0]
+    replace = module.CheckpointWeights.replace
+
+    def counted(self: Any, name: str, new: Tensor) -> None:
+        replace(self, name, new)
+        kept.append(len(self._kept))
+
+    module.CheckpointWeights.replace = counted  # type: ignore[method-assign]  # the process ends with the case
+    settings = {"effort": recipe} if recipe != "rtn" else {"method": "rtn"}
+    report = quantize_checkpoint(source, out, config(token_batches(), settings), distributed=True)
+    return report.to_dict(), max(kept)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["default", "rtn"])
+def test_a_directory_is_written_by_one_of_them(recipe: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    (first, by_writer), (second, by_other) = on_ranks(streamed, f"{tmp_path / 'model'}", f"{tmp_path / 'out'}", recipe)
+    assert first == second
+    assert by_writer == 0
+    assert by_other < (5 if recipe == "default" else 2)  # of 14: those that the next segments read
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+    quantize_(model, config(token_batches(), {"effort": recipe} if recipe != "rtn" else {"method": "rtn"}))
+    found = codes(load_quantized(tmp_path / "out"))
+    for name, expected in codes(model).items():
+        assert (found[name] == expected).float().mean() >= 0.999, name
+
+
+def full_disk(source: str, out: str) -> None:
+    """On the machine of the one that writes."""
+    if torch.distributed.get_rank() == 0:
+        from gptq_ao.checkpoint.native.write import CheckpointWriter
+
+        def fails(*args: Any) -> None:
+            raise CheckpointError("the disk is full")
+
+        CheckpointWriter.finish_checkpoint = fails  # type: ignore[method-assign]
+    quantize_checkpoint(source, out, config(token_batches(), {"effort": "fast"}), distributed=True)
+
+
+@pytest.mark.long
+def test_what_the_writer_cannot_write_is_an_error_of_all(tmp_path: Path) -> None:
+    tiny_llama(layers=1).save_pretrained(tmp_path / "model")
+    ours, theirs = outcomes(full_disk, f"{tmp_path / 'model'}", f"{tmp_path / 'out'}")
+    assert (ours.error or "").startswith("gptq_ao.errors.CheckpointError: the disk is full")
+    assert (theirs.error or "").startswith("gptq_ao.errors.CheckpointError: rank 0: CheckpointError: the disk is full")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def again(count: int) -> list[str]:
+    prints = []
+    for _ in range(count):
+        model = tiny_llama(layers=1)
+        quantize_(model, config(token_batches(), {}), distributed=True)
+        prints.append(fingerprint(model))
+    return prints
+
+
+@pytest.mark.long
+def test_the_same_bytes_each_time() -> None:
+    assert len({p for prints in on_ranks(again, 2) + on_ranks(again, 1) for p in prints}) == 1
+
+
+def in_a_subgroup() -> tuple[str, list[str]]:
+    """Ranks 1 and 2 of three, numbered 0 and 1 in their group; rank 0 quantizes alone, and what it hears is nothing."""
+    group: Any = torch.distributed.new_group([1, 2])
+    model, seen = tiny_llama(layers=1), []
+    batches = token_batches()
+    if torch.distributed.get_rank() == 0:
+        with pytest.raises(ConfigError, match="this process is not in process_group"):
+            quantize_(model, config(batches, {}), process_group=group)
+        with pytest.warns(TrainingWarning, match="each quantizes by itself"):
+            quantize_(model, config(batches, {"effort": "fast"}))
+    else:
+        progress = lambda stage, of, name, seconds: seen.append(f"{stage}/{of}")  # noqa: E731
+        settings = {"effort": "fast", "rules": {"re:.*k_proj": {"bits": 8}}}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FusedSettingsWarning)
+            quantize_(model, config(batches, settings), process_group=group, progress=progress)
+        seen += [w.category.__name__ for w in caught if w.category is FusedSettingsWarning]
+    return fingerprint(model), seen
+
+
+@pytest.mark.long
+def test_a_group_of_some_ranks_of_which_the_first_speaks() -> None:
+    alone, first, second = on_ranks(in_a_subgroup, ranks=3)
+    assert alone[0] != first[0] == second[0]
+    assert first[1] == ["1/4", "2/4", "3/4", "4/4", "FusedSettingsWarning"]
+    assert second[1] == []
+
+
+def test_ranks_have_to_be_there() -> None:
+    with pytest.raises(ConfigError, match=r"start it with torchrun, and call torch.distributed.init_process_group"):
+        quantize_(tiny_llama(layers=1), config(token_batches(), {}), distributed=True)
+
+
+def test_one_rank_is_one_process(one_process: None) -> None:
+    one, other = tiny_llama(layers=1), tiny_llama(layers=1)
+    quantize_(one, config(token_batches(), {"effort": "fast"}), distributed=True)
+    quantize_(other, config(token_batches(), {"effort": "fast"}))
+    assert fingerprint(one) == fingerprint(other)
