@@ -7,6 +7,7 @@ raise its error. So all ranks have to come to the same exchanges in the same ord
 
 import json
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -105,10 +106,11 @@ class Ranks:
         if self.size == 1:
             yield
             return
+        handled = sys.exc_info()[1]  # an error that is being handled here is told already, and is another one
         try:
             yield
         except Exception as e:
-            if not is_told(e):
+            if not is_told(e, handled):
                 notes = "".join(f"\n{note}" for note in getattr(e, "__notes__", ()))
                 with suppress(Exception):  # of the connection: what went wrong here says more
                     self._exchange({"error": [type(e).__name__, f"{e}{notes}"]})
@@ -212,9 +214,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def is_told(error: BaseException | None) -> bool:
-    """Whether all ranks know of an error, or of one that led to it, or cannot be told."""
-    while error is not None:
+def is_told(error: BaseException | None, before: BaseException | None = None) -> bool:
+    """Whether all ranks know of an error, or of one that led to it (since `before`), or cannot be told."""
+    while error is not None and error is not before:
         if getattr(error, "told_to_ranks", False):
             return True
         error = error.__cause__ or error.__context__

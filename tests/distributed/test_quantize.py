@@ -100,7 +100,7 @@ def told(report: Any) -> dict[str, Any]:
     return {**report.to_dict(), "adapter": adapter}
 
 
-def quantized(name: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def quantized(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     make, batches, settings = cases()[name]
     model = make()
     state = torch.get_rng_state()
@@ -179,7 +179,7 @@ def full_disk(source: str, out: str) -> None:
         def fails(*args: Any) -> None:
             raise CheckpointError("the disk is full")
 
-        CheckpointWriter.finish_checkpoint = fails  # type: ignore[method-assign]
+        CheckpointWriter.finish_checkpoint = fails  # type: ignore[method-assign, assignment]
     quantize_checkpoint(source, out, config(token_batches(), {"effort": "fast"}), distributed=True)
 
 

@@ -71,6 +71,13 @@ def errors(ranks: Ranks) -> None:
         assert is_told(caught.value)
         if ranks.rank != failing:
             assert str(caught.value) == f"rank {failing}: {type(error).__name__}: {error}\nin this place"
+    try:
+        with ranks.together():
+            steps(ranks, ValueError("first") if ranks.rank == 0 else None)
+    except (ValueError, RankError):
+        # While the first is handled, the second is told all the same.
+        with pytest.raises((KeyError, RankError), match="second"), ranks.together():
+            steps(ranks, KeyError("second") if ranks.rank == 1 else None)
     assert ranks.tell(ranks.rank) == list(range(ranks.size))
 
 
