@@ -32,7 +32,10 @@ def launched() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
-            raise ConfigError(f"torchrun started {local + 1} processes here or more, for {there} GPUs: one for each")
+            raise ConfigError(
+                f"torchrun started {local + 1} processes here or more, and there are {there} GPUs: start one for each, "
+                "or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=LIMIT)
