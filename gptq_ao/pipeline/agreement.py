@@ -73,14 +73,21 @@ def with_all_ranks(report: Report, ranks: Ranks) -> Report:
 def _known(job: Job) -> dict[str, list[Any]]:
     """Parameter or buffer → shape, dtype, and what its values are, if they are in memory."""
     tensors = [*job.model.named_parameters(), *job.model.named_buffers()]
-    return {name: [list(t.shape), str(t.dtype), _sum_of_bits(t.detach())] for name, t in tensors}
+    # What a model computes when it is made, such as frequencies, may differ by a bit from one device to another.
+    modules = job.model.named_modules()
+    made = {f"{at}.{name}".lstrip(".") for at, module in modules for name in module._non_persistent_buffers_set}
+    return {
+        name: [list(t.shape), str(t.dtype), None if name in made else _sum_of_bits(t.detach())] for name, t in tensors
+    }
 
 
 def _sum_of_bits(t: Tensor) -> int | None:
     """The same on any device, in whichever order it is added up."""
     if t.is_meta or type(t) is not Tensor or t.is_sparse or t.is_complex() or t.is_quantized:
         return None
-    return int(t.contiguous().view(INTEGERS[t.dtype.itemsize]).sum(dtype=torch.int64))
+    words = t.contiguous().view(INTEGERS[t.dtype.itemsize]).flatten()
+    # In pieces, since torch makes int64 of what it adds up; each of them is waited for at the end only.
+    return sum(torch.stack([piece.sum(dtype=torch.int64) for piece in words.split(2**24)]).tolist())
 
 
 def _difference(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> str:

@@ -140,6 +140,20 @@ def test_an_error_of_one_rank_is_one_of_all(case: Callable[[int], Any], error: s
     assert theirs[0] == error
 
 
+def other_frequencies() -> tuple[str, list[str], bool]:
+    def case(rank: int) -> Any:
+        model = tiny_llama(layers=1)
+        model.model.rotary_emb.inv_freq.mul_(1 + 1e-7 * rank)
+        return model, settings(rank)
+
+    return attempt(case)
+
+
+@pytest.mark.long
+def test_what_each_device_computes_may_differ() -> None:
+    assert [name for name, *_ in on_ranks(other_frequencies)] == ["nothing", "nothing"]
+
+
 def killed() -> tuple[str, list[str], bool] | None:
     def case(rank: int) -> Any:
         if rank == 1:
