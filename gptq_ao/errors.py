@@ -10,6 +10,7 @@ __all__ = [
     "NoLinearError",
     "NonFiniteError",
     "PassError",
+    "RankError",
     "RoundedScalesWarning",
     "SolverError",
     "StrictError",
@@ -60,6 +61,10 @@ class TuningError(GPTQError, ValueError):
 
 class PassError(GPTQError, AssertionError):
     """A graph pass broke its own invariant: a defect of this package, please report it with the message."""
+
+
+class RankError(GPTQError, RuntimeError):
+    """Another of the processes that quantize together has failed."""
 
 
 class FusedSettingsWarning(UserWarning):

@@ -18,11 +18,11 @@ it was, and the seconds since the first one began. What it raises ends the call 
 class Steps:
     """Some steps, one after the other. To be used in a `with` statement, and each step in one of its own."""
 
-    def __init__(self, progress: Progress | None, of: int, unit: str) -> None:
+    def __init__(self, progress: Progress | None, of: int, unit: str, *, quiet: bool = False) -> None:
         self._progress, self._of, self._done = progress, of, 0
         self._begin = time.perf_counter()
         # disable=None: no bar unless on a terminal.
-        self._bar = tqdm(total=of, unit=unit, disable=None if progress is None else True, file=sys.stderr)
+        self._bar = tqdm(total=of, unit=unit, disable=True if quiet or progress is not None else None, file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self

@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 
 from gptq_ao.calibration.activation_store import ActivationStore
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import NonFiniteError
-from gptq_ao.passes.records import Segment, Stage
+from gptq_ao.passes.records import Segment, SharedInput, Stage
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 
-__all__ = ["calibrate", "run_segment"]
+__all__ = ["calibrate", "compared", "run_segment"]
 
 Values = dict[str, Any]
 
@@ -25,16 +26,17 @@ def run_segment(segment: Segment, values: Values, statics: list[Any]) -> tuple[A
 
 
 def calibrate(
-    segment: Segment, stage: Stage, store: ActivationStore, static: Callable[[str], Any]
+    segment: Segment, stage: Stage, store: ActivationStore, static: Callable[[str], Any], ranks: Ranks = ALONE
 ) -> tuple[tuple[Hessian, ...], ...]:
     """Run every batch, in order, through a segment with observers (see `observe.py`).
 
     Args:
         store: per batch the live values by name; updated in place.
         static: a parameter, buffer or constant by placeholder name; asked once per segment.
+        ranks: each of which has a share of the batches in its store.
 
     Returns:
-        The Hessians of each of `stage.inputs`, in order: one, or one per expert.
+        The Hessians of each of `stage.inputs`, in order: one, or one per expert; of the batches of all ranks.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the weights that read it and the batch.
@@ -45,13 +47,16 @@ def calibrate(
         try:
             written = dict(zip(segment.writes, run_segment(segment, values, statics), strict=True))
         except Exception as e:
-            e.add_note(f"in calibration batch {index}")
+            e.add_note(f"in calibration batch {ranks.number(index)}")
             raise
         store.replace(index, written, segment.keeps)
         del written  # the store may have put it elsewhere
         for observer in observers:
             observer.end_batch()
-    hessians = tuple(observer.finish() for observer in observers)
+    if not len(store):
+        for shared, observer in zip(stage.inputs, observers, strict=True):
+            observer.start(store.device, *compared(segment, shared))
+    hessians = tuple(observer.finish(ranks) for observer in observers)
     for shared, (first, *_) in zip(stage.inputs, hessians, strict=True):
         if first.first_bad_batch is not None:
             raise NonFiniteError(
@@ -60,3 +65,11 @@ def calibrate(
                 "or fp32"
             )
     return hessians
+
+
+def compared(segment: Segment, shared: SharedInput) -> tuple[bool, list[int]]:
+    """Whether an observer sees what its rows are in the original model, and the widths of the residual streams that it
+    sees; as `observe` has it."""
+    calls = segment.module.graph.find_nodes(op="call_module", target=shared.name)
+    originals, streams = zip(*(call.args[3:] for call in calls), strict=True)
+    return any(node is not None for node in originals), [int(now.meta["val"].shape[-1]) for now, _ in streams[0]]

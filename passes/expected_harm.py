@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import CalibrationError, ConfigError, NonFiniteError
 from gptq_ao.passes.products.token_rows import TokenRows
 from gptq_ao.passes.records import Layout, Program, dim, static_size
@@ -48,6 +49,7 @@ def expected_harm(
     batches: Sequence[Values],
     static: Callable[[str], Any],
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """A forward and a backward of each of the first `SEQUENCES` sequences, or of whole batches where these cannot be
     taken apart. Neither the state of the global random number generators nor whether gradients are recorded is changed,
@@ -57,6 +59,7 @@ def expected_harm(
         errors: W − Ŵ [rows, in_features] of the weights to judge, as `layouts` reads them, on any device.
         batches: by placeholder name.
         static: a parameter, buffer or constant by placeholder name, on `device`.
+        ranks: that have the same of all this. Each takes some of the sequences.
 
     Returns:
         weight → harm, per token.
@@ -83,9 +86,11 @@ def expected_harm(
             # Each gradient becomes one number as soon as it is complete: all of them at once would take a second model.
             statics[placeholder].register_post_accumulate_grad_hook(lambda weight, name=name: add(name, weight))
 
-    # A generator of its own and a fixed seed: the same model and data always get the same bits.
-    outputs, generator, tokens = _Outputs(program), torch.Generator(device).manual_seed(0), 0
-    for sequence in _sequences(program, batches):
+    outputs, generator, tokens = _Outputs(program), torch.Generator(device), 0
+    for number, sequence in ranks.share(list(enumerate(_sequences(program, batches)))):
+        # A generator of its own and a fixed seed for each sequence: the same model and data always get the same bits,
+        # whichever rank draws.
+        generator.manual_seed(number)
         given = {**statics, **{name: t.to(device) for name, t in sequence.items()}}
         try:
             # The caller may have switched gradients off, and a backward needs a recorded forward.
@@ -104,9 +109,21 @@ def expected_harm(
                 f"target_bits needs gradients of the model's outputs, which cannot be computed: {e}\nGive bits instead"
             ) from e
         tokens += count
+    totals, tokens = _of_all(ranks, totals, tokens, list(errors), device)
     _check(errors, totals)
     # ½ as in the formula. Without tokens (all padding) nothing was added, and 0 / 1 is 0.
     return {name: total.item() / 2 / max(tokens, 1) for name, total in totals.items()}
+
+
+def _of_all(
+    ranks: Ranks, totals: Mapping[str, Tensor], tokens: int, names: list[str], device: torch.device
+) -> tuple[dict[str, Tensor], int]:
+    """What all ranks have counted. A weight of which none has a gradient is in no total."""
+    count = torch.tensor(tokens, device=device)
+    values = torch.stack([totals.get(n, torch.zeros((), dtype=torch.float64, device=device)) for n in names])
+    seen = torch.tensor([int(n in totals) for n in names], device=device)
+    ranks.sum_([count, values, seen])
+    return {n: total for n, total, there in zip(names, values, seen.tolist(), strict=True) if there}, int(count)
 
 
 def _sequences(program: Program, batches: Sequence[Values]) -> Iterator[Values]:

@@ -68,13 +68,14 @@ class ActivationStore:
     """Per batch, the values that later segments read, by name. A context manager: its files are gone at the end.
 
     Attributes:
+        device: that computes.
         used, peak: bytes now, and at most so far, by place: "device", "host", "disk".
     """
 
     def __init__(self, batches: Iterable[Values], device: torch.device, budget: Budget | None = None) -> None:
         self.used = {"device": 0, "host": 0, "disk": 0}
         self.peak = dict(self.used)
-        self._device, self._budget = device, budget or Budget()
+        self.device, self._budget = device, budget or Budget()
         # Copies run in a stream of their own, beside the segment that is being computed.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._files: tempfile.TemporaryDirectory[str] | None = None
@@ -113,7 +114,7 @@ class ActivationStore:
         for index in range(len(self)):
             values = coming  # one batch ahead, never more: this is what `plan` counts as being on its way
             if self._side is not None:
-                compute = torch.cuda.current_stream(self._device)
+                compute = torch.cuda.current_stream(self.device)
                 compute.wait_stream(self._side)
                 for t in values.values():
                     if isinstance(t, Tensor):
@@ -134,7 +135,7 @@ class ActivationStore:
             return value  # a size
         budget, size = self._budget, min(value.nbytes, value.untyped_storage().nbytes())  # less if it is expanded
         if budget.device is None or self.used["device"] + size <= budget.device:
-            return _Waiting(self, "device", value.to(self._device), size)
+            return _Waiting(self, "device", value.to(self.device), size)
         size = pinned_bytes(value)
         # Pinned, so that it is copied beside the computing stream. On the CPU there is no other place but files.
         if self._side is not None and (budget.host is None or self.used["host"] + size <= budget.host):
@@ -165,7 +166,7 @@ class ActivationStore:
         if self._side is None:
             return {n: self._get(v) for n, v in values.items()}
         # After all that was offloaded so far, in a stream of its own.
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
             return {n: self._get(v) for n, v in values.items()}
 
@@ -174,7 +175,7 @@ class ActivationStore:
             return value
         content = value.content
         t = content if isinstance(content, Tensor) else content.read()
-        return t.to(self._device, non_blocking=True)
+        return t.to(self.device, non_blocking=True)
 
 
 def _release(used: dict[str, int], place: str, size: int, file: Path | None) -> None:

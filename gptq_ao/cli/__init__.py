@@ -54,6 +54,11 @@ def main() -> None:
     except Exception as e:
         if os.environ.get("GPTQ_AO_TRACEBACK"):
             raise
+        from gptq_ao.distributed.ranks import is_told
+
+        # What all ranks know, the first of them says.
+        if is_told(e) and os.environ.get("RANK", "0") != "0":
+            sys.exit(_status(e))
         # Added on the way with `add_note`: where it happened, and what it means for the model.
         notes = "".join(f"\n{note}" for note in getattr(e, "__notes__", ()))
         if isinstance(e, GPTQError):
@@ -61,4 +66,8 @@ def main() -> None:
         else:
             unforeseen = "(not foreseen: GPTQ_AO_TRACEBACK=1 gptq-ao … shows where)"
             print(f"error: {type(e).__name__}: {e}{notes}\n{unforeseen}", file=sys.stderr)
-        sys.exit(3 if isinstance(e, StrictError) else 2 if isinstance(e, ConfigError) else 1)
+        sys.exit(_status(e))
+
+
+def _status(e: Exception) -> int:
+    return 3 if isinstance(e, StrictError) else 2 if isinstance(e, ConfigError) else 1

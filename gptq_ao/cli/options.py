@@ -12,6 +12,8 @@ from gptq_ao.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from gptq_ao.distributed.ranks import Ranks
+
 __all__ = [
     "ActOrder",
     "AsJson",
@@ -66,14 +68,19 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def device_of(name: str | None) -> str:
-    """The device of `--device`.
+def device_of(name: str | None, ranks: "Ranks | None" = None) -> str:
+    """The device of `--device`; for one of several ranks the GPU that is its own.
 
     Raises:
         ConfigError: there is no such device here.
     """
     import torch
 
+    several = ranks is not None and ranks.size > 1
+    if several and name not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {name}: each process of torchrun has a device of its own. Give cuda, cpu or none")
+    if several and name != "cpu" and torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
     if name is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         return "cpu" if found is None else found.type

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gptq_ao.config import GPTQConfig
+    from gptq_ao.distributed.ranks import Ranks
     from gptq_ao.report import Report
 
 __all__ = ["plan", "quantize", "save", "with_data"]
@@ -28,27 +29,39 @@ def quantize(
     request: Request,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize MODEL and write it to OUT."""
+    """Quantize MODEL and write it to OUT. Started by torchrun, all its processes do it together."""
+    from gptq_ao.distributed.launch import launched
+
+    with launched() as ranks, ranks.together():
+        _quantize(model, out, request, as_json, ranks)
+
+
+def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ranks") -> None:
     if request.calibration is None and request.config.method == "gptq":
         raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
     _check(request)
     # Everything that can be wrong is looked at before a model is loaded.
-    limits, place = limits_of(request.limits), device_of(request.device)
+    limits, place = limits_of(request.limits), device_of(request.device, ranks)
     from gptq_ao.checkpoint.files.find import find_checkpoint
     from gptq_ao.checkpoint.files.output_directory import check_empty
     from gptq_ao.checkpoint.hub import check_login, upload
 
-    check_empty(out)
+    if ranks.first:
+        check_empty(out)
     if request.config.adapter_rank:
         from gptq_ao.training.adapters import require_peft
 
         require_peft()
-    if request.push_to_hub is not None:
+    if request.push_to_hub is not None and ranks.first:
         check_login()
     source = find_checkpoint(model, whole=True)
     config = with_data(request, source)
     write = _stream if request.stream else _in_memory
-    report = write(source, out, config, request, {"device": place, "max_memory": limits})
+    report = write(
+        source, out, config, request, {"device": place, "max_memory": limits, "distributed": ranks.size > 1}, ranks
+    )
+    if not ranks.first:
+        return
     text = f"{report}\nwritten to {out}"
     if report.adapter:
         _save_adapter(source, out / "adapter", report, request)
@@ -63,6 +76,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="A directory with a config.json, or a hub id. No weight is read.")],
     request: Request,
     out: Annotated[Path | None, typer.Argument(help="Not used: what is said of `quantize` may be said here.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes that quantize together; said is what each takes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """What `quantize` would do to MODEL, and the memory, disk and time it would take."""
@@ -90,7 +104,7 @@ def plan(
     weights = StreamedWeights(frame) if request.stream else ModelWeights(frame)
     # `quantize_checkpoint` holds one file of its result in memory, of at most 2^30 bytes.
     shard_bytes = 2**30 if request.stream else 0
-    made = plan_weights(weights, config, device=place, max_memory=limits, shard_bytes=shard_bytes)
+    made = plan_weights(weights, config, device=place, max_memory=limits, shard_bytes=shard_bytes, processes=nproc)
     show({"model": model, **made.to_dict()}, str(made), as_json)
 
 
@@ -144,15 +158,18 @@ def _save_adapter(source: Path, directory: Path, report: "Report", request: Requ
     save_adapter(frame, report.adapter, directory)
 
 
-def _in_memory(source: Path, out: Path, config: "GPTQConfig", request: Request, where: dict[str, Any]) -> "Report":
+def _in_memory(
+    source: Path, out: Path, config: "GPTQConfig", request: Request, how: dict[str, Any], ranks: "Ranks"
+) -> "Report":
     from gptq_ao.integrations.transformers import load_model
     from gptq_ao.pipeline.quantize import quantize_
 
     dtype = dtype_of(request.dtype)
     loaded = load_model(str(source), dtype=dtype, trust_remote_code=request.trust_remote_code)
-    report = quantize_(loaded, config, **where)
+    report = quantize_(loaded, config, **how)
     assert report is not None
-    save(loaded, out, request, report)
+    if ranks.first:
+        save(loaded, out, request, report)
     return report
 
 
@@ -171,12 +188,14 @@ def save(model: "nn.Module", out: Path, request: Request, report: "Report") -> N
         raise
 
 
-def _stream(source: Path, out: Path, config: "GPTQConfig", request: Request, where: dict[str, Any]) -> "Report":
+def _stream(
+    source: Path, out: Path, config: "GPTQConfig", request: Request, how: dict[str, Any], ranks: "Ranks"
+) -> "Report":
     from gptq_ao.checkpoint.convert import convert_checkpoint
     from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
 
-    how = {"dtype": dtype_of(request.dtype), "trust_remote_code": request.trust_remote_code, **where}
-    if request.format == NATIVE:
+    how = {"dtype": dtype_of(request.dtype), "trust_remote_code": request.trust_remote_code, **how}
+    if request.format == NATIVE or not ranks.first:  # the first alone writes
         return quantize_checkpoint(source, out, config, **how)
     # Beside OUT, so on its disk. To convert, the quantized model has to fit in memory.
     out.parent.mkdir(parents=True, exist_ok=True)

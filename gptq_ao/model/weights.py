@@ -49,6 +49,9 @@ class Weights(Protocol):
     def replace(self, name: str, new: Tensor) -> None:
         """Put a quantized tensor in place of a parameter of the same shape and dtype, under all its names."""
 
+    def release(self, name: str) -> None:
+        """No segment reads the quantized parameter any more."""
+
 
 class ModelWeights:
     """The weights of a model in memory, offloaded ones included."""
@@ -98,6 +101,9 @@ class ModelWeights:
             # Otherwise the hook would put the old values back at the next forward.
             if hook is not None:
                 _keep(module, hook)
+
+    def release(self, name: str) -> None:
+        """See `Weights`. It stays: it is the result."""
 
     def _execution_device(self, name: str) -> torch.device:
         device = _tensor(self.model, name).device

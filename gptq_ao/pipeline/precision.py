@@ -15,28 +15,32 @@ Here the curvature is taken along the errors themselves.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import EFFORTS, UNCHANGED, GPTQConfig
+from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import ConfigError
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.expected_harm import expected_harm
 from gptq_ao.passes.products.fused_sets import fused_sets
-from gptq_ao.passes.records import Excluded, Selection
+from gptq_ao.passes.records import Excluded, Selection, SharedInput
 from gptq_ao.pipeline.allocate import allocate
 from gptq_ao.pipeline.run_plan import static_value
 from gptq_ao.pipeline.solve_together import expert_hessians, solve_together
+from gptq_ao.pipeline.solved_part import SolvedPart
+from gptq_ao.pipeline.spread import each_expert
 from gptq_ao.planning.job import Job
 from gptq_ao.planning.memory import waiting_budget
 from gptq_ao.planning.prepare import Prepared, with_selection
-from gptq_ao.progress import Steps
 from gptq_ao.report import Choice, Decision, Unit
+from gptq_ao.solver.hessian import Hessian
 
 __all__ = ["check_possible", "choose_precision"]
 
@@ -166,8 +170,9 @@ def _costs(job: Job, prepared: Prepared, selection: Selection) -> dict[tuple[str
         selection.layouts,
         errors,
         measured.calibrated.batches,
-        lambda name: static_value(job, program, name),
+        partial(static_value, job, program),
         job.device,
+        job.ranks,
     )
     # Measured at `typical` bits only, since a backward for every width would cost as much again: the errors of other
     # widths point in the same directions and differ in size. Of a weight that no data reached, all are zero.
@@ -203,24 +208,38 @@ def _round(job: Job, measured: Prepared, typical: int) -> tuple[dict[tuple[str, 
     energies = dict.fromkeys(((name, bits) for name in settings for bits in job.config.candidates), 0.0)
     errors: dict[str, Tensor] = {}
     budget, _ = waiting_budget(job, measured)
+    static = partial(static_value, job, program)
+
+    def solve(
+        shared: SharedInput,
+        matrices: Mapping[str, Tensor],
+        chosen: Mapping[str, GPTQConfig],
+        expert: tuple[int, tuple[Hessian, str | None]],
+        ranks: Ranks,
+    ) -> Iterator[SolvedPart]:
+        number, (hessian, why) = expert
+        rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(number)}
+        yield from solve_together(rows, chosen, hessian, job.config.strict, why, ranks=ranks)
+
     with (
-        ActivationStore(calibrated.batches, job.device, budget) as store,
-        Steps(job.progress, len(plan.stages), "stage") as steps,
+        ActivationStore(job.ranks.share(calibrated.batches), job.device, budget) as store,
+        job.steps(len(plan.stages), "stage") as steps,
         torch.no_grad(),
     ):
         for stage, segment in zip(plan.stages, plan.segments, strict=True):
             with steps.step(f"measure {stage.inputs[0].weights[0].removesuffix('.weight')}"):
-                hessians = calibrate(segment, stage, store, lambda name: static_value(job, program, name))
+                hessians = calibrate(segment, stage, store, static, job.ranks)
                 for shared, of_shared in zip(stage.inputs, hessians, strict=True):
                     matrices = {n: layouts[n].matrix(weights.get(n, job.device)) for n in shared.weights}
                     for n, matrix in matrices.items():
                         errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
-                    for expert, (hessian, why) in enumerate(expert_hessians(of_shared, job.config.expert_min_rows)):
-                        rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
-                        for bits, chosen in by_bits.items():
-                            for solved in solve_together(rows, chosen, hessian, job.config.strict, why):
-                                p = solved.part
-                                energies[p.weight, bits] += solved.changed or 0.0
-                                if bits == typical:
-                                    errors[p.weight][p.start : p.stop] = rows[p] - solved.solution.dequantize()
+                    experts = list(enumerate(expert_hessians(of_shared, job.config.expert_min_rows)))
+                    for bits, chosen in by_bits.items():
+                        solved = partial(solve, shared, matrices, chosen)
+                        for part in each_expert(job.ranks, experts, solved, job.device):
+                            p = part.part
+                            energies[p.weight, bits] += part.changed or 0.0
+                            if bits == typical:
+                                rows = matrices[p.weight][p.start : p.stop]
+                                errors[p.weight][p.start : p.stop] = rows - part.solution.dequantize()
     return energies, errors

@@ -8,6 +8,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,6 +19,7 @@ from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
+from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarning
 from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.inspection import check_unquantized
@@ -29,6 +31,7 @@ from gptq_ao.passes.products.adapters import without_adapters
 from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
+from gptq_ao.pipeline.agreement import check_agreement, with_all_ranks
 from gptq_ao.pipeline.precision import check_possible, choose_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
@@ -44,6 +47,9 @@ from gptq_ao.progress import Progress
 from gptq_ao.report import Decision, Report, WeightReport, names_of
 from gptq_ao.tensor import GroupTensor
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["quantize_", "quantize_parameter_", "quantize_weights"]
 
 
@@ -55,11 +61,13 @@ def quantize_(
     *,
     max_memory: MaxMemory | None = None,
     progress: Progress | None = None,
+    distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
 ) -> Report | None:
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced. Wrappers
     that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and
     inference mode make no difference. A TrainingWarning says if an optimizer holds parameters that are replaced, or if
-    several ranks calibrate.
+    several ranks calibrate, each by itself.
 
     Args:
         config: from `gptq_config`. Any other torchao config is handed to `torchao.quantization.quantize_`.
@@ -72,14 +80,19 @@ def quantize_(
             free on the device, then on the host.
         progress: `(stage, of, name, seconds)`, called whenever a stage is done, in place of the bar on a terminal: its
             number, counted from 1, of how many, the first of its weights, and the seconds since the first stage began.
-            Automatic precision (`target_bits`) counts twice, once while it measures.
+            Automatic precision (`target_bits`) counts twice, once while it measures. Rank 0 is told, for all.
+        distributed: quantize together with all ranks of torch.distributed, which is initialized: each has the whole
+            model and all batches, runs a share of the batches, solves a share of the weights, and ends with the same
+            quantized model and the same report. What one rank raises, all raise, with its number. `device` and
+            `max_memory` are for each rank.
+        process_group: those of this group, in place of all.
 
     Returns:
         What was done, per weight; None for another library's config.
 
     Raises:
-        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, SolverError, StrictError: see each
-        message.
+        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, RankError, SolverError, StrictError:
+        see each message.
         Whatever is raised, the model is as it was, unless a note on the exception says that there was no room to keep
         the weights that had been replaced: then the model has to be loaded again.
     """
@@ -91,13 +104,16 @@ def quantize_(
         return None
     model = same_forward(model)
     parameters = WeakValueDictionary(model.named_parameters())
-    with own_precision():
-        job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress)
+    on_gpu = next((p.device for p in model.parameters() if p.is_cuda), None)
+    ranks = Ranks.of(distributed, process_group, on_gpu if device is None else torch.device(device))
+    with own_precision(), ranks.together():
+        job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress, ranks)
         report = quantize_weights(job, origin_of(model))
     behind = left_behind(parameters, model)
     if behind is None:
         return report
-    warnings.warn(behind, TrainingWarning, stacklevel=2)
+    if ranks.first:
+        warnings.warn(behind, TrainingWarning, stacklevel=2)
     return dataclasses.replace(report, warnings=(*report.warnings, behind))
 
 
@@ -117,15 +133,17 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
     apart = ranks_apart(job)
     if apart is not None:
         warnings.warn(apart, TrainingWarning, stacklevel=3)
+    check_agreement(job)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data
     # The model may draw random numbers when it runs.
     with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
         if isinstance(job.weights, ModelWeights):
             weights = job.weights if isinstance(job.weights, RestorableWeights) else RestorableWeights(job)
             with weights.restored_on_error():
-                report = _quantize(dataclasses.replace(job, weights=weights))
+                # Whether all have come to the end is known within, while the model can still be put back.
+                report = with_all_ranks(_quantize(dataclasses.replace(job, weights=weights)), job.ranks)
         else:
-            report = _quantize(job)
+            report = with_all_ranks(_quantize(job), job.ranks)
     told = report.warnings if apart is None else (apart, *report.warnings)
     report = dataclasses.replace(report, recipe=recipe, warnings=told)
     if origin is None:
@@ -153,6 +171,11 @@ def _quantize(job: Job) -> Report:
     except CaptureError as e:
         if job.config.strict_capture or not isinstance(job.weights, RestorableWeights):
             raise
+        if job.ranks.size > 1:
+            raise ConfigError(
+                "the model cannot be captured as one graph, and only a graph can be quantized on several ranks: "
+                f"quantize on one of them, save_quantized, and load that on all; or change the model. {e}"
+            ) from e
         if job.config.target_bits is not None:
             raise ConfigError(
                 "target_bits needs gradients of the model as one graph, and it cannot be captured as one: give bits "
@@ -170,7 +193,8 @@ def _quantize(job: Job) -> Report:
     if job.config.target_bits is not None:
         with job.clock("precision"):
             prepared, decisions = choose_precision(job, prepared)
-    prepared.warn(deeper=1)
+    if job.ranks.first:
+        prepared.warn(deeper=1)
     if prepared.calibrated is None:
         done, waiting = round_all(job, prepared.selection), None
     else:
@@ -178,7 +202,7 @@ def _quantize(job: Job) -> Report:
             budget, left = waiting_budget(job, prepared)
             if left is not None and isinstance(job.weights, RestorableWeights):
                 job.weights.keep_at_most(left, job.device)
-        with ActivationStore(prepared.calibrated.batches, job.device, budget) as store:
+        with ActivationStore(job.ranks.share(prepared.calibrated.batches), job.device, budget) as store:
             done = run_plan(job, prepared.calibrated, store)
             waiting = store.peak
     return dataclasses.replace(_report(job, done, prepared, waiting), precision=decisions)

@@ -5,8 +5,9 @@ needs them, written to the new checkpoint when they are solved, and read back fr
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from gptq_ao.checkpoint.native.write import CheckpointWriter
 from gptq_ao.checkpoint.origin import Origin
 from gptq_ao.checkpoint.source import Source, open_source
 from gptq_ao.config import GPTQConfig
+from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.inspection import check_values
 from gptq_ao.pipeline.quantize import quantize_weights
@@ -23,6 +25,9 @@ from gptq_ao.planning.limits import MaxMemory
 from gptq_ao.progress import Progress
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["quantize_checkpoint"]
 
@@ -40,13 +45,16 @@ def quantize_checkpoint(
     tokenizer: Any = None,
     max_shard_bytes: int = 2**30,
     progress: Progress | None = None,
+    distributed: bool = False,
+    process_group: "ProcessGroup | None" = None,
 ) -> Report:
     """Quantize the Hugging Face model in the directory `source` and write it to the directory `out`, as `quantize_` and
     `save_quantized` would, tensor by tensor the same. At no time is the model in memory: only the weights that run or
     are solved at the moment, the activations of the calibration data, and a shard of the result.
 
     Args:
-        config, filter_fn, progress: see `quantize_`.
+        config, filter_fn, progress, distributed, process_group: see `quantize_`. Each rank reads `source` by itself,
+            and rank 0 writes `out`.
         device: where to compute; None: on the CPU.
         max_memory: see `quantize_`.
         dtype: of the model before quantization; None: as stored.
@@ -55,28 +63,34 @@ def quantize_checkpoint(
         max_shard_bytes: size of the files, and of the part of the result that is held in memory.
 
     Raises:
-        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, SolverError: as `quantize_`.
+        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, RankError, SolverError: as
+            `quantize_`.
         CheckpointError: `source` is unsafe, incomplete or does not fit its config; `out` holds something; the disk is
             full. Nothing is left at `out`, whatever is raised.
     """
-    if not Path(source).is_dir():
-        raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
-    with CheckpointWriter(Path(out), max_shard_bytes) as writer:
+    ranks = Ranks.of(distributed, process_group, None if device is None else torch.device(device))
+    with ranks.together(), ExitStack() as until_done:
+        if not Path(source).is_dir():
+            raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
+        writer = until_done.enter_context(CheckpointWriter(Path(out), max_shard_bytes)) if ranks.first else None
         opened = open_source(Path(source), dtype, trust_remote_code=trust_remote_code)
         origin = Origin.at(Path(source), opened.ignored)
         weights = CheckpointWeights(opened, writer)
-        report = quantize_weights(Job.of(weights, config, filter_fn, device, max_memory, progress), origin)
-        writer.add_rest(weights.model, weights.get)
-        writer.finish_checkpoint(weights.model, tokenizer, report, origin)
+        report = quantize_weights(Job.of(weights, config, filter_fn, device, max_memory, progress, ranks), origin)
+        if writer is not None:
+            writer.add_rest(weights.model, weights.get)
+            writer.finish_checkpoint(weights.model, tokenizer, report, origin)
     return report
 
 
 class CheckpointWeights:
-    """The `Weights` of a model on disk: quantized ones in the new checkpoint, others in the source."""
+    """The `Weights` of a model on disk: quantized ones in the new checkpoint, others in the source. Where another rank
+    writes the checkpoint, quantized ones are in memory until the last segment that needs them has run."""
 
-    def __init__(self, source: Source, writer: CheckpointWriter) -> None:
+    def __init__(self, source: Source, writer: CheckpointWriter | None) -> None:
         self.model: nn.Module = source.model
         self._source, self._writer = source, writer
+        self._kept: dict[str, Tensor] = {}  # without a writer
         self._selected: frozenset[str] = frozenset()
 
     @property
@@ -89,7 +103,8 @@ class CheckpointWeights:
     def check(self, names: Iterable[str], result_bytes: Callable[[], int]) -> None:
         """There is room for the result. The values of weights are checked when they are read."""
         self._selected = frozenset(names)
-        self._writer.check_space(result_bytes())
+        if self._writer is not None:
+            self._writer.check_space(result_bytes())
 
     def get(self, name: str, device: torch.device | None = None) -> Tensor:
         """See `Weights`.
@@ -97,8 +112,10 @@ class CheckpointWeights:
         Raises:
             NonFiniteError: it is to be quantized, and has an element that is NaN or infinite.
         """
-        if name in self._writer:
-            value: Tensor = self._writer.weight(name)
+        if name in self._kept:
+            value = self._kept[name]
+        elif self._writer is not None and name in self._writer:
+            value = self._writer.weight(name)
         elif name in self._source.conversions:
             value = self._source.read(name)
         else:
@@ -109,4 +126,11 @@ class CheckpointWeights:
 
     def replace(self, name: str, new: Tensor) -> None:
         """See `Weights`. It goes to a file, and is read from there when a later segment needs it."""
-        self._writer.add_parameter(name, new)
+        if self._writer is None:
+            self._kept[name] = new.to("cpu")
+        else:
+            self._writer.add_parameter(name, new)
+
+    def release(self, name: str) -> None:
+        """See `Weights`."""
+        self._kept.pop(name, None)

@@ -40,9 +40,9 @@ from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
 from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import grids_of, rewrite
-from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, solve_together
+from gptq_ao.pipeline.solve_together import expert_hessians, join_parts, solve_together
+from gptq_ao.pipeline.solved_part import SolvedPart
 from gptq_ao.planning.job import Job
-from gptq_ao.progress import Steps
 from gptq_ao.report import Clock, WeightReport
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 
@@ -186,7 +186,7 @@ class _Run:
 
     def solve_all(self, under_way: list[Forward], job: Job) -> None:
         waiting = under_way
-        with Steps(job.progress, len(self.expected), "weight") as steps:
+        with job.steps(len(self.expected), "weight") as steps:
             while True:
                 for forward in waiting:
                     with job.clock("calibrate"):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor
 from gptq_ao.adapter import LowRank
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import GPTQConfig
+from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import calibrate
 from gptq_ao.passes.follow_original import last_reads
-from gptq_ao.passes.records import Layout, Part, Plan, Program, Selection, Stage, twin_of
-from gptq_ao.pipeline.solve_together import SolvedPart, expert_hessians, join_parts, round_matrix, solve_together
+from gptq_ao.passes.records import Layout, Part, Plan, Program, Selection, SharedInput, Stage, twin_of
+from gptq_ao.pipeline.solve_together import expert_hessians, join_parts, round_matrix, solve_together
+from gptq_ao.pipeline.solved_part import SolvedPart
+from gptq_ao.pipeline.spread import each_expert
 from gptq_ao.planning.job import Job
 from gptq_ao.planning.prepare import Calibrated
-from gptq_ao.progress import Steps
 from gptq_ao.report import WeightReport
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.tensor import GroupTensor, tensor_class
@@ -32,6 +35,8 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
     done: list[WeightReport] = []
     adapters: dict[str, LowRank] = {}
     originals = _Originals(program, plan)
+    parameters = program.parameters
+    last = {parameters[s]: n for n, g in enumerate(plan.segments, 1) for s in g.statics if s in parameters}
 
     def static(name: str) -> Any:
         placeholder = twin_of(name)
@@ -46,12 +51,15 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
             view.add_(change.to(view))  # what was dequantized belongs to nobody else
         return value
 
-    with Steps(job.progress, len(plan.stages), "stage") as steps:
+    with job.steps(len(plan.stages), "stage") as steps:
         for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
             with steps.step(stage.inputs[0].weights[0].removesuffix(".weight")):
                 with job.clock("calibrate"):
-                    hessians = calibrate(segment, stage, store, static)
+                    hessians = calibrate(segment, stage, store, static, job.ranks)
                     originals.forget(number)  # before solving, which needs the room
+                    for each in done:
+                        if last.get(each.name, 0) <= number:
+                            weights.release(each.name)
                 with job.clock("solve"), torch.no_grad():
                     for layout, matrix, parts in _solve(job, plan, stage, hessians):
                         name = parts[0].part.weight
@@ -67,11 +75,12 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
 def round_all(job: Job, selection: Selection) -> list[WeightReport]:
     """Round every chosen weight to nearest."""
     done, layouts = [], selection.layouts
-    with job.clock("solve"), torch.no_grad(), Steps(job.progress, len(selection.settings), "weight") as steps:
+    with job.clock("solve"), torch.no_grad(), job.steps(len(selection.settings), "weight") as steps:
         for name, c in selection.settings.items():
             with steps.step(name.removesuffix(".weight")):
                 solved = round_matrix(name, layouts[name].matrix(job.weights.get(name)), c, job.grids(name))
                 done.append(rewrite(job.weights, layouts[name], solved, c, stage=0))
+                job.weights.release(name)
     return done
 
 
@@ -117,22 +126,27 @@ def _solve(
     matrices: dict[str, Tensor] = {}
     solved: dict[str, list[SolvedPart]] = {}
     heights = {name: layout.out_features for name, layout in layouts.items()}
+
+    def solve(
+        shared: SharedInput, expert: tuple[int, tuple[Hessian, str | None]], ranks: Ranks
+    ) -> Iterator[SolvedPart]:
+        number, (hessian, fallback) = expert
+        rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(number)}
+        streams, grids, strict = tuple(p for p, _ in shared.residuals), grids_of(job, rows), job.config.strict
+        yield from solve_together(rows, settings, hessian, strict, fallback, streams, grids, heights, ranks)
+
     for shared, of_shared in zip(stage.inputs, hessians, strict=True):
         for name in shared.weights:
             if name not in matrices:
                 matrices[name] = layouts[name].matrix(job.weights.get(name, job.device))
-        for expert, (hessian, fallback) in enumerate(expert_hessians(of_shared, job.config.expert_min_rows)):
-            rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert)}
-            streams = tuple(p for p, _ in shared.residuals)
-            grids = grids_of(job, rows)
-            for part in solve_together(rows, settings, hessian, job.config.strict, fallback, streams, grids, heights):
-                name = part.part.weight
-                solved.setdefault(name, []).append(part)
-                missing[name] -= 1
-                if not missing[
-                    name
-                ]:  # at once, not at the end of the stage: what is packed takes a fraction of the room
-                    yield layouts[name], matrices.pop(name), solved.pop(name)
+
+        experts = list(enumerate(expert_hessians(of_shared, job.config.expert_min_rows)))
+        for part in each_expert(job.ranks, experts, partial(solve, shared), job.device):
+            name = part.part.weight
+            solved.setdefault(name, []).append(part)
+            missing[name] -= 1
+            if not missing[name]:  # at once, not at the end of the stage: what is packed takes a fraction of the room
+                yield layouts[name], matrices.pop(name), solved.pop(name)
 
 
 def grids_of(job: Job, parts: Iterable[Part]) -> dict[Part, tuple[Tensor, Tensor]]:

@@ -3,7 +3,6 @@ depends on another; rounded to nearest where there is no data."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +10,14 @@ from torch import Tensor
 
 from gptq_ao.adapter import LowRank
 from gptq_ao.config import GPTQConfig
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import SolverError, StrictError
 from gptq_ao.passes.records import Part
+from gptq_ao.pipeline.solved_part import SolvedPart
+from gptq_ao.pipeline.spread import factor_on_one, names_of_parts, rows_gathered, rows_of_each
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
-from gptq_ao.solver.factor import Factor, factor
+from gptq_ao.solver.factor import Factor
 from gptq_ao.solver.hessian import Hessian, pooled
 from gptq_ao.solver.low_rank import low_rank
 from gptq_ao.solver.refine import refine
@@ -25,41 +27,6 @@ from gptq_ao.solver.solve import better_rows, output_energy, round_to_nearest, s
 __all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_together"]
 
 Grid = tuple[Tensor, Tensor]  # scale [n, G] fp16 and zero point [n, G] uint8
-
-
-@dataclass(frozen=True)
-class SolvedPart:
-    """Some rows of a weight, solved.
-
-    Attributes:
-        solution: of the rows [n, K].
-        changed, energy: tr(E·H·Eᵀ) and tr(W·H·Wᵀ), summed over all calibration rows; None without a Hessian.
-        adapter: B·A for the rows [n, K].
-        See `report.WeightReport` for the others.
-    """
-
-    part: Part
-    solution: Solution
-    method: str
-    rows: int = 0
-    damp: float | None = None
-    dead: int = 0
-    changed: float | None = None
-    energy: float | None = None
-    fallback: str | None = None
-    adapter: LowRank | None = None
-
-    def dequantize(self) -> Tensor:
-        """What the rows are from now on, [n, K] fp32."""
-        rows = self.solution.dequantize()
-        return rows if self.adapter is None else rows + self.adapter.dense()
-
-    @property
-    def error(self) -> float | None:
-        """The share of the output's energy that the rounding changed."""
-        if self.changed is None or self.energy is None:
-            return None
-        return self.changed / self.energy if self.energy > 0 else 0.0
 
 
 def round_matrix(weight: str, matrix: Tensor, config: GPTQConfig, grid: Grid | None = None) -> SolvedPart:
@@ -76,6 +43,7 @@ def solve_together(
     residual_parts: tuple[Part, ...] = (),
     grids: Mapping[Part, Grid] | None = None,
     heights: Mapping[str, int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[SolvedPart]:
     """Solve the rows of `matrices` on the Hessian's device, recipe by recipe.
 
@@ -88,6 +56,7 @@ def solve_together(
             a recipe have one, or none has.
         heights: weight → rows of one of its matrices, each of which gets an adapter of its own. By default a part is
             one matrix.
+        ranks: that have the same Hessian and matrices. Each solves some of the rows, and all get all of them.
 
     Raises:
         SolverError: the Hessian cannot be factored.
@@ -104,35 +73,68 @@ def solve_together(
         if blind and recipe.method == "gptq":
             why = "no calibration row reached it"
         if why and strict:
-            raise StrictError(f"{_names(parts)}: {why}, and strict=True forbids rounding to nearest instead")
-        dense = [matrices[part] for part in parts]
-        sizes = [m.shape[0] for m in dense]
-        targets = [m.float() for m in dense]
-        given = [(grids or {}).get(part) for part in parts]
-        method, damp, dead = "rtn", None, 0
-        adapters: Sequence[LowRank | None]
-        if recipe.method == "rtn" or blind:
-            solutions = [round_to_nearest(m, recipe, grid) for m, grid in zip(dense, given, strict=True)]
-            adapters = [None] * len(parts)
-        else:
+            raise StrictError(f"{names_of_parts(parts)}: {why}, and strict=True forbids rounding to nearest instead")
+        f = None
+        if recipe.method == "gptq" and not blind:
+            f = factor_on_one(ranks, hessian, recipe, parts)
+        # An adapter is of a whole matrix.
+        mine = rows_of_each(parts, ranks.size, whole=f is not None and recipe.adapter_rank > 0)[ranks.rank]
+        solved = _solve_alike(
+            {p: _within(matrices[of], p, of) for p, of in mine},
+            recipe,
+            hessian,
+            f,
+            why,
+            {p: _within(residuals[of], p, of) for p, of in mine if of in residuals},
+            {p: (_within(g[0], p, of), _within(g[1], p, of)) for p, of in mine if (g := (grids or {}).get(of))},
+            heights or {},
+        )
+        yield from rows_gathered(ranks, parts, solved, hessian.matrix.device)
+
+
+def _solve_alike(
+    matrices: Mapping[Part, Tensor],
+    recipe: Recipe,
+    hessian: Hessian,
+    f: Factor | None,
+    why: str | None,
+    residuals: Mapping[Part, Tensor],
+    grids: Mapping[Part, Grid],
+    heights: Mapping[str, int],
+) -> Iterator[SolvedPart]:
+    """See `solve_together`, for parts of one recipe; without a factor they are rounded to nearest."""
+    parts, dense = list(matrices), list(matrices.values())
+    if not parts:  # of this rank
+        return
+    sizes = [m.shape[0] for m in dense]
+    targets = [m.float() for m in dense]
+    given = [grids.get(part) for part in parts]
+    adapters: Sequence[LowRank | None] = [None] * len(parts)
+    if f is None:
+        solutions = [round_to_nearest(m, recipe, grid) for m, grid in zip(dense, given, strict=True)]
+    else:
+        target = torch.cat(targets)
+        # What is rounded is not W but the weights that W should have had behind quantized layers; the errors below are
+        # measured against them, too.
+        if recipe.compensates:
             try:
-                f = factor(hessian, recipe)
-                target = torch.cat(targets)
-                # What is rounded is not W but the weights that W should have had behind quantized layers; the errors
-                # below are measured against them, too.
-                if recipe.compensates:
-                    target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
+                target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
             except SolverError as e:
-                raise SolverError(f"{_names(parts)}: {e}") from e
-            each = [(heights or {}).get(part.weight, n) for part, n in zip(parts, sizes, strict=True)]
-            solutions, adapters = _solve(target, sizes, each, hessian, f, _stacked_grids(given))
-            targets = list(target.split(sizes))
-            method, damp, dead = "gptq", f.damp, f.dead
-        for part, matrix, solution, adapter in zip(parts, targets, solutions, adapters, strict=True):
-            solved = SolvedPart(part, solution, method, hessian.rows, damp, dead, fallback=why, adapter=adapter)
-            changed = output_energy(matrix - solved.dequantize(), hessian) * hessian.rows
-            energy = output_energy(matrix, hessian) * hessian.rows
-            yield dataclasses.replace(solved, changed=changed, energy=energy)
+                raise SolverError(f"{names_of_parts(parts)}: {e}") from e
+        each = [heights.get(part.weight, n) for part, n in zip(parts, sizes, strict=True)]
+        solutions, adapters = _solve(target, sizes, each, hessian, f, _stacked_grids(given))
+        targets = list(target.split(sizes))
+    how = {"method": "rtn"} if f is None else {"method": "gptq", "damp": f.damp, "dead": f.dead}
+    for part, matrix, solution, adapter in zip(parts, targets, solutions, adapters, strict=True):
+        solved = SolvedPart(part, solution, rows=hessian.rows, fallback=why, adapter=adapter, **how)
+        changed = output_energy(matrix - solved.dequantize(), hessian) * hessian.rows
+        energy = output_energy(matrix, hessian) * hessian.rows
+        yield dataclasses.replace(solved, changed=changed, energy=energy)
+
+
+def _within(rows: Tensor, piece: Part, part: Part) -> Tensor:
+    """Of what `part` has for each row, what belongs to a piece of it."""
+    return rows[piece.start - part.start : piece.stop - part.start]
 
 
 def _solve(
@@ -251,7 +253,3 @@ def _summary(parts: list[SolvedPart]) -> str | None:
         if p.fallback is not None:
             by_reason.setdefault(p.fallback, []).append(f"{p.part.start}:{p.part.stop}")
     return "; ".join(f"rows {', '.join(rows)}: {why}" for why, rows in by_reason.items()) or None
-
-
-def _names(parts: list[Part]) -> str:
-    return ", ".join(dict.fromkeys(p.weight for p in parts))

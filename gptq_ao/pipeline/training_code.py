@@ -15,18 +15,18 @@ __all__ = ["left_behind", "ranks_apart"]
 
 
 def ranks_apart(job: Job) -> str | None:
-    """Processes of one program calibrate by themselves. No message passes between them here: if one of them quantizes
-    while the others do something else, all would wait forever."""
+    """Processes of one program calibrate by themselves, as they were not asked to do it together. No message passes
+    between them then: if one of them quantizes while the others do something else, all would wait forever."""
     distributed = torch.distributed
-    if job.batches is None or not distributed.is_available() or not distributed.is_initialized():
+    if job.batches is None or job.ranks.size > 1 or not distributed.is_available() or not distributed.is_initialized():
         return None
     ranks = distributed.get_world_size()
     if ranks == 1:
         return None
     return (
         f"torch.distributed has {ranks} processes, and each quantizes by itself: with other batches than the others, "
-        "it gets other codes. Quantize on one rank, save_quantized, and load that on all; or give the same batches on "
-        "all ranks (the report's `recipe` has their hash)"
+        "it gets other codes. With distributed=True they quantize one model together, each with a share of the same "
+        "batches. Or quantize on one rank, save_quantized, and load that on all"
     )
 
 

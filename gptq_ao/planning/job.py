@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from gptq_ao.calibration.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.model.inspection import check_unquantized, name_filter
 from gptq_ao.model.weights import Weights
 from gptq_ao.planning.limits import Limits, MaxMemory, read_limits
-from gptq_ao.progress import Progress
+from gptq_ao.progress import Progress, Steps
 from gptq_ao.report import Clock
 
 __all__ = ["FilterFn", "Job", "whole_model"]
@@ -31,6 +32,7 @@ class Job:
         progress: the caller's function, see `progress.py`.
         grids: scales [rows, groups] and zero points that a weight has already, and may keep.
         lenient: see `choose_weights`.
+        ranks: the processes that do it together; all have the same weights and batches, and share the work.
         clock: collects the seconds of each phase.
     """
 
@@ -43,6 +45,7 @@ class Job:
     progress: Progress | None = None
     grids: Callable[[str], tuple[Tensor, Tensor] | None] = lambda name: None
     lenient: bool = False
+    ranks: Ranks = ALONE
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
@@ -54,6 +57,7 @@ class Job:
         device: torch.device | str | None = None,
         max_memory: MaxMemory | None = None,
         progress: Progress | None = None,
+        ranks: Ranks = ALONE,
     ) -> "Job":
         """Reads the arguments, the calibration data last: it may take long, and everything else is right by then.
 
@@ -67,11 +71,15 @@ class Job:
         limits = read_limits(max_memory, run_on)
         without_data = config.method == "rtn" and config.calibration is None
         batches = None if without_data else read_batches(config.calibration)
-        return cls(weights, config, batches, wanted, run_on, limits, progress)
+        return cls(weights, config, batches, wanted, run_on, limits, progress, ranks=ranks)
 
     @property
     def model(self) -> nn.Module:
         return self.weights.model
+
+    def steps(self, of: int, unit: str) -> Steps:
+        """One rank tells how far all have come."""
+        return Steps(self.progress if self.ranks.first else None, of, unit, quiet=not self.ranks.first)
 
 
 def whole_model(module: nn.Module, name: str) -> bool:

@@ -18,8 +18,11 @@ DEVICE_SHARE = 0.9  # of what is free: the rest is for workspaces of libraries a
 HOST_SHARE = 0.8
 
 
-def choose_budget(limits: Limits, footprint: Footprint, device: torch.device) -> Budget:
+def choose_budget(limits: Limits, footprint: Footprint, device: torch.device, processes: int = 1) -> Budget:
     """What waiting activations may take on a device that is not the CPU, and in host memory; the rest goes to files.
+
+    Args:
+        processes: that share the host's memory; a limit is for each.
 
     Raises:
         ConfigError: what has to be on the device exceeds its limit even without them.
@@ -38,7 +41,7 @@ def choose_budget(limits: Limits, footprint: Footprint, device: torch.device) ->
     host = limits.host
     if host is None:
         available = free_bytes(torch.device("cpu"))
-        host = None if available is None else int(HOST_SHARE * available)
+        host = None if available is None else int(HOST_SHARE * available / processes)
     return Budget(None if allowed is None else max(0, allowed - footprint.working), host)
 
 
@@ -51,8 +54,8 @@ def waiting_budget(job: Job, prepared: Prepared) -> tuple[Budget, int | None]:
     """
     if job.device.type == "cpu":
         return Budget(device=job.limits.host), None
-    footprint = simulate(job.weights, prepared, job.device)
-    budget = choose_budget(job.limits, footprint, job.device)
+    footprint = simulate(job.weights, prepared, job.device, job.ranks)
+    budget = choose_budget(job.limits, footprint, job.device, job.ranks.here)
     return budget, None if budget.device is None else max(0, budget.device - footprint.activations)
 
 

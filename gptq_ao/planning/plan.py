@@ -16,6 +16,7 @@ from torch import nn
 from gptq_ao.calibration.activation_store import Budget
 from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.config import GPTQConfig
+from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CaptureError, ConfigError
 from gptq_ao.kernels.ops import kernel_name
 from gptq_ao.model.ambient import own_precision
@@ -135,11 +136,15 @@ def plan(
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
     max_memory: MaxMemory | None = None,
+    processes: int = 1,
 ) -> QuantizationPlan:
     """What `quantize_` would do with the same arguments, and what it would take.
 
     No weight is read and nothing is computed: the model may be on the meta device, and so may the calibration batches,
     of which shapes and dtypes matter. The device need not be there.
+
+    Args:
+        processes: on one machine, that quantize together (`distributed=True`); said is what each of them takes.
 
     Raises:
         CalibrationError, NoLinearError: as `quantize_`.
@@ -151,7 +156,7 @@ def plan(
         raise ConfigError(f"plan takes a config of gptq_config(), got {type(config).__name__}")
     model = same_forward(model)
     with own_precision():
-        return plan_weights(ModelWeights(model), config, filter_fn, device, max_memory)
+        return plan_weights(ModelWeights(model), config, filter_fn, device, max_memory, processes=processes)
 
 
 def plan_weights(
@@ -161,6 +166,7 @@ def plan_weights(
     device: torch.device | str | None = None,
     max_memory: MaxMemory | None = None,
     shard_bytes: int = 0,
+    processes: int = 1,
 ) -> QuantizationPlan:
     """`plan` for a model whose weights are anywhere. `shard_bytes`: of the result that are held in memory besides."""
     if config.target_bits is not None:
@@ -168,7 +174,9 @@ def plan_weights(
             "target_bits chooses the bits by measuring the model, and a plan reads no weight: plan with bits instead, "
             "in which quantizing takes about as much"
         )
-    job = Job.of(weights, config, filter_fn, device, max_memory)
+    # The first rank has the most batches.
+    ranks = Ranks(size=processes, here=processes)
+    job = Job.of(weights, config, filter_fn, device, max_memory, ranks=ranks)
     try:
         prepared = prepare(dataclasses.replace(job, device=fakes_on(job.device)))
     except CaptureError as e:
@@ -179,10 +187,10 @@ def plan_weights(
     with job.clock("plan"):
         if prepared.calibrated is None:  # rounding to nearest computes where the weights are
             job = dataclasses.replace(job, device=prepared.device)
-        footprint = simulate(weights, prepared, job.device)
+        footprint = simulate(weights, prepared, job.device, ranks)
         peak = _peak(job, prepared, footprint)
         peak["host"] += shard_bytes
-        _check_room(weights, peak, job.device)
+        _check_room(weights, peak, job.device, processes)
         planned = _weights(job, prepared, footprint)
     stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
     return QuantizationPlan(
@@ -208,7 +216,7 @@ def _peak(job: Job, prepared: Prepared, footprint: Footprint) -> dict[str, int]:
         on_disk = 0 if limits.host is None else max(0, waiting - limits.host)
         peak = min(footprint.peak, footprint.working + waiting - on_disk)
         return {"device": peak, "host": peak, "disk": on_disk}
-    budget = choose_budget(limits, footprint, device) if prepared.calibrated else Budget()
+    budget = choose_budget(limits, footprint, device, job.ranks.here) if prepared.calibrated else Budget()
     on_device = waiting if budget.device is None else min(waiting, budget.device)
     offloaded = waiting - on_device
     on_disk = 0 if budget.host is None else max(0, offloaded - budget.host)
@@ -231,11 +239,12 @@ def _model_bytes(weights: Weights, device: torch.device, *, allocated: bool = Fa
     return total
 
 
-def _check_room(weights: Weights, peak: Mapping[str, int], device: torch.device) -> None:
+def _check_room(weights: Weights, peak: Mapping[str, int], device: torch.device, processes: int) -> None:
     places = {"host": torch.device("cpu")} if device.type == "cpu" else {"device": device, "host": torch.device("cpu")}
     for place, where in places.items():
         free, already = free_bytes(where), _model_bytes(weights, where, allocated=True)
-        if free is not None and peak[place] - already > free:
+        # They share the host's memory.
+        if free is not None and (peak[place] - already) * (processes if where.type == "cpu" else 1) > free:
             advice = "use a smaller batch size or shorter sequences"
             if place == "host":
                 advice = (
@@ -243,7 +252,8 @@ def _check_room(weights: Weights, peak: Mapping[str, int], device: torch.device)
                     "activations wait in files (max_memory={'cpu': …}); use fewer samples or a smaller batch size"
                 )
             raise ConfigError(
-                f"this would take {readable(peak[place])} of memory on {where}, of which {readable(already)} are "
+                f"this would take {readable(peak[place])} of memory on {where}"
+                f"{f' for each of {processes} processes' if processes > 1 else ''}, of which {readable(already)} are "
                 f"taken already, and {readable(free)} are free: {advice}"
             )
     folder = Path(tempfile.gettempdir())

@@ -6,21 +6,22 @@ Every segment runs once for each distinct shape of batch, with its observers, as
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptq_ao.calibration.activation_store import compact
 from gptq_ao.codes.packed_spec import PackedSpec
 from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.kernels import cuda, reference
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.model.weights import Weights
-from gptq_ao.passes.calibrate import run_segment
+from gptq_ao.passes.calibrate import compared, run_segment
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Part, Program, Segment, SharedInput, Stage, twin_of
 from gptq_ao.planning.live_bytes import LiveBytes, storages
@@ -84,14 +85,15 @@ class Footprint:
     solve: Work
 
 
-def simulate(weights: Weights, prepared: Prepared, device: torch.device) -> Footprint:
+def simulate(weights: Weights, prepared: Prepared, device: torch.device, ranks: Ranks = ALONE) -> Footprint:
     """Neither weights nor the values of batches are read; shapes and dtypes say all.
 
     Args:
         device: where it will compute: `prepared.device`, or what that stands in for.
+        ranks: that share batches and weights; the footprint is that of this one.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as tracker, torch.no_grad():
-        run = _Simulation(weights, prepared, device, tracker)
+        run = _Simulation(weights, prepared, device, tracker, ranks)
         if prepared.calibrated is None:
             run.round_all()
         else:
@@ -124,8 +126,10 @@ class _Simulation:
     """What a `Footprint` says, and the fakes that are alive: the model where it is on the device, one batch of each
     shape. Other batches of the shape are only counted."""
 
-    def __init__(self, weights: Weights, prepared: Prepared, device: torch.device, tracker: LiveBytes) -> None:
-        self.weights, self.tracker = weights, tracker
+    def __init__(
+        self, weights: Weights, prepared: Prepared, device: torch.device, tracker: LiveBytes, ranks: Ranks
+    ) -> None:
+        self.weights, self.tracker, self.ranks = weights, tracker, ranks
         self.device, self.real_device = prepared.device, device
         self.layouts, self.settings = prepared.selection.layouts, prepared.selection.settings
         model = weights.model
@@ -141,7 +145,8 @@ class _Simulation:
         self.rows: dict[str, int] = {}
         self.calibration, self.solving = Work(), Work()
         self.values: dict[Any, Values] = {}  # shape → what waits of a batch
-        self.turns: list[Any] = []  # the shapes of all batches, in order
+        self.all: list[Any] = []  # the shapes of all batches, in order
+        self.turns: list[Any] = []  # and of this rank's
 
     @property
     def live(self) -> int:
@@ -164,8 +169,9 @@ class _Simulation:
         self.peak = max(self.peak, working + waiting)
 
     def run(self, calibrated: Calibrated) -> None:
-        self.turns = [tuple((n, t.shape, t.dtype) for n, t in batch.items()) for batch in calibrated.batches]
-        for shape, batch in zip(self.turns, calibrated.batches, strict=True):
+        self.all = [tuple((n, t.shape, t.dtype) for n, t in batch.items()) for batch in calibrated.batches]
+        self.turns = list(self.ranks.share(self.all))
+        for shape, batch in zip(self.all, calibrated.batches, strict=True):
             if shape not in self.values:
                 self.values[shape] = {n: self.fake(t) for n, t in batch.items()}
         last = last_reads(calibrated.program, calibrated.plan)  # weight → the last segment that reads its original
@@ -177,7 +183,7 @@ class _Simulation:
                 self.solve(stage, segment, last)
 
     def calibrate(self, program: Program, stage: Stage, segment: Segment) -> None:
-        times = Counter(self.turns)
+        times, of_all = Counter(self.turns), Counter(self.all)
         stored = sum(_bytes(self.values[shape]) for shape in self.turns)
         self.tracker.restart()
         statics = [self.static(program, name) for name in segment.statics]
@@ -198,7 +204,7 @@ class _Simulation:
             self.calibration.add(self.tracker, times[shape])
             for shared in stage.inputs:
                 observer = cast(_Observer, segment.module.get_submodule(shared.name))
-                self.rows[shared.name] = self.rows.get(shared.name, 0) + times[shape] * observer.seen // shared.experts
+                self.rows[shared.name] = self.rows.get(shared.name, 0) + of_all[shape] * observer.seen // shared.experts
                 observer.seen = 0
         # In the order of the real batches: what waits grows, or shrinks, with each one that has run.
         for shape in self.turns:
@@ -257,14 +263,14 @@ class _Simulation:
                     matrices[name] = self.layouts[name].matrix(self.dense(name))
             pooled = 4 * shared.in_features**2 if shared.experts > 1 else 0
             kept = 0
+            # Codes of other ranks arrive as one tensor, which becomes those of the parts.
+            arriving = sum(self.codes_of(part) for part in shared.parts) if self.ranks.size > 1 else 0
             for cost in self.costs(shared, segment):
-                self.need(self.live - samples + pooled + kept + codes.total() + cost.peak, stored)
+                self.need(self.live - samples + pooled + kept + codes.total() + max(cost.peak, 2 * arriving), stored)
                 kept = cost.kept
-                self.solving.add_solve(cost, shared.experts)
+                self.solving.add_solve(cost, -(-shared.experts // self.ranks.size))
             for part in shared.parts:
-                codes[part.weight] += result_bytes(
-                    part.stop - part.start, shared.in_features, self.settings[part.weight].recipe
-                )
+                codes[part.weight] += self.codes_of(part)
             for name in shared.weights:
                 left[name] -= 1
                 if not left[name]:
@@ -274,6 +280,11 @@ class _Simulation:
                     self.need(packing - samples + pooled + kept + codes.total(), stored)
                     del matrices[name], codes[name]
 
+    def codes_of(self, part: Part) -> int:
+        return result_bytes(
+            part.stop - part.start, self.layouts[part.weight].in_features, self.settings[part.weight].recipe
+        )
+
     def costs(self, shared: SharedInput, segment: Segment) -> Iterator[SolveCost]:
         compensated = cast(_Observer, segment.module.get_submodule(shared.name)).compares
         alike: dict[Recipe, list[Part]] = {}
@@ -281,6 +292,10 @@ class _Simulation:
             alike.setdefault(self.settings[part.weight].recipe, []).append(part)
         for recipe, parts in alike.items():
             rows = [p.stop - p.start for p in parts]
+            # See `rows_of_each`; experts are solved whole.
+            if shared.experts == 1:
+                size = self.ranks.size
+                rows = rows[::size] if recipe.adapter_rank else [-(-n // size) for n in rows]
             itemsize = self.state[parts[0].weight].dtype.itemsize
             yield solve_cost(rows, shared.in_features, itemsize, recipe, compensated)
 
@@ -329,15 +344,9 @@ class _Observer(HessianObserver):
 
     panel = 2**62  # one product takes as much memory as one after the other, and less time to predict
 
-    def __init__(self, shared: SharedInput, calls: Sequence[fx.Node], device: torch.device) -> None:
+    def __init__(self, shared: SharedInput, segment: Segment, device: torch.device) -> None:
         super().__init__(shared.in_features, shared.experts)
-        k = shared.in_features
-        self._sum = torch.zeros((shared.experts, k, k), dtype=torch.float32, device=device)
-        originals, streams = zip(*(call.args[3:] for call in calls), strict=True)  # see `observe`
-        if any(node is not None for node in originals):
-            self._drift = torch.zeros((k, k), dtype=torch.float32, device=device)
-        widths = [now.meta["val"].shape[-1] for now, _ in streams[0]]
-        self._residuals = tuple(torch.zeros((width, k), dtype=torch.float32, device=device) for width in widths)
+        self.start(device, *compared(segment, shared))
         self.seen = 0  # rows
 
     @property
@@ -359,8 +368,7 @@ def _observers(stage: Stage, segment: Segment, device: torch.device) -> Iterator
     """Within, the segment's observers take fakes."""
     real = {shared.name: segment.module.get_submodule(shared.name) for shared in stage.inputs}
     for shared in stage.inputs:
-        calls = segment.module.graph.find_nodes(op="call_module", target=shared.name)
-        setattr(segment.module, shared.name, _Observer(shared, calls, device))
+        setattr(segment.module, shared.name, _Observer(shared, segment, device))
     try:
         yield
     finally:

@@ -5,15 +5,18 @@ tr((W−Ŵ)·XᵀX·(W−Ŵ)ᵀ), so XᵀX is all that GPTQ needs to know about 
 share it.
 
 Numerics: sums are kept in fp32. Products of bf16 or fp16 numbers are exact in fp32; fp32 inputs are multiplied in full
-precision (no TF32). The division by the number of rows happens once, at the end.
+precision (no TF32). The division by the number of rows happens once, at the end; where several processes have observed
+rows, after their sums are added up.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.solver.fp32 import ieee_fp32
 
 __all__ = ["Hessian", "HessianObserver", "gathered_mask", "kept_rows", "pooled"]
@@ -157,21 +160,40 @@ class HessianObserver(nn.Module):
         else:
             self._finite.append(torch.isfinite(self._sum.diagonal(dim1=-2, dim2=-1)).all())
 
-    def finish(self) -> tuple[Hessian, ...]:
-        """The Hessian of all calls so far, or those of the experts. The observer starts anew and gives its memory back.
+    def start(self, device: torch.device, drift: bool, widths: Sequence[int]) -> None:
+        """Sums of no rows, as if it had been called: for a rank without a batch.
+
+        Args:
+            drift: whether the others are called with `original`.
+            widths: N of each of their `streams`.
+        """
+        k = self.in_features
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self._sum, self._drift = zeros(self.experts, k, k), zeros(k, k) if drift else None
+        self._residuals = tuple(zeros(n, k) for n in widths)
+
+    def finish(self, ranks: Ranks = ALONE) -> tuple[Hessian, ...]:
+        """The Hessian of all calls so far, or those of the experts; with `ranks`, of the calls on all of them. The
+        observer starts anew and gives its memory back.
 
         Raises:
             RuntimeError: it was never called.
         """
         if self._sum is None:
             raise RuntimeError("a HessianObserver was never called")
-        drift, residuals = self._drift, self._residuals
-        totals, rows = self._sum, torch.stack([r.cpu() for r in self._rows]).sum(0).tolist()
+        totals, drift, residuals = self._sum, self._drift, self._residuals
+        seen = torch.stack([r.cpu() for r in self._rows]).sum(0).tolist() if self._rows else [0] * self.experts
         finite = [True] * self._unseen_batches + (torch.stack(self._finite).tolist() if self._finite else [])
         self._reset()
+        said = ranks.tell([seen, ranks.number(finite.index(False)) if False in finite else None])
+        rows = [sum(of_expert) for of_expert in zip(*(seen for seen, _ in said), strict=True)]
+        bad = min((batch for _, batch in said if batch is not None), default=None)
+        ranks.sum_([totals, *([] if drift is None else [drift]), *residuals])
         for total in totals:
             self._mirror(total)
-        bad = finite.index(False) if False in finite else None
         if drift is not None:
             drift.div_(max(rows[0], 1))
         residuals = tuple(r.div_(max(rows[0], 1)) for r in residuals)

@@ -218,6 +218,7 @@ def test_target_bits(
         (("--group-size", "32"), lambda facts: facts["bits_per_weight"]),
         (("--expert-min-rows", "0"), lambda facts: [w["fallback"] for w in facts["layers"]]),
         (("--calibrate-all-experts",), lambda facts: [w["rows"] for w in facts["layers"]]),
+        (("--nproc", "2", "--batch-size", "1"), lambda facts: facts["activation_bytes"]),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

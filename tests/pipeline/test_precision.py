@@ -74,8 +74,9 @@ def close(found: dict[str, float], expected: dict[str, float]) -> bool:
 def test_harm_is_the_fisher_information_along_the_error() -> None:
     model, batches = tiny_llama(), token_batches(count=2)
     errors = errors_of(model)
-    generator, losses = torch.Generator().manual_seed(0), []
-    for ids in torch.cat([b["input_ids"] for b in batches]).split(1):
+    generator, losses = torch.Generator(), []
+    for number, ids in enumerate(torch.cat([b["input_ids"] for b in batches]).split(1)):
+        generator.manual_seed(number)
         log_p = model(input_ids=ids).logits[0].log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         losses.append(-log_p.gather(1, drawn).sum())
@@ -87,8 +88,9 @@ def test_harm_to_other_outputs_is_relative_to_their_energy() -> None:
     model = seeded(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16)))
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
     errors = errors_of(model)
-    generator, losses = torch.Generator().manual_seed(0), []
-    for row in x.split(1):
+    generator, losses = torch.Generator(), []
+    for number, row in enumerate(x.split(1)):
+        generator.manual_seed(number)
         y = model(row)
         noise = torch.randn(y.shape, generator=generator)
         losses.append((noise * y).sum() / y.detach().norm())

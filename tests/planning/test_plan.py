@@ -364,3 +364,14 @@ def test_the_kernel_of_every_kind_of_weight() -> None:
     each, one = "cpu int4 up to 256 rows per expert", "cpu int4 up to 256 rows, else"
     assert kernels["model.layers.0.mlp.experts.gate_up_proj"].startswith(each)
     assert kernels["model.layers.0.self_attn.q_proj.weight"].startswith(one)
+
+
+def test_of_several_processes_each_takes_less() -> None:
+    """Fewer activations and less work; the same weights, Hessians and result. And those without a batch."""
+    made = {n: plan(tiny_llama(), gptq_config(4, 32, calibration=token_batches(4)), processes=n) for n in (1, 2, 8)}
+    one, two, eight = made.values()
+    assert two.activation_bytes == one.activation_bytes / 2
+    assert eight.activation_bytes == one.activation_bytes / 4  # a batch is one
+    assert two.peak_bytes["device"] < one.peak_bytes["device"]
+    for other in (two, eight):
+        assert (other.weights, other.hessians, other.output_bytes) == (one.weights, one.hessians, one.output_bytes)

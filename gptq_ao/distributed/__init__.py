@@ -1,0 +1,1 @@
+"""Several processes that quantize one model together, as torch.distributed has them."""
