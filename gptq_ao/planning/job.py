@@ -1,13 +1,15 @@
 """What was asked for: a model, how to quantize it, and with what. Planning and the pipeline carry it along."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptq_ao.calibration.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
+from gptq_ao.journal.journal import Journal
 from gptq_ao.model.inspection import check_unquantized, name_filter
 from gptq_ao.model.weights import Weights
 from gptq_ao.planning.limits import Limits, MaxMemory, read_limits
@@ -31,6 +33,8 @@ class Job:
         progress: the caller's function, see `progress.py`.
         grids: scales [rows, groups] and zero points that a weight has already, and may keep.
         lenient: see `choose_weights`.
+        journal: of what is finished, to be written and gone on with; None: there is none.
+        source: what tells the weights from others, for the journal; None: their values.
         clock: collects the seconds of each phase.
     """
 
@@ -43,6 +47,8 @@ class Job:
     progress: Progress | None = None
     grids: Callable[[str], tuple[Tensor, Tensor] | None] = lambda name: None
     lenient: bool = False
+    journal: Journal | None = None
+    source: Mapping[str, Any] | None = None
     clock: Clock = field(default_factory=Clock)
 
     @classmethod

@@ -1,0 +1,74 @@
+"""The activations that wait between two stages, in files: one for each batch."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_ao.errors import CheckpointError
+
+__all__ = ["pack_batches", "unpack_batch"]
+
+Values = Mapping[str, Any]
+
+
+def pack_batches(batches: Iterable[Values]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """For each batch what has to be said of its values, and the tensors by number, as bytes."""
+    before: Values = {}
+    for values in batches:
+        said: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                said[name] = {"number": value}  # a size
+            elif name in before and _same(value, before[name]):
+                said[name] = {"as_before": True}  # such as a mask, which then waits once
+            else:
+                # With the order of its axes, since a kernel may sum in another order if that is another one.
+                dense = torch.empty_like(value, device="cpu").copy_(value)
+                tensors[str(len(said))] = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+                shape, stride, dtype = list(dense.shape), list(dense.stride()), str(dense.dtype).removeprefix("torch.")
+                said[name] = {"tensor": str(len(said)), "shape": shape, "stride": stride, "dtype": dtype}
+        yield said, tensors
+        before = values
+
+
+def unpack_batch(
+    said: Mapping[str, Any], tensors: Mapping[str, Tensor], before: Values, where: object
+) -> dict[str, Any]:
+    """The values of a batch.
+
+    Args:
+        before: those of the batch before.
+        where: place of the files, for messages.
+
+    Raises:
+        CheckpointError: what is said does not fit the tensors.
+    """
+    try:
+        return {name: _value(name, each, tensors, before) for name, each in said.items()}
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{where} holds a damaged snapshot: {type(e).__name__}: {e}") from e
+
+
+def _value(name: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor], before: Values) -> Any:
+    if "number" in said:
+        if type(said["number"]) not in (int, float, bool):
+            raise ValueError(f"{name!r} is {said['number']!r}")
+        return said["number"]
+    if "as_before" in said:
+        return before[name]
+    dtype = getattr(torch, said["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is of {said['dtype']!r}")
+    flat = tensors[said["tensor"]].view(dtype)
+    shape = torch.Size(said["shape"])
+    # `as_strided` itself checks that nothing lies outside; the elements have to be exactly these.
+    if flat.dim() != 1 or flat.numel() != shape.numel():
+        raise ValueError(f"{name!r} of shape {tuple(shape)} has {flat.numel()} elements")
+    return flat.as_strided(shape, said["stride"])
+
+
+def _same(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
