@@ -13,6 +13,8 @@ from gptq_ao.version import VERSION
 
 __all__ = ["differences", "versions"]
 
+_MISSING = "nothing"  # no fact: None is one, such as a rule that leaves a weight out
+
 
 def versions() -> dict[str, Any]:
     """Of what computes."""
@@ -26,8 +28,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = 
     """A line for each of the facts, of which some are themselves of several, that is not what it was."""
     found = []
     for name in dict.fromkeys((*before, *now)):
-        old, new = before.get(name), now.get(name)
-        # Empty ones too: a dict of rules may have become None, and None is what a missing one is.
+        old, new = (facts.get(name, _MISSING) for facts in (before, now))
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{where}{name}: ")
         elif old != new:

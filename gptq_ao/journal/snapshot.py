@@ -20,18 +20,24 @@ def pack_batches(batches: Iterable[Values]) -> Iterator[tuple[dict[str, Any], di
         said: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         for name, value in values.items():
-            if not isinstance(value, Tensor):
-                said[name] = {"number": value}  # a size
-            elif name in before and _same(value, before[name]):
-                said[name] = {"as_before": True}  # such as a mask, which then waits once
-            else:
-                # With the order of its axes, since a kernel may sum in another order if that is another one.
-                dense = torch.empty_like(value, device="cpu").copy_(value)
-                tensors[str(len(said))] = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-                shape, stride, dtype = list(dense.shape), list(dense.stride()), str(dense.dtype).removeprefix("torch.")
-                said[name] = {"tensor": str(len(said)), "shape": shape, "stride": stride, "dtype": dtype}
+            same = isinstance(value, Tensor) and name in before and _same(value, before[name])
+            # Such as a mask, which then waits once.
+            said[name] = {"as_before": True} if same else _packed(value, tensors)
         yield said, tensors
         before = values
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if isinstance(value, tuple | list):
+        return {"list": [_packed(each, tensors) for each in value]}
+    if not isinstance(value, Tensor):
+        return {"number": value}  # a size
+    # With the order of its axes, since a kernel may sum in another order if that is another one.
+    dense = torch.empty_like(value, device="cpu").copy_(value)
+    name = str(len(tensors))
+    tensors[name] = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+    dtype = str(dense.dtype).removeprefix("torch.")
+    return {"tensor": name, "shape": list(dense.shape), "stride": list(dense.stride()), "dtype": dtype}
 
 
 def unpack_batch(
@@ -59,6 +65,8 @@ def _value(name: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor], be
         return said["number"]
     if "as_before" in said:
         return before[name]
+    if "list" in said:
+        return [_value(name, each, tensors, {}) for each in said["list"]]
     dtype = getattr(torch, said["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is of {said['dtype']!r}")
