@@ -168,7 +168,12 @@ def _in_memory(
     loaded = load_model(str(source), dtype=dtype, trust_remote_code=request.trust_remote_code)
     report = quantize_(loaded, config, journal=journal, **where)
     assert report is not None
-    save(loaded, grown, request, report, otherwise=out)
+    try:
+        save(loaded, grown, request, report, otherwise=out)
+    except CheckpointError:
+        if out.is_dir() and any(out.iterdir()):  # in the other format: nothing is left to do
+            journal.remove()
+        raise
     return report
 
 

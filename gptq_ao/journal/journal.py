@@ -221,6 +221,11 @@ class Journal:
         if self._begun is not None:
             self.finish("written")
 
+    def damaged(self, what: str) -> CheckpointError:
+        """The error that says so: going on is not what helps."""
+        self._going = False
+        return CheckpointError(f"{self.directory} is damaged: {what}. Remove that directory to begin anew")
+
     def remove(self) -> None:
         """The work is done, or there is none."""
         self._steps = {}
@@ -273,7 +278,7 @@ class Journal:
         kind, number, parts = line.get("kind"), line.get("number"), line.get("parts")
         right = kind in KINDS and type(number) is int and isinstance(parts, list)
         if not right or not all(isinstance(p, dict) for p in parts or ()):
-            raise CheckpointError(f"{self.directory / LINES} is damaged: a line says {str(line)[:80]}")
+            raise self.damaged(f"a line says {str(line)[:80]}")
         for part in parts or ():
             if not isinstance(part.get("file"), str) or not TENSOR_FILE.fullmatch(part["file"]):
                 raise CheckpointError(

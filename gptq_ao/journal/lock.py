@@ -51,7 +51,8 @@ class Lock:
                 break
             os.close(self._file)
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(_self()).encode(), 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.write(self._file, json.dumps(_self()).encode())
 
     def release(self, *, remove: bool) -> None:
         """Let others have it; with `remove`, no file is left."""
@@ -90,7 +91,8 @@ class Lock:
     def _owner(self) -> dict[str, Any]:
         """Who has written the file; nothing if it is nobody's."""
         try:
-            owner = json.loads(os.pread(self._file, 4096, 0))
+            os.lseek(self._file, 0, os.SEEK_SET)
+            owner = json.loads(os.read(self._file, 4096))
         except ValueError:
             return {}
         return owner if isinstance(owner, dict) else {}

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_ao.errors import CheckpointError
-
 __all__ = ["pack_batches", "unpack_batch"]
 
 Values = Mapping[str, Any]
@@ -40,22 +38,16 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"tensor": name, "shape": list(dense.shape), "stride": list(dense.stride()), "dtype": dtype}
 
 
-def unpack_batch(
-    said: Mapping[str, Any], tensors: Mapping[str, Tensor], before: Values, where: object
-) -> dict[str, Any]:
+def unpack_batch(said: Mapping[str, Any], tensors: Mapping[str, Tensor], before: Values) -> dict[str, Any]:
     """The values of a batch.
 
     Args:
         before: those of the batch before.
-        where: place of the files, for messages.
 
     Raises:
-        CheckpointError: what is said does not fit the tensors.
+        AttributeError, KeyError, RuntimeError, TypeError, ValueError: what is said does not fit the tensors.
     """
-    try:
-        return {name: _value(name, each, tensors, before) for name, each in said.items()}
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{where} holds a damaged snapshot: {type(e).__name__}: {e}") from e
+    return {name: _value(name, each, tensors, before) for name, each in said.items()}
 
 
 def _value(name: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor], before: Values) -> Any:

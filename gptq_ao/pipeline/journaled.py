@@ -91,7 +91,7 @@ def facts_of_files(directory: Path) -> dict[str, Any]:
 def decided(job: Job) -> tuple[Decision, ...] | None:
     """What automatic precision has chosen, if the journal knows."""
     step = job.journal.step("precision") if job.journal is not None else None
-    if step is None:
+    if job.journal is None or step is None:
         return None
     with _damage(job.journal, "its choice of precision"):
         return tuple(_decision(d) for d in step["decisions"])
@@ -114,14 +114,14 @@ def waiting_batches(job: Job, plan: Plan) -> Iterator[dict[str, Any]] | None:
 
 def _unpacked(journal: Journal, number: int, keeps: set[str], count: int) -> Iterator[dict[str, Any]]:
     parts = (journal.step("snapshot", number) or {})["parts"]
+    if len(parts) != count:
+        raise journal.damaged(f"its snapshot is of {len(parts)} batches, not of {count}")
     before: Mapping[str, Any] = {}
     for part in parts:
-        values = unpack_batch(part.get("values"), journal.part(part), before, journal.directory)
-        if set(values) != keeps or len(parts) != count:
-            raise CheckpointError(
-                f"{journal.directory} holds a snapshot of other values, or of {len(parts)} batches in place of "
-                f"{count}: it is damaged, remove that directory to begin anew"
-            )
+        with _damage(journal, "its snapshot"):
+            values = unpack_batch(part["values"], journal.part(part), before)
+            if set(values) != keeps:
+                raise ValueError(f"it has {sorted(values)}, and {sorted(keeps)} are needed")
         yield values
         before = values
 
@@ -137,7 +137,7 @@ class JournaledStages:
         self._journal, self._device, self._plan, self._layouts = job.journal, job.device, plan, plan.selection.layouts
         self.skipped = self._journal.last("snapshot") if self._journal is not None else 0
         if self._journal is not None and not 0 <= self.skipped <= len(plan.stages):
-            raise CheckpointError(f"{self._journal.directory} is damaged: it has a snapshot of stage {self.skipped}")
+            raise self._journal.damaged(f"it has a snapshot of stage {self.skipped}")
         # A stage that has to be solved again reads what comes before.
         if self._journal is not None and not all(self._journal.step("stage", n + 1) for n in range(self.skipped)):
             self.skipped = 0
@@ -169,13 +169,10 @@ class JournaledStages:
         names = [part.get("name") for part in step["parts"]]
         wanted = {name for shared in stage.inputs for name in shared.weights}
         if len(names) != len(wanted) or set(names) != wanted:
-            raise CheckpointError(
-                f"{self._journal.directory} has the weights {names} of stage {number}, which has {sorted(wanted)}: it "
-                "is damaged, remove that directory to begin anew"
-            )
+            raise self._journal.damaged(f"it has the weights {names} of stage {number}, which has {sorted(wanted)}")
         for part in step["parts"]:
-            tensors = {n: t.to(self._device) for n, t in self._journal.part(part).items()}
             with _damage(self._journal, f"weight {part['name']!r}"):
+                tensors = {n: t.to(self._device) for n, t in self._journal.part(part).items()}
                 whole = _solved(part, tensors, layouts[part["name"]], settings[part["name"]])
             del tensors
             yield whole
@@ -272,15 +269,14 @@ def _decision(said: Mapping[str, Any]) -> Decision:
 
 
 @contextlib.contextmanager
-def _damage(journal: Journal | None, what: str) -> Iterator[None]:
+def _damage(journal: Journal, what: str) -> Iterator[None]:
     """What does not fit is not of this run."""
     try:
         yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        where = journal.directory if journal is not None else "the journal"
-        raise CheckpointError(
-            f"{where} is damaged in {what}, remove that directory to begin anew: {type(e).__name__}: {e}"
-        ) from e
+    except CheckpointError:  # a file that cannot be read
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise journal.damaged(f"{what}: {type(e).__name__}: {e}") from e
 
 
 def _random_state(device: torch.device) -> list[str]:

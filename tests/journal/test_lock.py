@@ -33,7 +33,8 @@ def test_the_second_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
 
 def test_a_lock_whose_file_is_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between opening and locking it, the one before was done, and another one came."""
-    take, taken = Lock._take, []
+    take = Lock._take
+    taken: list[int] = []
 
     def late(self: Any) -> None:
         if not taken:
