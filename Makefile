@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test long lint wheel families conformance trainers clean
+.PHONY: demo test long crash-test lint wheel families conformance trainers clean
 
 demo: $(STAMP)
 	$(BIN)/gptq-ao demo
@@ -17,6 +17,11 @@ test: $(STAMP)
 # The rest of the tables that run in several processes, and what else takes minutes.
 long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m 'long and not gpu'
+
+# Kills runs of `gptq-ao quantize` at random moments, fills their disk, and compares what the next ones make of what is
+# left. Half an hour on two cores; see tests/journal/crash.py.
+crash-test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.journal.crash
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,10 +3,12 @@
 Invariant: after a segment the store holds, per batch, exactly the segment's `keeps`.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
+from torch import fx
 
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.distributed.ranks import ALONE, Ranks
@@ -14,7 +16,7 @@ from gptq_ao.errors import NonFiniteError
 from gptq_ao.passes.records import Segment, SharedInput, Stage
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 
-__all__ = ["calibrate", "compared", "run_segment"]
+__all__ = ["calibrate", "compared", "run_only", "run_segment"]
 
 Values = dict[str, Any]
 
@@ -41,16 +43,8 @@ def calibrate(
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the weights that read it and the batch.
     """
-    statics = [static(name) for name in segment.statics]
     observers = [cast(HessianObserver, segment.module.get_submodule(shared.name)) for shared in stage.inputs]
-    for index, values in enumerate(store.read(segment.reads)):
-        try:
-            written = dict(zip(segment.writes, run_segment(segment, values, statics), strict=True))
-        except Exception as e:
-            e.add_note(f"in calibration batch {ranks.number(index)}")
-            raise
-        store.replace(index, written, segment.keeps)
-        del written  # the store may have put it elsewhere
+    for _ in _run(segment, store, static, ranks):
         for observer in observers:
             observer.end_batch()
     if not len(store):
@@ -73,3 +67,29 @@ def compared(segment: Segment, shared: SharedInput) -> tuple[bool, list[int]]:
     calls = segment.module.graph.find_nodes(op="call_module", target=shared.name)
     originals, streams = zip(*(call.args[3:] for call in calls), strict=True)
     return any(node is not None for node in originals), [int(now.meta["val"].shape[-1]) for now, _ in streams[0]]
+
+
+def run_only(segment: Segment, store: ActivationStore, static: Callable[[str], Any], ranks: Ranks = ALONE) -> None:
+    """`calibrate` of a segment whose stage is solved already: for what later segments read, and without observers."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(segment.module.graph, {}))
+    for node in graph.find_nodes(op="call_module"):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()  # what was computed for them
+    plain = dataclasses.replace(segment, module=fx.GraphModule(segment.module, graph))
+    for _ in _run(plain, store, static, ranks):
+        pass
+
+
+def _run(segment: Segment, store: ActivationStore, static: Callable[[str], Any], ranks: Ranks) -> Iterator[None]:
+    """One batch after the other, each once the one before was looked at."""
+    statics = [static(name) for name in segment.statics]
+    for index, values in enumerate(store.read(segment.reads)):
+        try:
+            written = dict(zip(segment.writes, run_segment(segment, values, statics), strict=True))
+        except Exception as e:
+            e.add_note(f"in calibration batch {ranks.number(index)}")
+            raise
+        store.replace(index, written, segment.keeps)
+        del written  # the store may have put it elsewhere
+        yield

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-__all__ = ["Outcome", "device", "on_ranks", "outcomes", "some"]
+__all__ = ["PRELOADED", "Outcome", "device", "on_ranks", "outcomes", "some"]
 
-_PRELOADED = ["torch", "torch.distributed.tensor", "torch.distributed.checkpoint", "transformers", "peft", "gptq_ao"]
+PRELOADED = ["torch", "torch.distributed.tensor", "torch.distributed.checkpoint", "transformers", "peft", "gptq_ao"]
 
 
 class Outcome(NamedTuple):
@@ -63,7 +63,7 @@ def outcomes(
     # CUDA does not survive a fork, and some of these packages look at it when they are imported.
     context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
     if backend == "gloo":
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):

@@ -19,6 +19,7 @@ ROWS: list[set[str]] = [
     {"kernels"},
     {"tensor", "solver", "calibration", "model"},
     {"passes", "checkpoint"},
+    {"journal"},
     {"planning", "inference", "evaluate"},
     {"pipeline"},
     {"integrations", "training", "demo", "cli", "public", "", "__main__", "tiny_lm"},

@@ -184,8 +184,9 @@ def _release(used: dict[str, int], place: str, size: int, file: Path | None) -> 
         file.unlink(missing_ok=True)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are the same tensor; a size takes no room."""
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def compact(value: Any) -> Any:

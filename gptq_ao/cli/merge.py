@@ -13,8 +13,21 @@ from gptq_ao.errors import ConfigError
 
 __all__ = ["merge"]
 
-# A weight keeps its kind, and a rule says so where it is not to; the model is loaded as it is stored.
-OWN = ("bits", "target_bits", "group_size", "act_order", "sym", "method", "preset", "adapter_rank", "stream", "dtype")
+# A weight keeps its kind, and a rule says so where it is not to; the model is loaded as it is stored; no journal.
+OWN = (
+    "bits",
+    "target_bits",
+    "group_size",
+    "act_order",
+    "sym",
+    "method",
+    "preset",
+    "adapter_rank",
+    "stream",
+    "dtype",
+    "resume",
+    "snapshot_every",
+)
 
 
 @partial(with_request, without=OWN)

@@ -1,11 +1,13 @@
 """`quantize`, and `plan`, which takes the same options."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptq_ao.cli.interruption import stopped_gently
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
 from gptq_ao.cli.request import Request, with_request
 from gptq_ao.errors import CheckpointError, ConfigError
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from gptq_ao.config import GPTQConfig
     from gptq_ao.distributed.ranks import Ranks
+    from gptq_ao.journal.journal import Journal
     from gptq_ao.report import Report
 
 __all__ = ["plan", "quantize", "save", "with_data"]
@@ -43,28 +46,33 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device, ranks)
     from gptq_ao.checkpoint.files.find import find_checkpoint
-    from gptq_ao.checkpoint.files.output_directory import check_empty
     from gptq_ao.checkpoint.hub import check_login, upload
+    from gptq_ao.pipeline.quantize_checkpoint import journal_of
 
-    if ranks.first:
-        check_empty(out)
     if request.config.adapter_rank:
         from gptq_ao.training.adapters import require_peft
 
         require_peft()
     if request.push_to_hub is not None and ranks.first:
         check_login()
-    source = find_checkpoint(model, whole=True)
-    config = with_data(request, source)
-    write = _stream if request.stream else _in_memory
-    report = write(
-        source, out, config, request, {"device": place, "max_memory": limits, "distributed": ranks.size > 1}, ranks
-    )
-    if not ranks.first:
-        return
+    with stopped_gently(), ExitStack() as until_done:
+        journal, grown = None, out
+        if ranks.first:  # which alone writes
+            how, every = "the same command with --resume", request.snapshot_every
+            journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
+            grown = journal.growing() / "model"
+        source = find_checkpoint(model, whole=True)
+        config = with_data(request, source)
+        write = _stream if request.stream else _in_memory
+        together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1}
+        report = write(source, grown, out, config, request, journal, together)
+        if journal is None:
+            return
+        if report.adapter:
+            _save_adapter(source, grown / "adapter", report, request)
+        journal.publish(grown, out)
     text = f"{report}\nwritten to {out}"
     if report.adapter:
-        _save_adapter(source, out / "adapter", report, request)
         text += f"\nPeftModel.from_pretrained(model, {str(out / 'adapter')!r}) puts the adapter beside the weights"
     if request.push_to_hub is not None:
         text += f"\nuploaded to {upload(out, request.push_to_hub)}"
@@ -159,22 +167,35 @@ def _save_adapter(source: Path, directory: Path, report: "Report", request: Requ
 
 
 def _in_memory(
-    source: Path, out: Path, config: "GPTQConfig", request: Request, how: dict[str, Any], ranks: "Ranks"
+    source: Path,
+    grown: Path,
+    out: Path,
+    config: "GPTQConfig",
+    request: Request,
+    journal: "Journal | None",
+    together: dict[str, Any],
 ) -> "Report":
     from gptq_ao.integrations.transformers import load_model
     from gptq_ao.pipeline.quantize import quantize_
 
     dtype = dtype_of(request.dtype)
     loaded = load_model(str(source), dtype=dtype, trust_remote_code=request.trust_remote_code)
-    report = quantize_(loaded, config, **how)
+    report = quantize_(loaded, config, journal=journal, **together)
     assert report is not None
-    if ranks.first:
-        save(loaded, out, request, report)
+    if journal is None:
+        return report
+    try:
+        save(loaded, grown, request, report, otherwise=out)
+    except CheckpointError:
+        if out.is_dir() and any(out.iterdir()):  # in the other format: nothing is left to do
+            journal.remove()
+        raise
     return report
 
 
-def save(model: "nn.Module", out: Path, request: Request, report: "Report") -> None:
-    """Write a quantized model in the format that was asked for."""
+def save(model: "nn.Module", out: Path, request: Request, report: "Report", otherwise: Path | None = None) -> None:
+    """Write a quantized model in the format that was asked for. If that cannot hold it, it is written to `otherwise`
+    (None: to `out`, too) in the native one."""
     from gptq_ao.checkpoint.save import save_quantized
 
     try:
@@ -183,25 +204,35 @@ def save(model: "nn.Module", out: Path, request: Request, report: "Report") -> N
         if request.format == NATIVE:
             raise
         # Hours may have gone into it.
-        save_quantized(model, out, report=report)
-        e.add_note(f"It was written to {out} in the native format instead, which holds everything: see gptq-ao convert")
+        otherwise = otherwise or out
+        save_quantized(model, otherwise, report=report)
+        where = f"It was written to {otherwise} in the native format instead"
+        e.add_note(f"{where}, which holds everything: see gptq-ao convert")
         raise
 
 
 def _stream(
-    source: Path, out: Path, config: "GPTQConfig", request: Request, how: dict[str, Any], ranks: "Ranks"
+    source: Path,
+    grown: Path,
+    out: Path,
+    config: "GPTQConfig",
+    request: Request,
+    journal: "Journal | None",
+    together: dict[str, Any],
 ) -> "Report":
     from gptq_ao.checkpoint.convert import convert_checkpoint
     from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
 
-    how = {"dtype": dtype_of(request.dtype), "trust_remote_code": request.trust_remote_code, **how}
-    if request.format == NATIVE or not ranks.first:  # the first alone writes
-        return quantize_checkpoint(source, out, config, **how)
-    # Beside OUT, so on its disk. To convert, the quantized model has to fit in memory.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+    how = {"dtype": dtype_of(request.dtype), "trust_remote_code": request.trust_remote_code, **together}
+    if journal is None:
+        return quantize_checkpoint(source, grown, config, **how)
+    how["resume"] = journal
+    if request.format == NATIVE:
+        return quantize_checkpoint(source, grown, config, **how)
+    # To convert, the quantized model has to fit in memory.
+    with TemporaryDirectory(dir=journal.growing()) as temporary:
         native = Path(temporary) / "native"
         report = quantize_checkpoint(source, native, config, **how)
         trusted = request.trust_remote_code
-        convert_checkpoint(native, out, request.format, report=report, trust_remote_code=trusted)
+        convert_checkpoint(native, grown, request.format, report=report, trust_remote_code=trusted)
     return report

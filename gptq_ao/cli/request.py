@@ -40,6 +40,8 @@ class Request:
         limits: as `--max-memory` has them.
         format: to write.
         push_to_hub: repository to upload the result to.
+        resume: whether to go on with what a run has left.
+        snapshot_every: stages from one snapshot of waiting activations to the next; 0: none.
     """
 
     config: "GPTQConfig"
@@ -56,6 +58,8 @@ class Request:
     dtype: Dtype
     push_to_hub: str | None
     trust_remote_code: bool
+    resume: bool
+    snapshot_every: int
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.
@@ -129,6 +133,12 @@ def _request(
     dtype: DtypeOption = Dtype.auto,
     push_to_hub: Annotated[str | None, typer.Option(help="Repository of the hub to upload OUT to.")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last stage that a run to OUT has finished, if one has.")
+    ] = False,
+    snapshot_every: Annotated[
+        int, typer.Option(min=0, help="Stages after which waiting activations are kept, too; 0: never.")
+    ] = 0,
 ) -> Request:
     from gptq_ao.config import gptq_config
 
@@ -166,6 +176,8 @@ def _request(
         dtype,
         push_to_hub,
         trust_remote_code,
+        resume,
+        snapshot_every,
     )
 
 

@@ -42,7 +42,7 @@ from gptq_ao.planning.prepare import Prepared, with_selection
 from gptq_ao.report import Choice, Decision, Unit
 from gptq_ao.solver.hessian import Hessian
 
-__all__ = ["check_possible", "choose_precision"]
+__all__ = ["check_possible", "choose_precision", "with_precision"]
 
 LEFT = "automatic precision: left at 16 bits"
 
@@ -71,12 +71,12 @@ def check_possible(job: Job) -> None:
         )
 
 
-def choose_precision(job: Job, prepared: Prepared) -> tuple[Prepared, tuple[Decision, ...]]:
-    """Replace `target_bits` in the settings of `prepared` by bits. Reads the weights and changes nothing.
+def choose_precision(job: Job, prepared: Prepared) -> tuple[Decision, ...]:
+    """Choose the bits of all weights whose settings have `target_bits`. Reads the weights and changes nothing.
 
     Raises:
-        ConfigError: nothing is left to choose for, or to quantize; the target is smaller than the smallest candidates
-            take; there are no gradients (see `expected_harm`).
+        ConfigError: nothing is left to choose for; the target is smaller than the smallest candidates take; there are
+            no gradients (see `expected_harm`).
         NonFiniteError, SolverError: see each message.
     """
     settings = {n: c for n, c in prepared.selection.settings.items() if c.target_bits is not None}
@@ -87,14 +87,22 @@ def choose_precision(job: Job, prepared: Prepared) -> tuple[Prepared, tuple[Deci
     units = _units(job.model, prepared, settings, costs)
     counts = [sum(job.model.get_parameter(name).numel() for name in unit.names) for unit in units]
     chosen = allocate(units, _budget(job.config, units, sum(counts)))
-    bits = {name: choice.bits for unit, choice in zip(units, chosen, strict=True) for name in unit.names}
+    return tuple(Decision(*each) for each in zip(units, chosen, counts, strict=True))
+
+
+def with_precision(job: Job, prepared: Prepared, decisions: Sequence[Decision]) -> Prepared:
+    """`prepared` with the bits that were chosen in place of `target_bits`.
+
+    Raises:
+        ConfigError: nothing is left to quantize.
+    """
+    bits = {name: decision.chosen.bits for decision in decisions for name in decision.unit.names}
     selection = _with_bits(prepared.selection, bits)
     if not selection.settings:
         raise ConfigError(
             f"target_bits={job.config.target_bits} leaves every weight as it is: nothing would be quantized. Give less"
         )
-    decisions = (Decision(*each) for each in zip(units, chosen, counts, strict=True))
-    return with_selection(job, prepared, selection), tuple(decisions)
+    return with_selection(job, prepared, selection)
 
 
 def _units(

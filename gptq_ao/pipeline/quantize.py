@@ -3,11 +3,13 @@
 prepare → (with target_bits: choose the precision) → per stage: calibrate → solve → rewrite
 """
 
+import contextlib
 import dataclasses
 import resource
 import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -21,6 +23,7 @@ from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
 from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarning
+from gptq_ao.journal.journal import Journal
 from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.sharded import check_whole
@@ -32,7 +35,8 @@ from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
 from gptq_ao.pipeline.agreement import check_agreement, with_all_ranks
-from gptq_ao.pipeline.precision import check_possible, choose_precision
+from gptq_ao.pipeline.journaled import begin, decided, notes_of_journal, waiting_batches, write_decisions
+from gptq_ao.pipeline.precision import check_possible, choose_precision, with_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
@@ -63,6 +67,8 @@ def quantize_(
     progress: Progress | None = None,
     distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
+    journal: str | Path | Journal | None = None,
+    snapshot_every: int = 0,
 ) -> Report | None:
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced. Wrappers
     that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and
@@ -86,6 +92,13 @@ def quantize_(
             quantized model and the same report. What one rank raises, all raise, with its number. `device` and
             `max_memory` are for each rank.
         process_group: those of this group, in place of all.
+        journal: a directory, empty or missing, to keep what is finished in: the solved weights of each stage, as much
+            as the quantized weights take, and the choice that `target_bits` is for. If there is the journal of such a
+            run already, this one goes on after its last finished stage, with the same result; see docs/large-models.md.
+            It stays when all is done, until you have saved the model and remove it. None: nothing is kept. Of several
+            ranks the first keeps it.
+        snapshot_every: after so many stages the journal keeps the activations that wait, too, in place of those before:
+            what comes before them need not run again. 0: never. Not for several ranks.
 
     Returns:
         What was done, per weight; None for another library's config.
@@ -93,6 +106,7 @@ def quantize_(
     Raises:
         CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, RankError, SolverError, StrictError:
         see each message.
+        CheckpointError: the journal is damaged or in use, or cannot be written. (That of another run is a ConfigError.)
         Whatever is raised, the model is as it was, unless a note on the exception says that there was no room to keep
         the weights that had been replaced: then the model has to be loaded again.
     """
@@ -106,15 +120,30 @@ def quantize_(
     parameters = WeakValueDictionary(model.named_parameters())
     on_gpu = next((p.device for p in model.parameters() if p.is_cuda), None)
     ranks = Ranks.of(distributed, process_group, on_gpu if device is None else torch.device(device))
-    with own_precision(), ranks.together():
+    with own_precision(), ranks.together(), _opened(journal, snapshot_every, ranks) as opened:
         job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress, ranks)
-        report = quantize_weights(job, origin_of(model))
+        report = quantize_weights(dataclasses.replace(job, journal=opened), origin_of(model))
     behind = left_behind(parameters, model)
     if behind is None:
         return report
     if ranks.first:
         warnings.warn(behind, TrainingWarning, stacklevel=2)
     return dataclasses.replace(report, warnings=(*report.warnings, behind))
+
+
+def _opened(
+    journal: str | Path | Journal | None, snapshot_every: int, ranks: Ranks
+) -> contextlib.AbstractContextManager[Journal | None]:
+    if journal is None and snapshot_every:
+        raise ConfigError(
+            f"snapshot_every={snapshot_every!r} is about a journal, and there is none: give journal=DIRECTORY"
+        )
+    if not ranks.first:
+        return contextlib.nullcontext()
+    if journal is None or isinstance(journal, Journal):
+        return contextlib.nullcontext(journal)
+    how = f"quantize_(…, journal={str(journal)!r}) of the original model"
+    return Journal(Path(journal), resume=True, required=True, how=how, snapshot_every=snapshot_every)
 
 
 def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
@@ -186,13 +215,22 @@ def _quantize(job: Job) -> Report:
                 "max_memory cannot be kept, since the model cannot be captured as one graph: all batches would wait in "
                 f"the middle of a forward. {e}"
             ) from e
+        if job.journal is not None and job.journal.required:
+            raise ConfigError(
+                "nothing could be kept of this run to go on with, since the model cannot be captured as one graph, and "
+                f"all of its forwards are under way until the end: leave out journal, resume and snapshots. {e}"
+            ) from e
         return _replay(job, job.weights, str(e))
     with job.clock("plan"):
+        begin(job, prepared)
         _check(job, prepared.selection)
-    decisions: tuple[Decision, ...] = ()
+    decisions: tuple[Decision, ...] = decided(job) or ()
     if job.config.target_bits is not None:
         with job.clock("precision"):
-            prepared, decisions = choose_precision(job, prepared)
+            if not decisions:
+                decisions = choose_precision(job, prepared)
+                write_decisions(job, decisions)
+            prepared = with_precision(job, prepared, decisions)
     if job.ranks.first:
         prepared.warn(deeper=1)
     if prepared.calibrated is None:
@@ -202,7 +240,8 @@ def _quantize(job: Job) -> Report:
             budget, left = waiting_budget(job, prepared)
             if left is not None and isinstance(job.weights, RestorableWeights):
                 job.weights.keep_at_most(left, job.device)
-        with ActivationStore(job.ranks.share(prepared.calibrated.batches), job.device, budget) as store:
+            batches = waiting_batches(job, prepared.calibrated.plan)
+        with ActivationStore(batches or job.ranks.share(prepared.calibrated.batches), job.device, budget) as store:
             done = run_plan(job, prepared.calibrated, store)
             waiting = store.peak
     return dataclasses.replace(_report(job, done, prepared, waiting), precision=decisions)
@@ -283,6 +322,10 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
 
 def _check(job: Job, selection: Selection) -> None:
     job.weights.check(selection.settings, lambda: result_size(job.model, selection))
+    if job.journal is not None:
+        settings = selection.settings
+        kept = sum(layout.packed(settings[n].recipe).nbytes for n, layout in selection.layouts.items())
+        job.journal.check_space(kept + (result_size(job.model, selection) if job.journal.ours else 0))
 
 
 def _notes(job: Job, prepared: Prepared) -> tuple[str, ...]:
@@ -326,5 +369,5 @@ def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Map
         peak_bytes=peak,
         warnings=prepared.warnings,
         capture="export" if "capture" in job.clock.seconds else "none",
-        notes=_notes(job, prepared),
+        notes=(*_notes(job, prepared), *notes_of_journal(job)),
     )

@@ -4,6 +4,7 @@ The pipeline is that of `quantize_`. Only its weights are elsewhere: read from t
 needs them, written to the new checkpoint when they are solved, and read back from there by the segment that follows.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.files.output_directory import check_empty
 from gptq_ao.checkpoint.native.write import CheckpointWriter
 from gptq_ao.checkpoint.origin import Origin
 from gptq_ao.checkpoint.source import Source, open_source
 from gptq_ao.config import GPTQConfig
 from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CheckpointError
+from gptq_ao.journal.journal import Journal, journal_beside
 from gptq_ao.model.inspection import check_values
+from gptq_ao.pipeline.journaled import facts_of_files
 from gptq_ao.pipeline.quantize import quantize_weights
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import MaxMemory
@@ -29,7 +33,7 @@ from gptq_ao.tensor import GroupTensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["quantize_checkpoint"]
+__all__ = ["journal_of", "quantize_checkpoint"]
 
 
 def quantize_checkpoint(
@@ -47,6 +51,8 @@ def quantize_checkpoint(
     progress: Progress | None = None,
     distributed: bool = False,
     process_group: "ProcessGroup | None" = None,
+    resume: bool | Journal = False,
+    snapshot_every: int = 0,
 ) -> Report:
     """Quantize the Hugging Face model in the directory `source` and write it to the directory `out`, as `quantize_` and
     `save_quantized` would, tensor by tensor the same. At no time is the model in memory: only the weights that run or
@@ -61,26 +67,67 @@ def quantize_checkpoint(
         trust_remote_code: whether to run code that came with the model, if that is what makes it.
         tokenizer: to be saved with the model.
         max_shard_bytes: size of the files, and of the part of the result that is held in memory.
+        resume: whether to go on with what a run to `out` that did not end has left, in a hidden directory beside it, if
+            there is such; see docs/large-models.md. If not, such work is an error, and nothing of it is removed.
+        snapshot_every: see `quantize_`.
 
     Raises:
         CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, RankError, SolverError: as
             `quantize_`.
         CheckpointError: `source` is unsafe, incomplete or does not fit its config; `out` holds something; the disk is
-            full. Nothing is left at `out`, whatever is raised.
+            full; another process writes there, or a run that did not end has left its work and `resume` is False.
+            Nothing is left at `out`, whatever is raised; beside it, what was finished is.
     """
     ranks = Ranks.of(distributed, process_group, None if device is None else torch.device(device))
     with ranks.together(), ExitStack() as until_done:
         if not Path(source).is_dir():
             raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
-        writer = until_done.enter_context(CheckpointWriter(Path(out), max_shard_bytes)) if ranks.first else None
+        journal, writer = None, None
+        if ranks.first:
+            journal = resume if isinstance(resume, Journal) else None
+            if journal is None:
+                how = f"quantize_checkpoint(…, {str(out)!r}, …, resume=True)"
+                opening = journal_of(Path(out), resume=bool(resume), how=how, snapshot_every=snapshot_every)
+                journal = until_done.enter_context(opening)
+            writer = until_done.enter_context(CheckpointWriter(Path(out), max_shard_bytes, journal.growing()))
         opened = open_source(Path(source), dtype, trust_remote_code=trust_remote_code)
         origin = Origin.at(Path(source), opened.ignored)
         weights = CheckpointWeights(opened, writer)
-        report = quantize_weights(Job.of(weights, config, filter_fn, device, max_memory, progress, ranks), origin)
-        if writer is not None:
+        job = Job.of(weights, config, filter_fn, device, max_memory, progress, ranks)
+        job = dataclasses.replace(job, journal=journal, source=facts_of_files(Path(source)))
+        report = quantize_weights(job, origin)
+        if writer is not None and journal is not None:
             writer.add_rest(weights.model, weights.get)
+            journal.written()
             writer.finish_checkpoint(weights.model, tokenizer, report, origin)
+            if not isinstance(resume, Journal):
+                journal.remove()
     return report
+
+
+def journal_of(out: Path, *, resume: bool, how: str, snapshot_every: int) -> Journal:
+    """That of a run to `out`, where nothing is.
+
+    Args:
+        how: to go on with it.
+
+    Raises:
+        CheckpointError: see `quantize_checkpoint`.
+    """
+    place = journal_beside(out)
+    try:
+        check_empty(out)
+    except CheckpointError as e:
+        if place.is_dir() and not place.is_symlink():
+            with Journal(place, resume=True, how=how, ours=True) as journal:
+                # Nothing was there when it began, and nothing is written into a place that is not locked.
+                if journal.step("written") is not None:
+                    journal.remove()
+                    raise CheckpointError(
+                        f"{out} is complete: the run that wrote it was ended when all was done"
+                    ) from e
+        raise
+    return Journal(place, resume=resume, required=resume, how=how, snapshot_every=snapshot_every, ours=True)
 
 
 class CheckpointWeights:

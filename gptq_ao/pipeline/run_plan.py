@@ -13,9 +13,10 @@ from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.config import GPTQConfig
 from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.model.weights import Weights
-from gptq_ao.passes.calibrate import calibrate
+from gptq_ao.passes.calibrate import calibrate, run_only
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Layout, Part, Plan, Program, Selection, SharedInput, Stage, twin_of
+from gptq_ao.pipeline.journaled import JournaledStages
 from gptq_ao.pipeline.solve_together import expert_hessians, join_parts, round_matrix, solve_together
 from gptq_ao.pipeline.solved_part import SolvedPart
 from gptq_ao.pipeline.spread import each_expert
@@ -34,6 +35,7 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
     settings, layouts = plan.selection.settings, plan.selection.layouts
     done: list[WeightReport] = []
     adapters: dict[str, LowRank] = {}
+    journal = JournaledStages(job, plan)
     originals = _Originals(program, plan)
     parameters = program.parameters
     last = {parameters[s]: n for n, g in enumerate(plan.segments, 1) for s in g.statics if s in parameters}
@@ -51,24 +53,43 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
             view.add_(change.to(view))  # what was dequantized belongs to nobody else
         return value
 
+    def put(whole: SolvedPart, number: int) -> None:
+        name = whole.part.weight
+        originals.keep(name, weights)
+        done.append(rewrite(weights, layouts[name], whole, settings[name], number))
+        if done[-1].adapter is not None:
+            adapters[name] = done[-1].adapter
+
+    def forget(number: int) -> None:  # before solving, which needs the room
+        originals.forget(number)
+        for each in done:
+            if last.get(each.name, 0) <= number:
+                weights.release(each.name)
+
+    journal.start()
     with job.steps(len(plan.stages), "stage") as steps:
         for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
             with steps.step(stage.inputs[0].weights[0].removesuffix(".weight")):
-                with job.clock("calibrate"):
-                    hessians = calibrate(segment, stage, store, static, job.ranks)
-                    originals.forget(number)  # before solving, which needs the room
-                    for each in done:
-                        if last.get(each.name, 0) <= number:
-                            weights.release(each.name)
-                with job.clock("solve"), torch.no_grad():
-                    for layout, matrix, parts in _solve(job, plan, stage, hessians):
-                        name = parts[0].part.weight
-                        originals.keep(name, weights)
-                        whole = join_parts(parts, matrix, settings[name])
-                        done.append(rewrite(weights, layout, whole, settings[name], number))
-                        if done[-1].adapter is not None:
-                            adapters[name] = done[-1].adapter
-                del hessians, layout, matrix, parts, whole  # the next segment needs the room
+                if journal.has(number):
+                    with job.clock("calibrate"):
+                        if number > journal.skipped:
+                            run_only(segment, store, static, job.ranks)
+                        forget(number)
+                    with job.clock("solve"), torch.no_grad():
+                        for whole in journal.solved(number):
+                            put(whole, number)
+                else:
+                    with job.clock("calibrate"):
+                        hessians = calibrate(segment, stage, store, static, job.ranks)
+                        forget(number)
+                    with job.clock("solve"), torch.no_grad():
+                        for matrix, parts in _solve(job, plan, stage, hessians):
+                            whole = join_parts(parts, matrix, settings[parts[0].part.weight])
+                            journal.add(number, whole, settings[whole.part.weight])
+                            put(whole, number)
+                    del hessians, matrix, parts  # the next segment needs the room
+                del whole
+                journal.finish(number, store, segment)
     return done
 
 
@@ -112,13 +133,15 @@ def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQCo
         bytes=sum(getattr(packed, n).nbytes for n in packed.__tensor_flatten__()[0]),
         original_bytes=parameter.nbytes,
         fallback=solved.fallback,
-        adapter=None if solved.adapter is None else LowRank(solved.adapter.A.cpu(), solved.adapter.B.cpu()),
+        adapter=None
+        if solved.adapter is None
+        else LowRank(solved.adapter.A.cpu().contiguous(), solved.adapter.B.cpu().contiguous()),
     )
 
 
 def _solve(
     job: Job, plan: Plan, stage: Stage, hessians: tuple[tuple[Hessian, ...], ...]
-) -> Iterator[tuple[Layout, Tensor, list[SolvedPart]]]:
+) -> Iterator[tuple[Tensor, list[SolvedPart]]]:
     """Each weight of a stage with all its parts, as soon as the last of them is solved."""
     layouts, settings = plan.selection.layouts, plan.selection.settings
     # A weight may be in several of the stage's inputs, by its parts, and in each of them once per expert.
@@ -146,7 +169,7 @@ def _solve(
             solved.setdefault(name, []).append(part)
             missing[name] -= 1
             if not missing[name]:  # at once, not at the end of the stage: what is packed takes a fraction of the room
-                yield layouts[name], matrices.pop(name), solved.pop(name)
+                yield matrices.pop(name), solved.pop(name)
 
 
 def grids_of(job: Job, parts: Iterable[Part]) -> dict[Part, tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from gptq_ao.solver.factor import Factor, factor
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.solution import Solution
 
-__all__ = ["each_expert", "factor_on_one", "names_of_parts", "rows_gathered", "rows_of_each"]
+__all__ = ["each_expert", "factor_on_one", "gathered", "names_of_parts", "rows_gathered", "rows_of_each"]
 
 T = TypeVar("T")
 
@@ -75,10 +75,10 @@ def each_expert(
         yield from solve(experts[0], ranks)
     else:
         mine = (part for expert in ranks.share(experts) for part in solve(expert, ALONE))
-        yield from _gathered(ranks, mine, device)
+        yield from gathered(ranks, mine, device)
 
 
-def _gathered(ranks: Ranks, solved: Iterable[SolvedPart], device: torch.device) -> Iterator[SolvedPart]:
+def gathered(ranks: Ranks, solved: Iterable[SolvedPart], device: torch.device) -> Iterator[SolvedPart]:
     """Those of all ranks, in their order."""
     if ranks.size == 1:
         yield from solved
@@ -110,7 +110,7 @@ def rows_gathered(
     if ranks.size == 1:  # each part is a piece; as soon as it is there
         yield from solved
         return
-    everything = list(_gathered(ranks, solved, device))
+    everything = list(gathered(ranks, solved, device))
     for part in parts:
         pieces = [p for p in everything if p.part.weight == part.weight and part.start <= p.part.start < part.stop]
         first, names = pieces[0], ("codes", "scale", "zero_point")

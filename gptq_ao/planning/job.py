@@ -1,7 +1,8 @@
 """What was asked for: a model, how to quantize it, and with what. Planning and the pipeline carry it along."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from gptq_ao.calibration.batches import Batch, read_batches
 from gptq_ao.config import GPTQConfig
 from gptq_ao.distributed.ranks import ALONE, Ranks
+from gptq_ao.journal.journal import Journal
 from gptq_ao.model.inspection import check_unquantized, name_filter
 from gptq_ao.model.weights import Weights
 from gptq_ao.planning.limits import Limits, MaxMemory, read_limits
@@ -33,6 +35,8 @@ class Job:
         grids: scales [rows, groups] and zero points that a weight has already, and may keep.
         lenient: see `choose_weights`.
         ranks: the processes that do it together; all have the same weights and batches, and share the work.
+        journal: of what is finished, to be written and gone on with; None: there is none.
+        source: what tells the weights from others, for the journal; None: their values.
         clock: collects the seconds of each phase.
     """
 
@@ -46,6 +50,8 @@ class Job:
     grids: Callable[[str], tuple[Tensor, Tensor] | None] = lambda name: None
     lenient: bool = False
     ranks: Ranks = ALONE
+    journal: Journal | None = None
+    source: Mapping[str, Any] | None = None
     clock: Clock = field(default_factory=Clock)
 
     @classmethod

@@ -92,14 +92,21 @@ def test_a_filter_and_another_dtype(tmp_path: Path) -> None:
     assert {p.dtype for p in load_quantized(tmp_path / "out").parameters()} == {torch.float32}
 
 
-def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_leaves_nothing_but_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = saved("llama", tmp_path / "model")
     out, config = tmp_path / "out", gptq_config(4, 32, calibration=token_batches())
 
-    def fails(error: type[BaseException], message: str) -> None:
-        with pytest.raises(error, match=message):
+    def fails(error: type[BaseException], message: str, finished: int = 0) -> None:
+        with pytest.raises(error, match=message) as e:
             quantize_checkpoint(directory, out, config, max_shard_bytes=9_000)
-        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+        journal = tmp_path / ".out.journal"
+        assert {p.name for p in tmp_path.iterdir()} == {"model", *([journal.name] if finished else [])}
+        if finished:
+            assert f"({finished} stages) is kept in {journal}" in e.value.__notes__[-1]
+            assert not any(p.is_dir() and any(p.iterdir()) for p in journal.iterdir())  # nothing half-written
+            with pytest.raises(CheckpointError, match=r"\.out\.journal holds the work of a run that did not end"):
+                quantize_checkpoint(directory, out, config)
+            shutil.rmtree(journal)
 
     solved = []
 
@@ -115,17 +122,17 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     solve_together = run_plan.solve_together
     with monkeypatch.context() as patch:
         patch.setattr(run_plan, "solve_together", interrupt)
-        fails(KeyboardInterrupt, "stop")
+        fails(KeyboardInterrupt, "stop", 6)
     assert len(solved) == 7
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
         fails(CheckpointError, r"the disk of .*out is full: \d+ bytes needed, 10 free")
     with monkeypatch.context() as patch:
         patch.setattr(write.CheckpointWriter, "finish", lambda *_: (_ for _ in ()).throw(OSError("gone")))
-        fails(OSError, "gone")
+        fails(OSError, "gone", 8)
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(directory, lambda t: {n: v.fill_(float("nan")) if n == name else v for n, v in t.items()})
-    fails(NonFiniteError, rf"8192 elements of '{name}' \(128, 64\) are NaN or infinite")
+    fails(NonFiniteError, rf"8192 elements of '{name}' \(128, 64\) are NaN or infinite", 6)
     rewrite(directory, lambda t: {n: v for n, v in t.items() if n != NORM})
     fails(CheckpointError, "it lacks 'model.norm.weight'")
 

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.files.durable import sync_tree
 from gptq_ao.checkpoint.files.model_config import config_of
 from gptq_ao.checkpoint.files.paths import INDEX
 from gptq_ao.checkpoint.files.shards import ShardWriter
@@ -29,18 +30,23 @@ __all__ = ["OutputDirectory", "as_json", "check_empty"]
 class OutputDirectory:
     """To be used in a `with` statement, which removes what is not finished.
 
+    Args:
+        within: where to put the temporary directory, on the same disk, if what it is made of will be removed when it
+            has its name, so that it has to be on the disk by then; None: beside `directory`.
+
     Raises:
         CheckpointError: the directory holds something, or cannot be written.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+    def __init__(self, directory: Path, max_shard_bytes: int, within: Path | None = None) -> None:
         check_empty(directory)
         # Without links and ".": it is its name that a finished directory gets.
         self.directory = directory = directory.resolve()
         with self._disk_errors():
             directory.parent.mkdir(parents=True, exist_ok=True)
-            # In the same parent, so on the same disk: a rename there is one step, with nothing to copy.
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+            # On the same disk, as in the same parent: a rename there is one step, with nothing to copy.
+            place, self._durable = within or directory.parent, within is not None
+            self._temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=place))
         self._shards = ShardWriter(self._temporary, max_shard_bytes)
 
     def __enter__(self) -> "OutputDirectory":
@@ -101,6 +107,8 @@ class OutputDirectory:
             for name, text in {INDEX: as_json(index), **texts}.items():
                 (self._temporary / name).write_text(text, encoding="utf-8")
             self._temporary.chmod(0o755)  # mkdtemp makes it private
+            if self._durable:
+                sync_tree(self._temporary)
             # The very last step: a directory that has its name is complete.
             self._temporary.replace(self.directory)
 

@@ -37,8 +37,8 @@ def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
 class CheckpointWriter(OutputDirectory):
     """A checkpoint in the native format while it is written; see `OutputDirectory`."""
 
-    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
-        super().__init__(directory, max_shard_bytes)
+    def __init__(self, directory: Path, max_shard_bytes: int, within: Path | None = None) -> None:
+        super().__init__(directory, max_shard_bytes, within)
         self._entries: dict[str, QuantizedEntry] = {}
         self._dense: dict[str, dict[str, Any]] = {}
         self._tied: dict[str, str] = {}
