@@ -35,8 +35,10 @@ from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.passes.tracing.explain import explain
 from gptq_ao.passes.tracing.functional import make_functional
 from gptq_ao.passes.tracing.known_values import known_values
+from gptq_ao.passes.tracing.layer_calls import layer_calls
 from gptq_ao.passes.tracing.stand_in import first_names, running_device, stand_in
 from gptq_ao.passes.tracing.transformers_help import check_no_assumption, own_formulas, transformers_help
+from gptq_ao.passes.tracing.unroll import NotRepeatable, unroll
 
 __all__ = ["calibration_mode", "capture"]
 
@@ -90,9 +92,11 @@ def _captured(
     device: torch.device,
     rigid: frozenset[tuple[int, int]],
     fixed: frozenset[int] = frozenset(),
+    repeats: bool = True,
 ) -> Program:
     """
     Args:
+        repeats: layers that are alike are traced twice only, as far as nothing stands against it.
         rigid: (position among the flattened inputs, axis) of the sizes that become part of the graph.
         fixed: positions of the inputs whose values do.
     """
@@ -107,6 +111,7 @@ def _captured(
         stand_in(model, device, mode),
         own_formulas(model),
         _plain_signature(model, sample, fixed, device) as (args, kwargs),
+        layer_calls(model) if repeats else contextlib.nullcontext() as layers,
         _uncollected(),
         warnings.catch_warnings(),
         tracing(TracingContext(mode)),  # torch.export takes its fake mode from there
@@ -121,11 +126,20 @@ def _captured(
             with contextlib.redirect_stderr(io.StringIO()):  # on failure, torch prints the graph up to there
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             # The fast way first: run_decompositions traces the whole model once more.
-            if not make_functional(exported.graph_module):
+            if make_functional(exported.graph_module):
+                unroll(exported.graph, exported.graph_signature.inputs_to_lifted_tensor_constants)
+            elif layers is None or not layers.repeated:
                 exported = exported.run_decompositions({})
+            else:
+                raise NotRepeatable("the graph has to be traced again as a whole")
         except Exception as e:  # torch.export raises whatever the model's forward raises
-            raise CaptureError(explain(e)) from e
-    return _program(exported, batch, first_name, env)
+            if layers is None or not layers.repeated:
+                raise CaptureError(explain(e)) from e
+        else:
+            program = _program(exported, batch, first_name, env)
+            return dataclasses.replace(program, repeated=0 if layers is None else layers.repeated)
+    # Of the model as a whole: without copies of layers it may go well, and only then is its error the user's.
+    return _captured(model, batch, device, rigid, fixed, repeats=False)
 
 
 @contextlib.contextmanager

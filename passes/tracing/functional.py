@@ -16,6 +16,8 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 
+from gptq_ao.passes.tracing.layer_calls import LAYER
+
 __all__ = ["make_functional"]
 
 aten = torch.ops.aten
@@ -31,7 +33,7 @@ def make_functional(module: fx.GraphModule) -> bool:
     """In place. False if there is more to do, for which `ExportedProgram.run_decompositions({})` has to trace again: a
     write that has no counterpart or needs real alias analysis, autocast, a body that computes something."""
     _inline_modes(module)
-    bodies = any(isinstance(n.target, HigherOrderOperator) for n in module.graph.nodes)
+    bodies = any(isinstance(n.target, HigherOrderOperator) and n.target is not LAYER for n in module.graph.nodes)
     return not bodies and _replace_writes(module.graph)
 
 
