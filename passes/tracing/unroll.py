@@ -84,4 +84,3 @@ def _copy_in_place_of(call: fx.Node, body: list[fx.Node], end: fx.Node) -> None:
         user.replace_all_uses_with(now[made[user.args[1]]])
         graph.erase_node(user)
     graph.erase_node(call)
-

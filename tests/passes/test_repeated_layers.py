@@ -72,7 +72,9 @@ def assert_equal(one: Program, other: Program) -> None:
         return type(a) is type(b) and repr(a) == repr(b)
 
     def rest(program: Program) -> list[fx.Node]:
-        return [n for n in program.graph.nodes if n.name not in program.constants and (n.op == "output" or not is_size(n))]
+        return [
+            n for n in program.graph.nodes if n.name not in program.constants and (n.op == "output" or not is_size(n))
+        ]
 
     assert len(rest(first)) == len(rest(second))
     for a, b in zip(rest(first), rest(second), strict=True):

@@ -1,0 +1,64 @@
+"""The observers of a segment, for fake tensors."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gptq_ao.passes.records import Segment, SharedInput, Stage
+from gptq_ao.solver.hessian import HessianObserver
+
+__all__ = ["FakeObserver", "fake_observers"]
+
+
+class FakeObserver(HessianObserver):
+    """Its sums are there from the beginning, and rows that are sorted by expert fall to them evenly."""
+
+    panel = 2**62  # one product takes as much memory as one after the other, and less time to predict
+
+    def __init__(self, shared: SharedInput, calls: Sequence[fx.Node], device: torch.device) -> None:
+        super().__init__(shared.in_features, shared.experts)
+        k = shared.in_features
+        self._sum = torch.zeros((shared.experts, k, k), dtype=torch.float32, device=device)
+        originals, streams = zip(*(call.args[3:] for call in calls), strict=True)  # see `observe`
+        if any(node is not None for node in originals):
+            self._drift = torch.zeros((k, k), dtype=torch.float32, device=device)
+        widths = [now.meta["val"].shape[-1] for now, _ in streams[0]]
+        self._residuals = tuple(torch.zeros((width, k), dtype=torch.float32, device=device) for width in widths)
+        self.seen = 0  # rows
+
+    @property
+    def compares(self) -> bool:
+        """Whether it sees what is otherwise in the original model."""
+        return self._drift is not None or bool(self._residuals)
+
+    def restart(self) -> int:
+        """Rows that were seen since the last call."""
+        seen, self.seen = self.seen, 0
+        return seen
+
+    def forward(self, x: Tensor, *others: Any) -> None:
+        self.seen += x.numel() // self.in_features
+        super().forward(x, *others)
+
+    def _bounds(self, x: Tensor, offsets: Tensor) -> list[int]:
+        # A fake has no values: rows are divided equally, which takes as much memory and work in all.
+        return [x.shape[0] * i // self.experts for i in range(self.experts + 1)]
+
+
+@contextlib.contextmanager
+def fake_observers(stage: Stage, segment: Segment, device: torch.device) -> Iterator[list[FakeObserver]]:
+    """Within, the segment's observers, in the order of the stage's inputs, take fakes."""
+    before = {shared.name: segment.module.get_submodule(shared.name) for shared in stage.inputs}
+    fakes = []
+    for shared in stage.inputs:
+        calls = segment.module.graph.find_nodes(op="call_module", target=shared.name)
+        fakes.append(FakeObserver(shared, calls, device))
+        setattr(segment.module, shared.name, fakes[-1])
+    try:
+        yield fakes
+    finally:
+        for name, observer in before.items():
+            setattr(segment.module, name, observer)
