@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from gptq_ao.errors import PassError
+from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.products.operators import (
     ASSERTIONS,
     CASTS,
@@ -61,7 +62,7 @@ def canonicalize(program: Program, device: torch.device | None = None) -> Progra
                 (node.args, node.kwargs), lambda a: device if isinstance(a, torch.device) else a
             )
     graph.lint()
-    result = Program(**{**vars(program), "module": fx.GraphModule(program.module, graph)})
+    result = Program(**{**vars(program), "module": graph_module(program.module, graph)})
     _check(program, result)
     return result
 

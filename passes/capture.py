@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from gptq_ao.calibration.batches import Batch
 from gptq_ao.errors import CaptureError
+from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.records import Program, static_size
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.passes.tracing.explain import explain
@@ -38,7 +39,7 @@ from gptq_ao.passes.tracing.known_values import known_values
 from gptq_ao.passes.tracing.layer_calls import layer_calls
 from gptq_ao.passes.tracing.stand_in import first_names, running_device, stand_in
 from gptq_ao.passes.tracing.transformers_help import check_no_assumption, own_formulas, transformers_help
-from gptq_ao.passes.tracing.unroll import NotRepeatable, unroll
+from gptq_ao.passes.tracing.unroll import NotRepeatableError, unroll
 
 __all__ = ["calibration_mode", "capture"]
 
@@ -128,12 +129,12 @@ def _captured(
             # The fast way first: run_decompositions traces the whole model once more.
             if make_functional(exported.graph_module):
                 unroll(exported.graph, exported.graph_signature.inputs_to_lifted_tensor_constants)
-            elif layers is None or not layers.repeated:
+            elif layers is None or not layers.took_part:
                 exported = exported.run_decompositions({})
             else:
-                raise NotRepeatable("the graph has to be traced again as a whole")
+                raise NotRepeatableError("the graph has to be traced again as a whole")
         except Exception as e:  # torch.export raises whatever the model's forward raises
-            if layers is None or not layers.repeated:
+            if layers is None or not layers.took_part:
                 raise CaptureError(explain(e)) from e
         else:
             program = _program(exported, batch, first_name, env)
@@ -283,7 +284,6 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
     (output,) = exported.graph.find_nodes(op="output")
     kinds = [s.kind for s in exported.graph_signature.output_specs]
     output.args = (tuple(v for v, k in zip(output.args[0], kinds, strict=True) if k == OutputKind.USER_OUTPUT),)
-    exported.graph_module.recompile()
 
     flat, spec = pytree.tree_flatten((batch.args, batch.kwargs))
     ranges = {}
@@ -291,7 +291,7 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
         low, high = (float(b) if b.is_finite else float("inf") for b in (r.lower, r.upper))
         ranges[symbol] = (0.0 if low <= 2 else low, high)  # a lower bound of 2 only says "not 0 or 1"
     return Program(
-        exported.graph_module,
+        graph_module(exported.graph_module, exported.graph),
         parameters,
         buffers,
         constants,

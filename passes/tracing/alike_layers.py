@@ -42,18 +42,28 @@ class Alike:
 
     @contextlib.contextmanager
     def watched(self, layer: nn.Module) -> Iterator[set[Place]]:
-        """Yields the varying attributes that are read within; of a class of its own, which notes it, is every module
-        that has some."""
+        """Yields the varying attributes that are read within. They are taken out of the modules' dicts, so that Python
+        asks `nn.Module.__getattr__` for them, which looks into a table that notes it."""
         reads: set[Place] = set()
-        changed = [(name, m) for name, m in layer.named_modules() if self.varying.get(name)]
-        classes = [(m, type(m)) for _, m in changed]
+        taken: list[tuple[nn.Module, dict[str, Any], Any]] = []
         try:
-            for name, m in changed:
-                m.__class__ = _noting(type(m), name, self.varying[name], reads)
+            for name, m in layer.named_modules():
+                keys = self.varying.get(name, frozenset())
+                # Where Python finds it in the class, or asks another function, nobody can tell whether it is read.
+                asked = type(m).__getattr__ is nn.Module.__getattr__
+                hidden = {key for key in keys if not asked or hasattr(type(m), key)}
+                reads |= {(name, key) for key in hidden}
+                own = {key: vars(m)[key] for key in keys - hidden if key in vars(m)}
+                table = vars(m)["_modules"]
+                taken.append((m, own, table))
+                vars(m)["_modules"] = _Noting(table, own, keys - hidden, name, reads)
+                for key in own:
+                    del vars(m)[key]
             yield reads
         finally:
-            for m, before in classes:
-                m.__class__ = before
+            for m, own, modules in taken:
+                vars(m)["_modules"] = modules
+                vars(m).update(own)
 
     def agree(self, one: nn.Module, other: nn.Module, reads: Iterable[Place]) -> bool:
         """Whether two layers have the same of what a forward has read."""
@@ -201,24 +211,20 @@ def _same_plain(a: Any, b: Any) -> bool:
     return type(a) is type(b) and type(a) in _PLAIN and a == b and repr(a) == repr(b)
 
 
-def _noting(cls: type, name: str, keys: frozenset[str], reads: set[Place]) -> type:
-    """A class like `cls`, of which nobody can tell it, that notes which of the attributes are read."""
+class _Noting(dict[str, Any]):
+    """A table of modules, in which other attributes are found, too. It notes which of `keys` are asked for: that one is
+    not there is an answer as well."""
 
-    def noting(key: str) -> property:
-        def read(self: nn.Module) -> Any:
-            reads.add((name, key))
-            return vars(self)[key] if key in vars(self) else getattr(super(made, self), key)
+    def __init__(
+        self, modules: dict[str, Any], own: dict[str, Any], keys: frozenset[str], name: str, reads: set[Place]
+    ) -> None:
+        super().__init__(modules)
+        self._own, self._keys, self._name, self._reads = own, keys, name, reads
 
-        def write(self: nn.Module, value: Any) -> None:
-            vars(self)[key] = value
+    def __contains__(self, key: object) -> bool:
+        if key in self._keys:
+            self._reads.add((self._name, str(key)))
+        return key in self._own or super().__contains__(key)
 
-        def delete(self: nn.Module) -> None:
-            del vars(self)[key]
-
-        return property(read, write, delete)
-
-    # What the class itself computes (a property) reads its parts through other attributes.
-    own = {k: noting(k) for k in keys if not hasattr(type(getattr(cls, k, None)), "__set__")}
-    body = {**own, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    made: Any = type(cls)(cls.__name__, (cls,), body)
-    return made
+    def __getitem__(self, key: str) -> Any:
+        return self._own[key] if key in self._own else super().__getitem__(key)

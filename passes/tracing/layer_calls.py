@@ -86,15 +86,20 @@ class _Traced:
     number: int | None = None
 
 
-class _Unclear(Exception):
+class _UnclearError(Exception):
     """Of an input, it cannot be said when another is the same."""
 
 
 class LayerCalls:
-    """What is known of the layers that have run. `repeated`: how many were not traced."""
+    """What is known of the layers that have run.
+
+    Attributes:
+        repeated: how many were not traced.
+        took_part: whether any of them ran otherwise than it would have.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.repeated = 0
+        self.repeated, self.took_part = 0, False
         self._groups = alike_layers(model)
         grouped = {m for group in self._groups for layer in group.layers for m in layer.modules()}
         self._around = [m for m in model.modules() if m not in grouped]
@@ -127,19 +132,20 @@ class LayerCalls:
         try:
             key = (spec, *_forms(leaves), *_ambient(tensors))
             inputs, own = _proxies(tensors, tracer), _proxies(weights, tracer)
-        except _Unclear:
+        except _UnclearError:
             return forward(*args, **kwargs)
         around = state(self._around, tensors=True)
         known = self._traced[group]
         earlier = [t for t in known if t.key == key and same_state(t.around, around)]
         for t in earlier:
             if t.number is not None and group.agree(t.layer, layer, t.reads or ()):
-                self.repeated += 1
+                self.repeated, self.took_part = self.repeated + 1, True
                 return _repeat(t, tensors, inputs, own, tracer)
 
         last = next(iter(reversed(tracer.graph.nodes)))
         inside = state(layer.modules(), tensors=True)
-        # The first of all runs as it is: the second has to make the same graph although it is watched.
+        # The first of all runs as it is: the second has to make the same graph, although it is watched.
+        self.took_part |= bool(known)
         with group.watched(layer) if known else contextlib.nullcontext() as reads:
             result = forward(*args, **kwargs)
         nodes = []
@@ -222,7 +228,7 @@ def _forms(leaves: list[Any]) -> Iterator[Any]:
         elif isinstance(leaf, Tensor):
             yield _Same(leaf), leaf._version
         else:
-            raise _Unclear
+            raise _UnclearError
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,11 +259,11 @@ def _proxies(tensors: list[Any], tracer: Any) -> list[Any]:
     """What they are in the graph.
 
     Raises:
-        _Unclear: not in it, or a constant, whose value Python may ask for.
+        _UnclearError: not in it, or a constant, whose value Python may ask for.
     """
     slots = [get_proxy_slot(t, tracer, None) for t in tensors]
     if any(slot is None or slot.constant is not None for slot in slots):
-        raise _Unclear
+        raise _UnclearError
     return [slot.proxy for slot in slots]
 
 

@@ -91,7 +91,8 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Every attribute of every module is, afterwards, the object it was, with the parameters, modules and hooks it had."""
+    """Every attribute of every module is, afterwards, the object it was, and holds the tensors, modules and hooks that
+    it held."""
     saved = [(m, dict(vars(m)), {t: vars(m)[t].copy() for t in _TABLES & vars(m).keys()}) for m in model.modules()]
     try:
         yield

@@ -145,3 +145,317 @@ def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = capture(model, as_batch(TOKENS))
     assert_equal(found, traced_wholly(model, TOKENS, monkeypatch))
     assert found.repeated == repeated
+
+
+class Layer(nn.Module):
+    """Its number differs from layer to layer, and is not read."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x).relu()
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {}
+
+
+def case(repeated: int, stack: type[Stack] = Stack, count: int = 6, **attributes: Any) -> Callable[[Any], Any]:
+    """Layers with the decorated forward, in a stack; or a stack with the decorated forward of usual layers, if that is
+    its first argument's name. `attributes`: functions of a layer's number."""
+
+    def register(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def build() -> nn.Module:
+            names = forward.__code__.co_varnames
+            kind = Layer if names[0] == "model" else type("Own", (Layer,), {"forward": forward})
+            layers = [kind(i) for i in range(count)]
+            for i, layer in enumerate(layers):
+                for name, value in attributes.items():
+                    setattr(layer, name, value(i))
+            of = type("OwnStack", (stack,), {"forward": forward}) if names[0] == "model" else stack
+            return of(layers)
+
+        CASES[forward.__name__] = (build, repeated)
+        return forward
+
+    return register
+
+
+@case(4)
+def number_not_read(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x)
+
+
+@case(0)
+def number_in_the_graph(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x) * self.number
+
+
+@case(0)
+def number_in_a_branch(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x).relu() if self.number > 3 else self.linear(x)
+
+
+@case(0)
+def number_as_an_index(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x) * [1.0, 1.0, 1.0, 2.0, 3.0, 4.0][self.number]
+
+
+@case(2, period=lambda i: i % 2)
+def every_other_layer(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x).relu() if self.period else self.linear(x).tanh()
+
+
+@case(3, period=lambda i: i == 3)
+def one_layer_of_another_kind(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x).relu() if self.period else self.linear(x).tanh()
+
+
+@case(0, scale=lambda i: torch.tensor(1.0 + i))
+def constants_of_their_own(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x) * self.scale
+
+
+@case(4)
+def constants_made_in_the_forward(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x) + torch.tensor([1.0] * 8, dtype=x.dtype)
+
+
+@case(0, shared=lambda i, calls=[]: calls)
+def counts_its_calls_in_a_list_of_all(self: Any, x: Tensor) -> Tensor:
+    self.shared.append(1)
+    try:
+        return self.linear(x) * len(self.shared)
+    finally:
+        self.shared.clear() if len(self.shared) == 6 else None
+
+
+@case(0)
+def asks_for_what_only_some_have(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x) * (2 if hasattr(self, f"only_{self.number}") else 1)
+
+
+@case(4)
+def gives_back_its_input_too(self: Any, x: Any) -> Any:
+    x, y = x if isinstance(x, tuple) else (x, x + 1)
+    return self.linear(x), y
+
+
+@case(0)
+def gives_back_a_view_of_its_input(self: Any, x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
+
+
+@case(0)
+def writes_to_its_input(self: Any, x: Tensor) -> Tensor:
+    return x.add_(self.linear(x))
+
+
+@case(4)
+def writes_to_its_own(self: Any, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    y[:, 2:4].mul_(2)
+    return y.add_(x)
+
+
+@case(0)
+def stores_what_it_has_seen(self: Any, x: Tensor) -> Tensor:
+    self.last = x
+    return self.linear(x)
+
+
+@case(4)
+def another_mode_inside(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return self.linear(x)
+
+
+@case(0)
+def one_module_in_all_places(model: Any, x: Tensor) -> Tensor:
+    for _ in range(5):
+        x = model.layers[0](x)
+    return x
+
+
+@case(4)
+def all_outputs_are_collected(model: Any, x: Tensor) -> list[Tensor]:
+    seen = [x]
+    for layer in model.layers:
+        seen.append(layer(seen[-1]))
+    return seen
+
+
+@case(2)
+def ends_early(model: Any, x: Tensor) -> Tensor:
+    for i, layer in enumerate(model.layers):
+        x = layer(x)
+        if i == 3:
+            break
+    return x
+
+
+@case(4)
+def writes_to_outputs_of_layers(model: Any, x: Tensor) -> Tensor:
+    for layer in model.layers:
+        x = layer(x)
+        x += 1
+        x[:, :2].mul_(3)
+    return x
+
+
+@case(0)
+def tells_the_layers_where_they_are(model: Any, x: Tensor) -> Tensor:
+    for i, layer in enumerate(model.layers):
+        layer.now = i
+        x = layer(x)
+    return x
+
+
+@case(0)
+def sizes_that_grow(model: Any, x: Tensor) -> Tensor:
+    for layer in model.layers:
+        x = torch.cat([layer(x), x])
+    return x
+
+
+@case(4)
+def a_chain_of_values_beside(model: Any, x: Tensor) -> Tensor:
+    before = x
+    for layer in model.layers:
+        x, before = layer(x) + before, x
+    return x
+
+
+SEEN: list[Tensor] = []
+
+
+class Leaking(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        SEEN.append(y)
+        return y.relu()
+
+
+class OfLeaks(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.clear()
+        x = super().forward(x)
+        y = sum(SEEN)
+        SEEN.clear()
+        return x + y
+
+
+class Cached(Layer):
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        if "key" not in cache:
+            cache["key"] = self.linear(x)
+        return x + cache["key"]
+
+
+class WithCache(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        cache: dict[str, Tensor] = {}
+        for layer in self.layers:
+            x = layer(x, cache)
+        return x
+
+
+class Buffered(Layer):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.linear(x) + self.count
+
+
+class Typed(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2 if type(self) is Typed and self.__class__ is Typed else 3)
+
+
+class Found(Layer):
+    """What is not there is looked for elsewhere."""
+
+    def __getattr__(self, name: str) -> Any:
+        return 2.0 if name == "factor" else super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.factor
+
+
+class TwoLevels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([Stack([Layer(i) for i in range(n)]) for n in (3, 4, 5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def hooked() -> nn.Module:
+    model = Stack([Layer(i) for i in range(5)])
+    model.layers[3].linear.register_forward_hook(lambda module, args, out: out * 2)
+    return model
+
+
+def tied() -> nn.Module:
+    model = Stack([Layer(i) for i in range(6)])
+    model.layers[4].linear.weight = model.layers[2].linear.weight
+    return model
+
+
+CASES |= {
+    "tensors that leave through a list": (lambda: OfLeaks([Leaking(i) for i in range(5)]), 0),
+    "a cache that layers share": (lambda: WithCache([Cached(i) for i in range(5)]), 0),
+    "a buffer that layers write": (lambda: Stack([Buffered(i) for i in range(5)]), 0),
+    "layers that ask for their class": (lambda: Stack([Typed(i) for i in range(5)]), 3),
+    "attributes that a layer's own function finds": (lambda: Stack([Found(i) for i in range(5)]), 0),
+    "layers in stages": (TwoLevels, 1 + 2 + 3),
+    "a hook in one layer": (hooked, 2),
+    "one module in a list five times": (lambda: Stack([Layer(0)] * 5), 3),
+    "a sequence": (lambda: nn.Sequential(*(Layer(i) for i in range(5))), 3),
+    "a sequence of operators": (lambda: nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(8, 8), nn.GELU()))), 4),
+    "two layers with one weight": (tied, 4),
+    "layers of two sizes": (
+        lambda: Stack([*(Layer(i) for i in range(4)), nn.Linear(8, 8), *(Layer(i) for i in range(2))]),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, repeated = CASES[name]
+    model = seeded(build())
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    before = [(type(m), dict(vars(m))) for m in model.modules()]
+    found = capture(model, as_batch((x,)))
+    assert [(type(m), vars(m)) for m in model.modules()] == before
+    assert_equal(found, traced_wholly(model, (x,), monkeypatch))
+    program = canonicalize(found)
+    values = {p: model.get_parameter(n).detach() for p, n in program.parameters.items()}
+    values |= {p: model.get_buffer(n) for p, n in program.buffers.items()} | dict(program.constants)
+    (name_of_x,) = program.inputs
+    got = program.module(*({**values, name_of_x: x.clone()}[p] for p in program.placeholders))
+    with torch.no_grad():
+        wanted = torch.utils._pytree.tree_leaves(model(x.clone()))
+    assert len(got) == len(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert found.repeated == repeated
