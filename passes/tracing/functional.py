@@ -40,8 +40,10 @@ def make_functional(module: fx.GraphModule) -> bool:
 def _inline_modes(module: fx.GraphModule) -> None:
     graph = module.graph
     # Until there are none: an inlined body may contain further calls.
-    while calls := [(n, body) for n in graph.nodes if (body := _body(n)) is not None]:
-        for node, (name, arguments) in calls:
+    while calls := [n for n in graph.nodes if _body(n) is not None]:
+        for node in calls:
+            # Only now: what an earlier call returned has been replaced among the arguments.
+            name, arguments = _body(node)  # type: ignore[misc]
             inner = getattr(module, name).graph
             values = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
             with graph.inserting_before(node):
@@ -118,7 +120,8 @@ def _replace_writes(graph: fx.Graph) -> bool:
                     now[whole] = graph.call_function(
                         _PARTS[part.target], (before, now[part], *part.args[1:]), part.kwargs
                     )
-                    now[whole].meta.update(whole.meta)
+                    # It belongs to where the write is, not to where the whole comes from.
+                    now[whole].meta.update({**node.meta, "val": whole.meta["val"]})
                     part = whole
     for node in reversed(chains):
         graph.erase_node(node)

@@ -32,7 +32,8 @@ def unroll(graph: fx.Graph, constants: Iterable[str] = ()) -> None:
     bodies: dict[Any, list[fx.Node]] = {}
     calls = [n for n in graph.nodes if n.target is LAYER]
     for node in graph.nodes:
-        if NUMBER in node.meta and node.target is not LAYER:
+        # A placeholder has it from what it stands for: a constant of the layer.
+        if NUMBER in node.meta and node.op != "placeholder":
             bodies.setdefault(node.meta[NUMBER], []).append(node)
     ends = {n.args[1]: n for n in calls if n.args[0] == "traced"}
     for number, end in ends.items():
@@ -42,9 +43,8 @@ def unroll(graph: fx.Graph, constants: Iterable[str] = ()) -> None:
             _copy_in_place_of(call, bodies.get(call.args[1], []), ends[call.args[1]])
     for end in ends.values():
         graph.erase_node(end)
-    for body in bodies.values():
-        for node in body:
-            del node.meta[NUMBER]
+    for node in graph.nodes:
+        node.meta.pop(NUMBER, None)
     graph.lint()
 
 

@@ -170,6 +170,18 @@ class Stack(nn.Module):
         return x
 
 
+class Behind(nn.Module):
+    """What comes first decides how wide the input is, so that all layers get the same."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(self.first(x))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {}
 
 
@@ -248,7 +260,7 @@ def asks_for_what_only_some_have(self: Any, x: Tensor) -> Tensor:
     return self.linear(x) * (2 if hasattr(self, f"only_{self.number}") else 1)
 
 
-@case(4)
+@case(3)
 def gives_back_its_input_too(self: Any, x: Any) -> Any:
     x, y = x if isinstance(x, tuple) else (x, x + 1)
     return self.linear(x), y
@@ -283,7 +295,7 @@ def another_mode_inside(self: Any, x: Tensor) -> Tensor:
         return self.linear(x)
 
 
-@case(0)
+@case(3)
 def one_module_in_all_places(model: Any, x: Tensor) -> Tensor:
     for _ in range(5):
         x = model.layers[0](x)
@@ -373,6 +385,12 @@ class WithCache(Stack):
         return x
 
 
+class Chained(Layer):
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        cache["last"] = self.linear(x) + cache.get("last", x)
+        return x + cache["last"]
+
+
 class Buffered(Layer):
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -423,7 +441,8 @@ def tied() -> nn.Module:
 
 CASES |= {
     "tensors that leave through a list": (lambda: OfLeaks([Leaking(i) for i in range(5)]), 0),
-    "a cache that layers share": (lambda: WithCache([Cached(i) for i in range(5)]), 0),
+    "a cache that the first layer fills": (lambda: WithCache([Cached(i) for i in range(5)]), 2),
+    "a cache that all layers write": (lambda: WithCache([Chained(i) for i in range(5)]), 0),
     "a buffer that layers write": (lambda: Stack([Buffered(i) for i in range(5)]), 0),
     "layers that ask for their class": (lambda: Stack([Typed(i) for i in range(5)]), 3),
     "attributes that a layer's own function finds": (lambda: Stack([Found(i) for i in range(5)]), 0),
@@ -443,7 +462,7 @@ CASES |= {
 @pytest.mark.parametrize("name", CASES)
 def test_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, repeated = CASES[name]
-    model = seeded(build())
+    model = seeded(Behind(build()))
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     before = [(type(m), dict(vars(m))) for m in model.modules()]
     found = capture(model, as_batch((x,)))
