@@ -18,7 +18,6 @@ from ..models import seeded
 
 TOKENS = {"input_ids": torch.randint(0, 90, (2, 40), generator=torch.Generator().manual_seed(0))}
 SMALL = {
-    "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_attention_heads": 4,
@@ -89,61 +88,51 @@ def assert_equal(one: Program, other: Program) -> None:
         match[a] = b
 
 
-def of_transformers(kind: str, **settings: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        config = transformers.AutoConfig.for_model(kind, **settings)
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-    return build
+def of_transformers(kind: str, **settings: Any) -> nn.Module:
+    config = transformers.AutoConfig.for_model(kind, vocab_size=96, **settings)
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
+    return auto.from_config(config).eval()
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "llama": (of_transformers("llama", **SMALL, num_hidden_layers=5), 3),
-    "llama, all hidden states, by hooks in the layers": (of_transformers("llama", **SMALL, num_hidden_layers=4, output_hidden_states=True), 0),
-    "llama, attention weights, by hooks in the layers": (
-        of_transformers("llama", **SMALL, num_hidden_layers=4, output_attentions=True, attn_implementation="eager"),
+BERT = {k: SMALL[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Settings, and how many layers are repeated.
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "llama": ({**SMALL, "num_hidden_layers": 5}, 3),
+    "llama, hidden states, by hooks in its layers": (
+        {**SMALL, "num_hidden_layers": 4, "output_hidden_states": True},
         0,
     ),
-    "gpt2": (of_transformers("gpt2", vocab_size=96, n_embd=32, n_head=4, n_layer=5), 3),
+    "llama, attention weights, by hooks in its layers": (
+        {**SMALL, "num_hidden_layers": 4, "output_attentions": True, "attn_implementation": "eager"},
+        0,
+    ),
+    "gpt2": ({"n_embd": 32, "n_head": 4, "n_layer": 5}, 3),
     "gpt2, scaled by the number of the layer": (
-        of_transformers(
-            "gpt2", vocab_size=96, n_embd=32, n_head=4, n_layer=4, scale_attn_by_inverse_layer_idx=True
-        ),
+        {"n_embd": 32, "n_head": 4, "n_layer": 4, "scale_attn_by_inverse_layer_idx": True},
         0,
     ),
-    "opt": (
-        of_transformers(
-            "opt", vocab_size=96, hidden_size=32, ffn_dim=48, num_attention_heads=4, num_hidden_layers=4,
-            word_embed_proj_dim=32,
-        ),
-        2,
+    "opt": ({**BERT, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 4}, 2),
+    "bert": ({**BERT, "num_hidden_layers": 4}, 2),
+    "t5, a bias that all layers hand on": ({"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 5, "num_heads": 4}, 4),
+    "qwen3_moe, one layer without experts": ({**SMALL, **MOE, "num_hidden_layers": 6, "mlp_only_layers": [1]}, 3),
+    "gemma2, every other layer": ({**SMALL, "num_hidden_layers": 6, "sliding_window": 8}, 2),
+    "gemma3_text, every third layer": (
+        {**SMALL, "num_hidden_layers": 9, "sliding_window": 8, "sliding_window_pattern": 3},
+        5,
     ),
-    "bert": (
-        of_transformers(
-            "bert", vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=4
-        ),
-        2,
-    ),
-    "qwen3_moe": (
-        of_transformers(
-            "qwen3_moe", **SMALL, num_hidden_layers=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-            mlp_only_layers=[1],
-        ),
-        3,
-    ),
-    "gemma3_text, sliding and full attention": (
-        of_transformers("gemma3_text", **SMALL, num_hidden_layers=9, sliding_window=8, sliding_window_pattern=3), 5
-    ),
-    "gemma2": (of_transformers("gemma2", **SMALL, num_hidden_layers=6, sliding_window=8), 2),
-}  # fmt: skip
+}
+SHORT = ("llama", "gpt2")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in MODELS])
 def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build, repeated = MODELS[name]
-    model = seeded(build())
-    found = capture(model, as_batch(TOKENS))
-    assert_equal(found, traced_wholly(model, TOKENS, monkeypatch))
+    settings, repeated = MODELS[name]
+    model = seeded(of_transformers(name.partition(",")[0], **settings))
+    inputs = {**TOKENS, "decoder_input_ids": TOKENS["input_ids"][:, :16]} if name.startswith("t5") else TOKENS
+    found = capture(model, as_batch(inputs))
+    assert not any(m._forward_hooks for m in model.modules())  # transformers adds some in the first forward
+    assert_equal(found, traced_wholly(model, inputs, monkeypatch))
     assert found.repeated == repeated
 
 
