@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.products.operators import (
     ASSERTIONS,
     CASTS,
@@ -29,6 +28,7 @@ from gptq_ao.passes.products.operators import (
     op_name,
 )
 from gptq_ao.passes.records import Program
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["canonicalize"]
 

@@ -30,11 +30,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from gptq_ao.calibration.batches import Batch
 from gptq_ao.errors import CaptureError
-from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.records import Program, static_size
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.passes.tracing.explain import explain
 from gptq_ao.passes.tracing.functional import make_functional
+from gptq_ao.passes.tracing.graph_module import graph_module
 from gptq_ao.passes.tracing.known_values import known_values
 from gptq_ao.passes.tracing.layer_calls import layer_calls
 from gptq_ao.passes.tracing.stand_in import first_names, running_device, stand_in

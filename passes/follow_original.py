@@ -12,8 +12,8 @@ import dataclasses
 
 from torch import fx
 
-from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.records import Plan, Program, Segment, twin, twin_of
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["follow_original", "last_reads"]
 

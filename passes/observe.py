@@ -13,8 +13,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.records import Plan, Rows, Segment, SharedInput, Stage, twin
+from gptq_ao.passes.tracing.graph_module import graph_module
 from gptq_ao.solver.hessian import HessianObserver, gathered_mask
 
 __all__ = ["observe", "uncompensated"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from gptq_ao.errors import ConfigError
-from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.products.operators import gathered, op_name
 from gptq_ao.passes.records import LinearSite, Program, Rows, dim, static_size
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["reach_all_experts", "same_choice"]
 

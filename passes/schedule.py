@@ -25,9 +25,9 @@ import networkx as nx
 from torch import fx
 
 from gptq_ao.errors import PassError
-from gptq_ao.passes.graph_module import graph_module
 from gptq_ao.passes.products.residual_stream import added_to
 from gptq_ao.passes.records import LinearSite, Part, Plan, Program, Rows, Segment, Selection, SharedInput, Stage
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["schedule"]
 

@@ -1,6 +1,6 @@
 """Layers that are alike are traced twice and copied: the graph is that of the whole trace, node by node."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -149,7 +149,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -381,6 +381,8 @@ class Chained(Layer):
 
 
 class Buffered(Layer):
+    count: Tensor
+
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.register_buffer("count", torch.zeros(1))
@@ -417,15 +419,15 @@ class TwoLevels(nn.Module):
 
 
 def hooked() -> nn.Module:
-    model = Stack([Layer(i) for i in range(5)])
-    model.layers[3].linear.register_forward_hook(lambda module, args, out: out * 2)
-    return model
+    layers = [Layer(i) for i in range(5)]
+    layers[3].linear.register_forward_hook(lambda module, args, out: out * 2)
+    return Stack(layers)
 
 
 def tied() -> nn.Module:
-    model = Stack([Layer(i) for i in range(6)])
-    model.layers[4].linear.weight = model.layers[2].linear.weight
-    return model
+    layers = [Layer(i) for i in range(6)]
+    layers[4].linear.weight = layers[2].linear.weight
+    return Stack(layers)
 
 
 CASES |= {
@@ -458,10 +460,12 @@ def test_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(type(m), vars(m)) for m in model.modules()] == before
     assert_equal(found, traced_wholly(model, (x,), monkeypatch))
     program = canonicalize(found)
-    values = {p: model.get_parameter(n).detach() for p, n in program.parameters.items()}
+    values: dict[str, Any] = {p: model.get_parameter(n).detach() for p, n in program.parameters.items()}
     values |= {p: model.get_buffer(n) for p, n in program.buffers.items()} | dict(program.constants)
     (name_of_x,) = program.inputs
-    got = program.module(*({**values, name_of_x: x.clone()}[p] for p in program.placeholders))
+    assert name_of_x is not None
+    values[name_of_x] = x.clone()
+    got = program.module(*(values[p] for p in program.placeholders))
     with torch.no_grad():
         wanted = torch.utils._pytree.tree_leaves(model(x.clone()))
     assert len(got) == len(wanted)

@@ -54,9 +54,14 @@ def test_equal_segments_are_simulated_once(
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
 def test_more_layers_are_no_more_segments_to_simulate(effort: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
+    ran: list[Any] = []
     run = module._Simulation.run_segment
-    monkeypatch.setattr(module._Simulation, "run_segment", lambda self, *a: (ran.append(1), run(self, *a))[1])
+
+    def counted(self: Any, program: Any, stage: Any, segment: Any) -> Any:
+        ran.append(segment)
+        return run(self, program, stage, segment)
+
+    monkeypatch.setattr(module._Simulation, "run_segment", counted)
     footprint(model_of("llama", 3), "cpu", effort=effort)
     few = len(ran)
     footprint(model_of("llama", 6), "cpu", effort=effort)
