@@ -28,6 +28,7 @@ from gptq_ao.passes.products.operators import (
     op_name,
 )
 from gptq_ao.passes.records import Program
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["canonicalize"]
 
@@ -61,7 +62,7 @@ def canonicalize(program: Program, device: torch.device | None = None) -> Progra
                 (node.args, node.kwargs), lambda a: device if isinstance(a, torch.device) else a
             )
     graph.lint()
-    result = Program(**{**vars(program), "module": fx.GraphModule(program.module, graph)})
+    result = Program(**{**vars(program), "module": graph_module(program.module, graph)})
     _check(program, result)
     return result
 

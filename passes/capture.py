@@ -34,9 +34,12 @@ from gptq_ao.passes.records import Program, static_size
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.passes.tracing.explain import explain
 from gptq_ao.passes.tracing.functional import make_functional
+from gptq_ao.passes.tracing.graph_module import graph_module
 from gptq_ao.passes.tracing.known_values import known_values
+from gptq_ao.passes.tracing.layer_calls import layer_calls
 from gptq_ao.passes.tracing.stand_in import first_names, running_device, stand_in
 from gptq_ao.passes.tracing.transformers_help import check_no_assumption, own_formulas, transformers_help
+from gptq_ao.passes.tracing.unroll import NotRepeatableError, unroll
 
 __all__ = ["calibration_mode", "capture"]
 
@@ -90,9 +93,11 @@ def _captured(
     device: torch.device,
     rigid: frozenset[tuple[int, int]],
     fixed: frozenset[int] = frozenset(),
+    repeats: bool = True,
 ) -> Program:
     """
     Args:
+        repeats: layers that are alike are traced twice only, as far as nothing stands against it.
         rigid: (position among the flattened inputs, axis) of the sizes that become part of the graph.
         fixed: positions of the inputs whose values do.
     """
@@ -107,6 +112,7 @@ def _captured(
         stand_in(model, device, mode),
         own_formulas(model),
         _plain_signature(model, sample, fixed, device) as (args, kwargs),
+        layer_calls(model) if repeats else contextlib.nullcontext() as layers,
         _uncollected(),
         warnings.catch_warnings(),
         tracing(TracingContext(mode)),  # torch.export takes its fake mode from there
@@ -121,11 +127,20 @@ def _captured(
             with contextlib.redirect_stderr(io.StringIO()):  # on failure, torch prints the graph up to there
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             # The fast way first: run_decompositions traces the whole model once more.
-            if not make_functional(exported.graph_module):
+            if make_functional(exported.graph_module):
+                unroll(exported.graph, exported.graph_signature.inputs_to_lifted_tensor_constants)
+            elif layers is None or not layers.took_part:
                 exported = exported.run_decompositions({})
+            else:
+                raise NotRepeatableError("the graph has to be traced again as a whole")
         except Exception as e:  # torch.export raises whatever the model's forward raises
-            raise CaptureError(explain(e)) from e
-    return _program(exported, batch, first_name, env)
+            if layers is None or not layers.took_part:
+                raise CaptureError(explain(e)) from e
+        else:
+            program = _program(exported, batch, first_name, env)
+            return dataclasses.replace(program, repeated=0 if layers is None else layers.repeated)
+    # Of the model as a whole: without copies of layers it may go well, and only then is its error the user's.
+    return _captured(model, batch, device, rigid, fixed, repeats=False)
 
 
 @contextlib.contextmanager
@@ -269,7 +284,6 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
     (output,) = exported.graph.find_nodes(op="output")
     kinds = [s.kind for s in exported.graph_signature.output_specs]
     output.args = (tuple(v for v, k in zip(output.args[0], kinds, strict=True) if k == OutputKind.USER_OUTPUT),)
-    exported.graph_module.recompile()
 
     flat, spec = pytree.tree_flatten((batch.args, batch.kwargs))
     ranges = {}
@@ -277,7 +291,7 @@ def _program(exported: ExportedProgram, batch: Batch, first_name: dict[str, str]
         low, high = (float(b) if b.is_finite else float("inf") for b in (r.lower, r.upper))
         ranges[symbol] = (0.0 if low <= 2 else low, high)  # a lower bound of 2 only says "not 0 or 1"
     return Program(
-        exported.graph_module,
+        graph_module(exported.graph_module, exported.graph),
         parameters,
         buffers,
         constants,

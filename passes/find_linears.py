@@ -7,7 +7,6 @@ parameter and its product.
 
 import dataclasses
 import re
-from collections import deque
 from collections.abc import Collection
 
 from torch import fx
@@ -124,7 +123,7 @@ def _refuse_contradictions(sites: list[LinearSite], problems: dict[str, str]) ->
 
 def _with_reasons(sites: list[LinearSite], program: Program, heads: frozenset[str]) -> list[LinearSite]:
     """Say of each site why its weight is left out by default, if it is."""
-    nodes = {n.name: n for n in program.graph.nodes}
+    nodes, choosing = {n.name: n for n in program.graph.nodes}, _choosing(program)
     embedded = {
         program.parameters[n.args[0].name]
         for n in program.graph.nodes
@@ -133,7 +132,7 @@ def _with_reasons(sites: list[LinearSite], program: Program, heads: frozenset[st
 
     def reason(site: LinearSite) -> str | None:
         by_name = left_out_by_name(site.weight, embedded, heads)
-        return by_name or (ROUTER if _chooses(nodes[site.node]) else site.left_out)
+        return by_name or (ROUTER if nodes[site.node] in choosing else site.left_out)
 
     return [dataclasses.replace(s, left_out=reason(s)) for s in sites]
 
@@ -145,24 +144,22 @@ def left_out_by_name(weight: str, embedded: Collection[str], heads: Collection[s
     return "output head" if weight in heads or _HEADS.fullmatch(weight) else None
 
 
-def _chooses(node: fx.Node) -> bool:
-    """Whether the result selects something (top-k, argmax) before any other weight is applied to it."""
-    seen, todo = {node}, deque(node.users)
-    while todo:
-        user = todo.popleft()
-        if user in seen:
-            continue
-        seen.add(user)
-        if op_name(user) in CHOICES:
-            return True
-        # What is chosen after another product is not this weight's choice.
-        if multiplies(user) or op_name(user) in ATTENTION:
-            continue
-        # Another matrix or input takes part. (Parameters of one dimension are biases and scales: routers have those.)
-        if any(i.op == "placeholder" and i not in seen and dim(i) >= 2 for i in user.all_input_nodes):
-            continue
-        todo.extend(user.users)
-    return False
+def _choosing(program: Program) -> set[fx.Node]:
+    """The nodes whose result selects something (top-k, argmax) before any other weight is applied to it."""
+    found: set[fx.Node] = set()
+    # Backwards, so that of all that reads a node it is known. Each node is looked at once, however deep the model is.
+    for node in reversed(program.graph.nodes):
+        if any(op_name(user) in CHOICES or (user in found and not _applies_weights(user)) for user in node.users):
+            found.add(node)
+    return found
+
+
+def _applies_weights(node: fx.Node) -> bool:
+    """What is chosen after another product is not this weight's choice; nor if another matrix or input takes part.
+    (Parameters of one dimension are biases and scales: routers have those.)"""
+    if multiplies(node) or op_name(node) in ATTENTION:
+        return True
+    return any(i.op == "placeholder" and dim(i) >= 2 for i in node.all_input_nodes)
 
 
 def _sources(node: fx.Node, program: Program) -> set[str] | None:

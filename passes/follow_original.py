@@ -13,6 +13,7 @@ import dataclasses
 from torch import fx
 
 from gptq_ao.passes.records import Plan, Program, Segment, twin, twin_of
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["follow_original", "last_reads"]
 
@@ -90,7 +91,7 @@ def _doubled(segment: Segment, twice: set[str], stored: set[str]) -> Segment:
     outputs = [first[by_name[n]] for n in segment.writes] + [second[by_name[n]] for n in segment.writes if n in twice]
     graph.output(tuple(outputs))
     graph.lint()
-    return Segment(fx.GraphModule(segment.module, graph), reads, statics, writes, _with_twins(segment.keeps, kept))
+    return Segment(graph_module(segment.module, graph), reads, statics, writes, _with_twins(segment.keeps, kept))
 
 
 def _with_twins(names: tuple[str, ...], twice: set[str]) -> tuple[str, ...]:

@@ -8,11 +8,13 @@ streams that are observed.
 
 import dataclasses
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from gptq_ao.errors import PassError
 from gptq_ao.passes.records import Plan, Rows, Segment, SharedInput, Stage, twin
+from gptq_ao.passes.tracing.graph_module import graph_module
 from gptq_ao.solver.hessian import HessianObserver, gathered_mask
 
 __all__ = ["observe", "uncompensated"]
@@ -68,16 +70,17 @@ def _with_observers(segment: Segment, inputs: tuple[SharedInput, ...], compensat
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(segment.module.graph, copies))
-    module = fx.GraphModule(segment.module, graph)  # with the attributes that the graph refers to
+    module = graph_module(segment.module, graph)  # with the attributes that the graph refers to
     by_name = {n.name: copies[n] for n in segment.module.graph.nodes if n in copies}
     # Only values that quantization has changed have a twin.
     twins = {n.name: by_name[twin(n.name)] for n in segment.module.graph.nodes if twin(n.name) in by_name}
+    place = {n: i for i, n in enumerate(graph.nodes)}
     for shared in inputs:
         module.add_submodule(shared.name, HessianObserver(shared.in_features, shared.experts))
         for rows in shared.rows:
             # Pairs: the residual stream as it is now, and as the original model has it.
             streams = [(by_name[r], twins[r]) for _, r in shared.residuals]
-            _insert(graph, shared.name, rows, by_name, twins if shared.name in compensated else {}, streams)
+            _insert(graph, place, shared.name, rows, by_name, twins if shared.name in compensated else {}, streams)
     graph.lint()
     module.recompile()
     return dataclasses.replace(segment, module=module)
@@ -85,6 +88,7 @@ def _with_observers(segment: Segment, inputs: tuple[SharedInput, ...], compensat
 
 def _insert(
     graph: fx.Graph,
+    place: dict[fx.Node, int],
     observer: str,
     rows: Rows,
     by_name: dict[str, fx.Node],
@@ -96,7 +100,6 @@ def _insert(
     original = twins.get(rows.value) if _same_rows(by_name[rows.value], rows) else None
     inputs = [*(by_name[v] for v in rows.values), *(n for pair in streams for n in pair)]
     inputs += [original] if original is not None else []
-    place = {n: i for i, n in enumerate(graph.nodes)}
     last_input = list(graph.find_nodes(op="placeholder"))[-1]  # nothing may stand between placeholders
     # As early as possible: an activation that only the observer still needs is freed right after it.
     with graph.inserting_after(max((*inputs, last_input), key=place.__getitem__)):
@@ -119,7 +122,8 @@ def _insert(
 def _same_rows(value: fx.Node, rows: Rows) -> bool:
     """Whether row i is that of the same token in the original model, whatever a router chose there. Not if rows were
     gathered, sorted by expert, or are as many as the data decides (an unbacked size)."""
-    return rows.offsets is None and not rows.gathers and not free_unbacked_symbols(value.meta["val"])
+    sizes = [s for s in value.meta["val"].shape if isinstance(s, torch.SymInt)]
+    return rows.offsets is None and not rows.gathers and not free_unbacked_symbols(sizes)
 
 
 def _check(plan: Plan) -> None:

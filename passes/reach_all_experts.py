@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from gptq_ao.errors import ConfigError
 from gptq_ao.passes.products.operators import gathered, op_name
 from gptq_ao.passes.records import LinearSite, Program, Rows, dim, static_size
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["reach_all_experts", "same_choice"]
 
@@ -44,7 +45,7 @@ def reach_all_experts(program: Program, sites: tuple[LinearSite, ...]) -> tuple[
         # Only rows sorted by expert (with offsets) depend on the router. All other sites see every token anyway.
         result += _all_tokens(graph, site, sites) if site.rows[0].offsets is not None else [site]
     graph.lint()
-    return dataclasses.replace(program, module=fx.GraphModule(program.module, graph)), tuple(result)
+    return dataclasses.replace(program, module=graph_module(program.module, graph)), tuple(result)
 
 
 def _all_tokens(graph: fx.Graph, site: LinearSite, sites: tuple[LinearSite, ...]) -> list[LinearSite]:

@@ -54,6 +54,7 @@ class Program:
         ranges: symbol of a size to the smallest and the largest value the graph is valid for.
         guards: conditions (SymPy) over the same symbols that the graph relies on: the branches that the model took.
         outputs: the name of each output in the dict (or transformers' `ModelOutput`) that holds it, None elsewhere.
+        repeated: how many layers were not traced, but are copies of the nodes of one like them.
     """
 
     module: fx.GraphModule
@@ -67,6 +68,7 @@ class Program:
     ranges: Mapping[Any, tuple[float, float]]
     guards: tuple[Any, ...] = ()
     outputs: tuple[str | None, ...] = ()
+    repeated: int = 0
 
     @property
     def graph(self) -> fx.Graph:

@@ -19,7 +19,7 @@ one segment only; each stage's activations are computed in its segment, or kept 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import networkx as nx
 from torch import fx
@@ -27,6 +27,7 @@ from torch import fx
 from gptq_ao.errors import PassError
 from gptq_ao.passes.products.residual_stream import added_to
 from gptq_ao.passes.records import LinearSite, Part, Plan, Program, Rows, Segment, Selection, SharedInput, Stage
+from gptq_ao.passes.tracing.graph_module import graph_module
 
 __all__ = ["schedule"]
 
@@ -34,9 +35,12 @@ __all__ = ["schedule"]
 def schedule(program: Program, selection: Selection) -> Plan:
     """The stages of the selected weights, and the graphs that run between them. The program is not changed."""
     nodes = {n.name: n for n in program.graph.nodes}
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
     level = _levels(program, selection.sites, nodes)
     last = max(level[nodes[s.node]] for s in selection.sites)
-    sites_of = [[s for s in selection.sites if level[nodes[s.node]] == k] for k in range(1, last + 1)]
+    sites_of: list[list[LinearSite]] = [[] for _ in range(last)]
+    for s in selection.sites:
+        sites_of[level[nodes[s.node]] - 1].append(s)
     stages = tuple(_stage(sites, selection, level, nodes, k) for k, sites in enumerate(sites_of, 1))
 
     outputs = next(n for n in program.graph.nodes if n.op == "output").all_input_nodes
@@ -51,22 +55,20 @@ def schedule(program: Program, selection: Selection) -> Plan:
     cheap = _cheap(program, static, set(inputs))
 
     # Forward: what each segment computes. Backward: what of it must be kept.
-    live = set(inputs)
+    live = dict.fromkeys(inputs, 0)  # valid value → the segment that makes it
     bodies: list[list[fx.Node]] = []
-    known: list[set[fx.Node]] = []  # valid values before each segment
     for k, wanted in enumerate(targets, 1):
-        known.append(set(live))
-        bodies.append(_needed(program.graph, wanted, live | static))
+        bodies.append(_needed(order, wanted, live, static))
         # The rest is not kept: level k is about to become stale, and cheap values are made again where they are needed.
-        live |= {n for n in bodies[-1] if level[n] < k and n not in cheap}
+        live |= {n: k for n in bodies[-1] if level[n] < k and n not in cheap}
     segments: list[Segment] = []
     keep: set[fx.Node] = set()
-    for body, before, wanted in reversed(list(zip(bodies, known, targets, strict=True))):
+    for k, body, wanted in reversed(list(zip(range(1, len(targets) + 1), bodies, targets, strict=True))):
         # A wanted value may come from an earlier segment, and then no node of this body takes it.
         used = {i for n in body for i in n.all_input_nodes} | set(wanted)
-        reads = [n for n in program.graph.nodes if n in before and n in used]
+        reads = sorted((n for n in used if live.get(n, k) < k), key=order.__getitem__)
         # The tail comes first here. Only its outputs are given: they are the model's, in the model's order.
-        segments.append(_segment(program, body, reads, static, keep, wanted if not segments else None))
+        segments.append(_segment(program, order, body, reads, static, keep, wanted if not segments else None))
         keep = (keep - set(body)) | set(reads)  # what the segment before this one has to hand on
     segments.reverse()
     plan = Plan(stages, tuple(segments[:-1]), segments[-1], selection)
@@ -169,20 +171,23 @@ def _cheap(program: Program, static: set[fx.Node], inputs: set[fx.Node]) -> set[
     return {n for n in program.graph.nodes if n.op == "call_function" and n not in heavy}
 
 
-def _needed(graph: fx.Graph, wanted: Iterable[fx.Node], have: set[fx.Node]) -> list[fx.Node]:
-    """The nodes that compute `wanted` from `have`, in graph order."""
+def _needed(
+    order: dict[fx.Node, int], wanted: Iterable[fx.Node], live: Mapping[fx.Node, int], static: set[fx.Node]
+) -> list[fx.Node]:
+    """The nodes that compute `wanted` from what there is, in graph order."""
     seen: set[fx.Node] = set()
-    todo = [n for n in wanted if n not in have]
+    todo = [n for n in wanted if n not in live and n not in static]
     while todo:
         n = todo.pop()
         if n not in seen:
             seen.add(n)
-            todo += [i for i in n.all_input_nodes if i not in have]
-    return [n for n in graph.nodes if n in seen]
+            todo += [i for i in n.all_input_nodes if i not in live and i not in static]
+    return sorted(seen, key=order.__getitem__)
 
 
 def _segment(
     program: Program,
+    order: dict[fx.Node, int],
     body: list[fx.Node],
     reads: list[fx.Node],
     static: set[fx.Node],
@@ -190,21 +195,24 @@ def _segment(
     outputs: list[fx.Node] | None,
 ) -> Segment:
     used = {i for n in body for i in n.all_input_nodes}
-    statics = [n for n in program.graph.nodes if n in static and n.op == "placeholder" and n in used]
+    statics = sorted((n for n in used & static if n.op == "placeholder"), key=order.__getitem__)
     writes = [n for n in body if n in keep] if outputs is None else outputs
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     # Not handed in like placeholders: graphs, which the segment's module holds itself.
-    attributes = [n for n in static if n.op == "get_attr" and n in used]  # the branches of torch.cond
+    attributes = sorted(
+        (n for n in used & static if n.op == "get_attr"), key=order.__getitem__
+    )  # the branches of torch.cond
+    given = {*reads, *statics}
     for n in (*reads, *statics, *attributes, *body):
-        copies[n] = graph.placeholder(n.name) if n in reads or n in statics else graph.node_copy(n, copies.__getitem__)
+        copies[n] = graph.placeholder(n.name) if n in given else graph.node_copy(n, copies.__getitem__)
         # Stages, stores and observers refer to values by name, so names stay the same in all segments.
         copies[n].name, copies[n].meta = n.name, dict(n.meta)
     graph.output(tuple(copies[n] for n in writes))
     graph.lint()
-    kept = [n for n in program.graph.nodes if n in keep]
+    kept = sorted(keep, key=order.__getitem__)
     names = [tuple(n.name for n in nodes) for nodes in (reads, statics, writes, kept)]
-    return Segment(fx.GraphModule(program.module, graph), names[0], names[1], names[2], names[3])
+    return Segment(graph_module(program.module, graph), names[0], names[1], names[2], names[3])
 
 
 def _check(
@@ -229,7 +237,7 @@ def _check(
             if not wanted <= inside:
                 raise PassError(f"segment {k} does not reach {sorted(wanted - inside)}")
         stored = set(segment.keeps)
-        if not stored <= inside | {n.name for n in program.graph.nodes}:
+        if not stored <= nodes.keys():
             raise PassError(f"segment {k} keeps values that do not exist")
     if {w for s in plan.stages for shared in s.inputs for w in shared.weights} != set(plan.selection.settings):
         raise PassError("a chosen weight is in no stage")

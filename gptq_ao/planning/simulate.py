@@ -4,13 +4,13 @@ Every segment runs once for each distinct shape of batch, with its observers, as
 `pipeline/run_plan.py`; nothing is computed or allocated. What solving takes comes from `solve_cost.py`.
 """
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,14 +21,15 @@ from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.kernels import cuda, reference
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.model.weights import Weights
-from gptq_ao.passes.calibrate import compared, run_segment
+from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Part, Program, Segment, SharedInput, Stage, twin_of
+from gptq_ao.planning.fake_observers import FakeObserver, fake_observers
 from gptq_ao.planning.live_bytes import LiveBytes, storages
 from gptq_ao.planning.prepare import Calibrated, Prepared
+from gptq_ao.planning.segment_forms import Run, SegmentRuns, graph_form, kept, made, value_forms
 from gptq_ao.planning.solve_cost import SolveCost, result_bytes, solve_cost
 from gptq_ao.recipe import Recipe
-from gptq_ao.solver.hessian import HessianObserver
 
 __all__ = ["Footprint", "Work", "fakes_on", "simulate"]
 
@@ -46,11 +47,10 @@ class Work:
     steps: int = 0
     rounded: int = 0
 
-    def add(self, tracker: LiveBytes, times: int) -> None:
-        """What was seen since `tracker.restart`, several times."""
-        for dtype, count in tracker.flops.items():
+    def add(self, flops: Mapping[torch.dtype, int], moved: int, times: int) -> None:
+        for dtype, count in flops.items():
             self.flops[dtype] += times * count
-        self.moved += times * tracker.moved.total()
+        self.moved += times * moved
 
     def add_solve(self, cost: SolveCost, times: int) -> None:
         self.flops[torch.float64] += times * cost.fp64
@@ -141,6 +141,8 @@ class _Simulation:
         self.from_files = 0  # bytes of those, at most
         self.packed: dict[str, PackedTensors] = {}  # on meta, if they are not on the device
         self.packed_bytes: dict[str, int] = {}
+        self.observed: list[Tensor] = []  # what observers hold besides their sums
+        self.ran: dict[Any, SegmentRuns] = {}  # form of a segment and all that it reads → what it took
         self.packings: dict[PackedSpec, tuple[PackedTensors, int]] = {}  # see `pack`
         self.rows: dict[str, int] = {}
         self.calibration, self.solving = Work(), Work()
@@ -177,40 +179,82 @@ class _Simulation:
         last = last_reads(calibrated.program, calibrated.plan)  # weight → the last segment that reads its original
         stages = zip(calibrated.plan.stages, calibrated.plan.segments, strict=True)
         for number, (stage, segment) in enumerate(stages, 1):
-            with _observers(stage, segment, self.device):
+            with fake_observers(stage, segment, self.device):
                 self.calibrate(calibrated.program, stage, segment)
                 self.originals = {n: t for n, t in self.originals.items() if last[n] > number}
                 self.solve(stage, segment, last)
+                self.observed.clear()
 
     def calibrate(self, program: Program, stage: Stage, segment: Segment) -> None:
         times, of_all = Counter(self.turns), Counter(self.all)
         stored = sum(_bytes(self.values[shape]) for shape in self.turns)
-        self.tracker.restart()
-        statics = [self.static(program, name) for name in segment.statics]
-        self.need(self.tracker.peak[self.device.type] - self.samples, stored)
+        # A model has many layers of few kinds, and most of what planning takes would be their operators.
+        reads = [value_forms(before[n] for n in segment.reads) for before in self.values.values()]
+        statics = tuple(self.static_form(program, name) for name in segment.statics)
+        key = (graph_form(stage, segment), statics, tuple(reads))
+        ran = self.ran.get(key) or self.run_segment(program, stage, segment)
+        self.ran[key] = ran
+        self.need(self.live + ran.peak - self.samples, stored)
         running, growth = {}, {}
         # Batches of one shape take the same memory and work: one fake of each runs, and counts as often as it comes.
-        for shape, before in self.values.items():
-            self.tracker.restart()
-            samples = self.samples  # the fakes of all shapes wait here at once; really, all batches do: `stored`
-            written = dict(zip(segment.writes, run_segment(segment, before, statics), strict=True))
-            after = {n: compact(written[n]) if n in written else before[n] for n in segment.keeps}
-            running[shape] = self.tracker.peak[self.device.type] - samples
-            reads = _bytes({n: before[n] for n in segment.reads})
-            self.need(running[shape] + 2 * reads, 0)  # with the batch that follows, on its way
+        for shape, run in zip(self.values, ran.runs, strict=True):
+            before = self.values[shape]
+            # The fakes of all shapes wait here at once; really, all batches do: `stored`.
+            running[shape] = self.live + ran.statics + run.peak - self.samples
+            # With the batch that follows, on its way.
+            self.need(running[shape] + 2 * _bytes({n: before[n] for n in segment.reads}), 0)
+            written = pytree.tree_unflatten(made(run.kept, [before[n] for n in segment.reads]), run.spec)
+            waits = dict(zip((n for n in segment.writes if n in segment.keeps), written, strict=True))
+            after = {n: waits[n] if n in waits else before[n] for n in segment.keeps}
             growth[shape] = _bytes(after) - _bytes(before)
             self.values[shape] = after
-            del before, after, written
-            self.calibration.add(self.tracker, times[shape])
-            for shared in stage.inputs:
-                observer = cast(_Observer, segment.module.get_submodule(shared.name))
-                self.rows[shared.name] = self.rows.get(shared.name, 0) + of_all[shape] * observer.seen // shared.experts
-                observer.seen = 0
+            del before, written, waits, after
+            self.observed.append(torch.empty(run.left, dtype=torch.uint8, device=self.device))
+            self.calibration.add(run.flops, run.moved, times[shape])
+            for shared, seen in zip(stage.inputs, run.rows, strict=True):
+                self.rows[shared.name] = self.rows.get(shared.name, 0) + of_all[shape] * seen // shared.experts
         # In the order of the real batches: what waits grows, or shrinks, with each one that has run.
         for shape in self.turns:
             self.need(running[shape], stored)
             stored += growth[shape]
             self.waiting = max(self.waiting, stored)
+
+    def run_segment(self, program: Program, stage: Stage, segment: Segment) -> SegmentRuns:
+        """What it takes; nothing is different afterwards."""
+        with fake_observers(stage, segment, self.device) as observers:
+            self.tracker.restart()
+            start = self.live
+            statics = [self.static(program, name) for name in segment.statics]
+            peak, alive = self.tracker.peak[self.device.type] - start, self.live - start
+            runs = []
+            for before in self.values.values():
+                self.tracker.restart()
+                start = self.live
+                written = run_segment(segment, before, statics)
+                waits = {n: compact(v) for n, v in zip(segment.writes, written, strict=True) if n in segment.keeps}
+                peak_of_run = self.tracker.peak[self.device.type] - start
+                again = kept([before[n] for n in segment.reads], waits.values())
+                spec = pytree.tree_structure(list(waits.values()))
+                flops, moved = dict(self.tracker.flops), self.tracker.moved.total()
+                del written, waits
+                seen = tuple(observer.restart() for observer in observers)
+                runs.append(Run(peak_of_run, self.live - start, again, spec, flops, moved, seen))
+            del statics
+        return SegmentRuns(peak, alive, tuple(runs))
+
+    def static_form(self, program: Program, placeholder: str) -> Any:
+        """Equal for those that `static` makes in the same way."""
+        of_original = twin_of(placeholder)
+        if of_original is not None:
+            original = self.originals[program.parameters[of_original]]
+            return "original", original.is_meta, *value_forms([original])
+        if placeholder in program.constants:
+            return "constant", *value_forms([program.constants[placeholder]])
+        name = program.buffers.get(placeholder) or program.parameters[placeholder]
+        if name not in self.packed:
+            return "dense", name in self.here, *value_forms([self.here.get(name, self.state[name])])
+        recipe, dtype = self.settings[name].recipe, self.state[name].dtype
+        return "packed", self.layouts[name], recipe, dtype, *value_forms(self.packed[name])
 
     def static(self, program: Program, placeholder: str) -> Any:
         """See `run_plan`."""
@@ -286,7 +330,7 @@ class _Simulation:
         )
 
     def costs(self, shared: SharedInput, segment: Segment) -> Iterator[SolveCost]:
-        compensated = cast(_Observer, segment.module.get_submodule(shared.name)).compares
+        compensated = cast(FakeObserver, segment.module.get_submodule(shared.name)).compares
         alike: dict[Recipe, list[Part]] = {}
         for part in shared.expert(0):
             alike.setdefault(self.settings[part.weight].recipe, []).append(part)
@@ -337,43 +381,6 @@ class _Simulation:
             self.solving.add_solve(cost, 1)
             self.need(self.pack(name), 0)
             del matrix
-
-
-class _Observer(HessianObserver):
-    """Its sums are there from the beginning, and rows that are sorted by expert fall to them evenly."""
-
-    panel = 2**62  # one product takes as much memory as one after the other, and less time to predict
-
-    def __init__(self, shared: SharedInput, segment: Segment, device: torch.device) -> None:
-        super().__init__(shared.in_features, shared.experts)
-        self.start(device, *compared(segment, shared))
-        self.seen = 0  # rows
-
-    @property
-    def compares(self) -> bool:
-        """Whether it sees what is otherwise in the original model."""
-        return self._drift is not None or bool(self._residuals)
-
-    def forward(self, x: Tensor, *others: Any) -> None:
-        self.seen += x.numel() // self.in_features
-        super().forward(x, *others)
-
-    def _bounds(self, x: Tensor, offsets: Tensor) -> list[int]:
-        # A fake has no values: rows are divided equally, which takes as much memory and work in all.
-        return [x.shape[0] * i // self.experts for i in range(self.experts + 1)]
-
-
-@contextlib.contextmanager
-def _observers(stage: Stage, segment: Segment, device: torch.device) -> Iterator[None]:
-    """Within, the segment's observers take fakes."""
-    real = {shared.name: segment.module.get_submodule(shared.name) for shared in stage.inputs}
-    for shared in stage.inputs:
-        setattr(segment.module, shared.name, _Observer(shared, segment, device))
-    try:
-        yield
-    finally:
-        for name, observer in real.items():
-            setattr(segment.module, name, observer)
 
 
 def _bytes(values: Values) -> int:

@@ -16,6 +16,8 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 
+from gptq_ao.passes.tracing.layer_calls import LAYER
+
 __all__ = ["make_functional"]
 
 aten = torch.ops.aten
@@ -31,15 +33,17 @@ def make_functional(module: fx.GraphModule) -> bool:
     """In place. False if there is more to do, for which `ExportedProgram.run_decompositions({})` has to trace again: a
     write that has no counterpart or needs real alias analysis, autocast, a body that computes something."""
     _inline_modes(module)
-    bodies = any(isinstance(n.target, HigherOrderOperator) for n in module.graph.nodes)
+    bodies = any(isinstance(n.target, HigherOrderOperator) and n.target is not LAYER for n in module.graph.nodes)
     return not bodies and _replace_writes(module.graph)
 
 
 def _inline_modes(module: fx.GraphModule) -> None:
     graph = module.graph
     # Until there are none: an inlined body may contain further calls.
-    while calls := [(n, body) for n in graph.nodes if (body := _body(n)) is not None]:
-        for node, (name, arguments) in calls:
+    while calls := [n for n in graph.nodes if _body(n) is not None]:
+        for node in calls:
+            # Only now: what an earlier call returned has been replaced among the arguments.
+            name, arguments = _body(node)  # type: ignore[misc]
             inner = getattr(module, name).graph
             values = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
             with graph.inserting_before(node):
@@ -116,7 +120,8 @@ def _replace_writes(graph: fx.Graph) -> bool:
                     now[whole] = graph.call_function(
                         _PARTS[part.target], (before, now[part], *part.args[1:]), part.kwargs
                     )
-                    now[whole].meta.update(whole.meta)
+                    # It belongs to where the write is, not to where the whole comes from.
+                    now[whole].meta.update({**node.meta, "val": whole.meta["val"]})
                     part = whole
     for node in reversed(chains):
         graph.erase_node(node)

@@ -17,6 +17,9 @@ from gptq_ao.errors import CaptureError
 
 __all__ = ["first_names", "running_device", "stand_in"]
 
+# The dicts and sets in which torch keeps what a module has: parameters, buffers, modules, hooks.
+_TABLES = frozenset(name for name, table in vars(nn.Module()).items() if isinstance(table, dict | set))
+
 
 def running_device(model: nn.Module) -> torch.device:
     """Where a model without an explicit device runs: with its first parameter that is somewhere, else on the CPU."""
@@ -88,9 +91,9 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Every attribute of every module is, afterwards, the object it was."""
-    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    saved = [(m, dict(vars(m)), {t: vars(m)[t].copy() for t in tables}) for m in model.modules()]
+    """Every attribute of every module is, afterwards, the object it was, and holds the tensors, modules and hooks that
+    it held."""
+    saved = [(m, dict(vars(m)), {t: vars(m)[t].copy() for t in _TABLES & vars(m).keys()}) for m in model.modules()]
     try:
         yield
     finally:
