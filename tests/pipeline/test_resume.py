@@ -162,6 +162,30 @@ def test_a_resumed_run_is_the_undisturbed_one(case: str, tmp_path: Path) -> None
     torch.set_rng_state(state)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["default-snapshots", "3-bit-permuted", "noise-snapshots", "experts"])
+def test_on_a_gpu(case: str, tmp_path: Path) -> None:
+    make, settings, every = CASES[case]
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    model = make().cuda()
+    expected: Any = quantize_(model, config(**settings))
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state(states[1])
+    with pytest.raises(StoppedError):
+        quantize_(
+            make().cuda(),
+            config(**settings),
+            journal=tmp_path,
+            snapshot_every=every,
+            progress=stop_after(expected.stages - 1),
+        )
+    torch.rand(7, device="cuda")
+    resumed = make().cuda()
+    report: Any = quantize_(resumed, config(**settings), journal=tmp_path, snapshot_every=every)
+    assert_equal(parts(model), parts(resumed))
+    assert_same_report(expected, report)
+
+
 def test_what_is_finished_is_neither_solved_nor_observed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[str, list[Any]] = {"solved": [], "observed": [], "run": [], "chosen": []}
     solve, observe, run = run_plan._solve, HessianObserver.forward, calibrate.run_segment
