@@ -59,6 +59,7 @@ def test_capture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert lines[2].split()[0] == "8B"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "streaming.py"))
@@ -100,6 +101,7 @@ def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+@pytest.mark.long
 def test_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "loading.py"))
     small = ["--layers", "1", "--width", "2048", "--formats", "gptq", "--devices", "cpu"]

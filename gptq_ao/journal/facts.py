@@ -13,15 +13,23 @@ from gptq_ao.version import VERSION
 
 __all__ = ["differences", "versions"]
 
+PACKAGE = Path(solve.__file__).parents[1]
+# What decides the codes and scales.
+SOLVER = (
+    "solver/*.py",
+    "codes/grid.py",
+    "kernels/columns.py",
+    "kernels/refinement.py",
+    "kernels/triton/columns.py",
+    "kernels/triton/refinement.py",
+)
 _MISSING = "nothing"  # no fact: None is one, such as a rule that leaves a weight out
 
 
 def versions() -> dict[str, Any]:
     """Of what computes."""
     # The files themselves: whoever changes one cannot forget to count on.
-    package = Path(solve.__file__).parents[1]
-    steps = [f"kernels/{place}{name}.py" for place in ("", "triton/") for name in ("columns", "refinement")]
-    sources = [*sorted((package / "solver").glob("*.py")), package / "codes/grid.py", *(package / s for s in steps)]
+    sources = [path for pattern in SOLVER for path in sorted(PACKAGE.glob(pattern))]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {"gptq_ao": VERSION, "code of the solver": f"sha256 {code}", "torch": torch.__version__}
 

@@ -195,20 +195,27 @@ def test_kernels_in_the_interpreter_agree(columns: int, rows: int, bits: int, in
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_kernels_compile_ahead(architecture: int, compile_ahead: Callable[..., Any]) -> None:
-    """Without a GPU; and gradients stay in registers."""
+@pytest.mark.parametrize("tiles", [4, pytest.param(2, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.long)])
+def test_codes_compile_without_spilling(tiles: int, architecture: int, compile_ahead: Callable[..., Any]) -> None:
     from gptq_ao.kernels.triton import refinement
 
-    types = {"codes": "*u8", "scale": "*fp16", "stride": "i32", "rows": "i32", "columns": "i32"}
-    for tiles in (1, 2, 4):
-        constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": refinement.CODE_ROWS}
-        options = {"num_warps": 1, "enable_fp_fusion": True}
-        _, used = compile_ahead(refinement._fit_codes, constants, types, "*fp32", options, architecture)
-        assert used["LOCAL"] == "0"
-    for precision in ("tf32", "tf32x3"):
-        constants = {"SIGNED": True, "COLUMNS": 128, "ROWS": refinement.SCALE_ROWS, "PRECISION": precision}
-        options = {"num_warps": 4, "enable_fp_fusion": True}
-        compile_ahead(refinement._fit_scale, constants, types, "*fp32", options, architecture)
+    constants: dict[str, Any] = {"LEVELS": 15.0, "TILES": tiles, "ROWS": refinement.CODE_ROWS}
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    _, used = compile_ahead(refinement._fit_codes, constants, TYPES, "*fp32", options, architecture)
+    assert used["STACK"] == used["LOCAL"] == "0"
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("precision", ["tf32x3", pytest.param("tf32", marks=pytest.mark.long)])
+def test_scales_compile(precision: str, architecture: int, compile_ahead: Callable[..., Any]) -> None:
+    from gptq_ao.kernels.triton import refinement
+
+    constants = {"SIGNED": True, "COLUMNS": 128, "ROWS": refinement.SCALE_ROWS, "PRECISION": precision}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compile_ahead(refinement._fit_scale, constants, TYPES, "*fp32", options, architecture)
+
+
+TYPES = {"codes": "*u8", "scale": "*fp16", "stride": "i32", "rows": "i32", "columns": "i32"}
 
 
 @pytest.mark.gpu

@@ -294,7 +294,7 @@ def test_another_run_is_refused_by_name(what: str, tmp_path: Path, monkeypatch: 
     elif what == "torch":
         monkeypatch.setattr("torch.__version__", "1.0")
     elif what == "solver":
-        monkeypatch.setattr("gptq_ao.journal.facts.solve.__file__", str(tmp_path / "solver" / "solve.py"))
+        monkeypatch.setattr("gptq_ao.journal.facts.PACKAGE", tmp_path)
     chosen = (lambda module, name: "attention" in name) if what == "filter" else None
     with pytest.raises(
         ConfigError, match=rf"is the journal of another run, which this one cannot go on.*\n.*{message}"

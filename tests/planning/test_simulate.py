@@ -39,7 +39,7 @@ def footprint(model: nn.Module, device: str, **settings: Any) -> Footprint:
     return simulate(weights, prepare(Job.of(weights, config, device="cpu")), torch.device(device))
 
 
-@pytest.mark.parametrize("settings", [{}, {"effort": "fast"}, {"act_order": "group"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"effort": "fast"}, {"act_order": "static"}], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # on the latter, weights are not where they are computed with
 @pytest.mark.parametrize("kind", [k if k == "llama" else pytest.param(k, marks=pytest.mark.long) for k in KINDS])
 def test_equal_segments_are_simulated_once(
