@@ -44,6 +44,22 @@ from gptq_ao.passes.tracing.unroll import NotRepeatableError, unroll
 __all__ = ["calibration_mode", "capture"]
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python does not look for garbage: searching the nodes of a growing graph again and again is a tenth of a trace's
+    time. At the end it does: torch.export leaves objects that refer to each other and to the model, which would be in
+    memory for as long as they are."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.collect(0)  # what was made since
+            gc.enable()
+
+
+@_uncollected()
 def capture(
     model: nn.Module, batch: Batch, device: torch.device | str | None = None, others: Sequence[Batch] = ()
 ) -> Program:
@@ -113,7 +129,6 @@ def _captured(
         own_formulas(model),
         _plain_signature(model, sample, fixed, device) as (args, kwargs),
         layer_calls(model) if repeats else contextlib.nullcontext() as layers,
-        _uncollected(),
         warnings.catch_warnings(),
         tracing(TracingContext(mode)),  # torch.export takes its fake mode from there
     ):
@@ -141,19 +156,6 @@ def _captured(
             return dataclasses.replace(program, repeated=0 if layers is None else layers.repeated)
     # Of the model as a whole: without copies of layers it may go well, and only then is its error the user's.
     return _captured(model, batch, device, rigid, fixed, repeats=False)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python does not look for garbage: searching the nodes of a growing graph again and again is a tenth of a trace's
-    time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

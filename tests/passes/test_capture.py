@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import linecache
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gptq_ao import gptq_config, plan, quantize_
 from gptq_ao.calibration.batches import as_batch
 from gptq_ao.errors import CalibrationError, CaptureError
 from gptq_ao.passes.capture import calibration_mode, capture
@@ -573,3 +575,23 @@ def test_a_vision_language_model() -> None:
     arguments = [known[n] if n in known else state[names[n]] for n in program.placeholders]
     with torch.no_grad(), calibration_mode(model):
         assert torch.equal(program.module(*arguments)[0], model(**batch).logits)
+
+
+@pytest.mark.parametrize("what", ["capture", "plan", "quantize_"])
+def test_a_model_is_freed_with_its_last_reference(what: str) -> None:
+    """torch.export leaves objects that refer to each other and to the model: without them it need not wait until Python
+    looks for garbage, which with gigabytes on a GPU is too late."""
+    model, batches = tiny_llama(), token_batches()
+    alive, often = weakref.ref(model), gc.get_threshold()
+    gc.set_threshold(10**9)  # Python itself does not look
+    try:
+        if what == "capture":
+            capture(model, as_batch(batches[0]))
+        elif what == "plan":
+            plan(model, gptq_config(4, 32, calibration=batches))
+        else:
+            quantize_(model, gptq_config(4, 32, calibration=batches))
+        del model
+        assert alive() is None
+    finally:
+        gc.set_threshold(*often)
