@@ -105,6 +105,8 @@ def _run(arguments: list[str], fault: Fault, folder: str) -> None:
     from gptq_ao import cli
 
     torch.set_num_threads(1)
+    # A shell starts what runs in its background with Ctrl-C ignored, and so it would be here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = open(Path(folder, "stderr"), "w", buffering=1)  # noqa: SIM115
     sys.argv = ["gptq-ao", *arguments]
