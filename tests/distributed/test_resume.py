@@ -6,32 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_ao import gptq_config, quantize_
+from gptq_ao import quantize_
 from gptq_ao.errors import ConfigError, RankError
 from gptq_ao.tensor import GroupTensor
 from tests.ranks import on_ranks, some
 
-from ..models import tiny_llama, token_batches
-
-
-class StoppedError(Exception):
-    """What ends a run."""
+from ..models import tiny_llama
+from ..pipeline.test_resume import StoppedError, config, stop_after
 
 
 def codes(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.codes() for n, p in model.named_parameters() if isinstance(p, GroupTensor)}
-
-
-def stop_after(stage: int) -> Any:
-    def progress(number: int, of: int, name: str, seconds: float) -> None:
-        if number == stage and not name.startswith("measure"):
-            raise StoppedError
-
-    return progress
-
-
-def config(**settings: Any) -> Any:
-    return gptq_config(**{"bits": 4, "group_size": 32, "calibration": token_batches(), **settings})
 
 
 def stopped_and_gone_on(journal: str, settings: dict[str, Any]) -> dict[str, Any]:
