@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -259,18 +260,9 @@ WITH_BEFORE, WITH_GAPS = INTERPRETED[1::2], (7, 33, 2)
 
 def interpret(folder: Path) -> None:
     """In a process of its own: run the kernels on the CPU, on the arguments in a file."""
-    from triton.runtime import interpreter
-
     from gptq_ao.kernels.triton import columns as columns_triton
 
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    vars(interpreter)["_patch_lang_tensor"] = patch_index
+    runpy.run_path(str(Path(__file__).with_name("ptx_in_numpy.py")))["install"]()
     given, results = load_file(folder / "arguments.safetensors"), {}
     for case in INTERPRETED:
         change = strided if case == WITH_GAPS else Tensor.clone

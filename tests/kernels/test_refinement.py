@@ -1,5 +1,6 @@
 """The steps of refinement, in plain torch and as Triton kernels: both are held against the same steps in fp64."""
 
+import runpy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -164,18 +165,9 @@ INTERPRETED = [(1, 1, 8), (7, 33, 2), (32, 9, 4), (33, 1, 3), (64, 5, 2), (100, 
 
 def interpret(folder: Path) -> None:
     """In a process of its own: run the kernels on the CPU."""
-    from triton.runtime import interpreter
-
     from gptq_ao.kernels.triton import refinement
 
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    vars(interpreter)["_patch_lang_tensor"] = patch_index
+    runpy.run_path(str(Path(__file__).with_name("ptx_in_numpy.py")))["install"]()
     results: dict[str, Tensor] = {}
     for columns, rows, bits in INTERPRETED:
         a: dict[str, Any] = copied(make(columns, rows, bits, bits != 8))
