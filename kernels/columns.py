@@ -13,6 +13,7 @@ Shapes: a block has B columns of N rows (out_features), and is stored as [B, N]:
 to neighbouring rows. fp32, except for codes (uint8).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from gptq_ao.codes.grid import round_to_grid
 
-__all__ = ["MAX_COLUMNS", "column_blocks", "round_columns", "score_grids"]
+__all__ = ["MAX_COLUMNS", "column_blocks", "in_gluon", "round_columns", "score_grids"]
 
 MAX_COLUMNS = 128  # of a block: more do not fit in registers
 OUTER = 1024  # columns between two products with all of the columns before them, or of the matrix
@@ -45,6 +46,15 @@ def column_blocks(in_features: int, columns: int) -> Iterator[tuple[int, int, li
                 for i in range(start, min(start + columns, last), MAX_COLUMNS)
             ],
         )
+
+
+def in_gluon(block: Tensor) -> bool:
+    """Whether kernels in Gluon (`kernels/gluon/`) take a block: on NVIDIA's GPUs since Ampere, of whole tiles."""
+    whole = len(block) % 32 == 0 and len(block) <= MAX_COLUMNS
+    return block.is_cuda and whole and torch.version.hip is None and _capability(block.get_device()) >= (8, 0)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def round_columns(

@@ -29,7 +29,7 @@ ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 SHARED = {"passes": {"records", "size_conditions"}, "kernels": {"packed", "reference"}}
 # Packages that take long to import or may be missing, and where a file may import them at its top. (The script that
 # trains the embedded model is never imported.)
-HOME_OF = {"triton": ("kernels.triton.",), "transformers": ("integrations.", "tiny_lm.train")}
+HOME_OF = {"triton": ("kernels.triton.", "kernels.gluon."), "transformers": ("integrations.", "tiny_lm.train")}
 
 
 @cache

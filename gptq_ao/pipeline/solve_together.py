@@ -14,7 +14,7 @@ from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import SolverError, StrictError
 from gptq_ao.passes.records import Part
 from gptq_ao.pipeline.solved_part import SolvedPart
-from gptq_ao.pipeline.spread import factor_on_one, names_of_parts, rows_gathered, rows_of_each
+from gptq_ao.pipeline.spread import factors, names_of_parts, rows_gathered, rows_of_each
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
 from gptq_ao.solver.factor import Factor
@@ -74,9 +74,10 @@ def solve_together(
             why = "no calibration row reached it"
         if why and strict:
             raise StrictError(f"{names_of_parts(parts)}: {why}, and strict=True forbids rounding to nearest instead")
-        f = None
+        f = lower = None
         if recipe.method == "gptq" and not blind:
-            f = factor_on_one(ranks, hessian, recipe, parts)
+            compensated = recipe.compensates and (hessian.drift is not None or bool(residuals))
+            f, lower = factors(ranks, hessian, recipe, parts, compensated)
         # An adapter is of a whole matrix.
         mine = rows_of_each(parts, ranks.size, whole=f is not None and recipe.adapter_rank > 0)[ranks.rank]
         solved = _solve_alike(
@@ -84,6 +85,7 @@ def solve_together(
             recipe,
             hessian,
             f,
+            lower,
             why,
             {p: _within(residuals[of], p, of) for p, of in mine if of in residuals},
             {p: (_within(g[0], p, of), _within(g[1], p, of)) for p, of in mine if (g := (grids or {}).get(of))},
@@ -97,6 +99,7 @@ def _solve_alike(
     recipe: Recipe,
     hessian: Hessian,
     f: Factor | None,
+    lower: Tensor | None,
     why: str | None,
     residuals: Mapping[Part, Tensor],
     grids: Mapping[Part, Grid],
@@ -118,7 +121,7 @@ def _solve_alike(
         # measured against them, too.
         if recipe.compensates:
             try:
-                target = corrected_target(target, hessian, _stacked(residuals, parts, targets))
+                target = corrected_target(target, hessian, _stacked(residuals, parts, targets), lower)
             except SolverError as e:
                 raise SolverError(f"{names_of_parts(parts)}: {e}") from e
         each = [heights.get(part.weight, n) for part, n in zip(parts, sizes, strict=True)]

@@ -15,11 +15,12 @@ from gptq_ao.errors import SolverError
 from gptq_ao.passes.records import Part
 from gptq_ao.pipeline.solved_part import SolvedPart
 from gptq_ao.recipe import Recipe
+from gptq_ao.solver.compensate import compensation_factor
 from gptq_ao.solver.factor import Factor, factor
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.solution import Solution
 
-__all__ = ["each_expert", "factor_on_one", "gathered", "names_of_parts", "rows_gathered", "rows_of_each"]
+__all__ = ["each_expert", "factors", "gathered", "names_of_parts", "rows_gathered", "rows_of_each"]
 
 T = TypeVar("T")
 
@@ -28,26 +29,35 @@ def names_of_parts(parts: Iterable[Part]) -> str:
     return ", ".join(dict.fromkeys(p.weight for p in parts))
 
 
-def factor_on_one(ranks: Ranks, hessian: Hessian, recipe: Recipe, parts: Sequence[Part]) -> Factor:
-    """Rank 0's on all: so that no rank's differs by a bit, and a broken one is an error of all.
+def factors(
+    ranks: Ranks, hessian: Hessian, recipe: Recipe, parts: Sequence[Part], compensated: bool
+) -> tuple[Factor, Tensor | None]:
+    """The factor and, if it is `compensated`, the one for that: each of one rank, on all of them. So no rank's differs
+    by a bit, a broken one is an error of all, and two ranks work at the same time. A rank alone makes the second one
+    when it needs it.
 
     Raises:
-        SolverError: see `factor`; names the weights of `parts`.
+        SolverError: see `factor` and `compensation_factor`; names the weights of `parts`.
     """
     device = hessian.matrix.device
     numbers: dict[str, Any] = {}
     tensors: list[Tensor] = []
-    if ranks.first:
-        try:
+    lower: list[Tensor] = []
+    try:
+        if ranks.first:
             f = factor(hessian, recipe)
-        except SolverError as e:
-            raise SolverError(f"{names_of_parts(parts)}: {e}") from e
-        if ranks.size == 1:
-            return f
-        numbers = {name: getattr(f, name) for name in ("damp", "added", "dead", "mean")}
-        tensors = [f.unit, f.pivots, *([] if f.order is None else [f.order])]
+            if ranks.size == 1:
+                return f, None
+            numbers = {name: getattr(f, name) for name in ("damp", "added", "dead", "mean")}
+            tensors = [f.unit, f.pivots, *([] if f.order is None else [f.order])]
+        elif compensated and ranks.rank == 1:
+            lower = [compensation_factor(hessian)]
+    except SolverError as e:
+        raise SolverError(f"{names_of_parts(parts)}: {e}") from e
     numbers, (unit, pivots, *order) = ranks.broadcast(0, numbers, tensors, device)
-    return Factor(recipe, unit, pivots, order[0] if order else None, **numbers)
+    if compensated:
+        _, lower = ranks.broadcast(1, None, lower, device)
+    return Factor(recipe, unit, pivots, order[0] if order else None, **numbers), next(iter(lower), None)
 
 
 def rows_of_each(parts: Sequence[Part], ranks: int, *, whole: bool) -> list[list[tuple[Part, Part]]]:

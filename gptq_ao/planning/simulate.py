@@ -341,7 +341,8 @@ class _Simulation:
                 size = self.ranks.size
                 rows = rows[::size] if recipe.adapter_rank else [-(-n // size) for n in rows]
             itemsize = self.state[parts[0].weight].dtype.itemsize
-            yield solve_cost(rows, shared.in_features, itemsize, recipe, compensated)
+            cuda = self.real_device.type == "cuda"
+            yield solve_cost(rows, shared.in_features, itemsize, recipe, compensated, cuda)
 
     def pack(self, name: str) -> int:
         """Put the quantized weight in place; the bytes that were alive at most."""

@@ -11,6 +11,7 @@ from gptq_ao.codes.grid import group_columns
 from gptq_ao.kernels.columns import MAX_COLUMNS, OUTER, SCRATCH
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import LARGEST_FP64
+from gptq_ao.solver.fp32 import PARTS
 
 __all__ = ["SolveCost", "result_bytes", "solve_cost"]
 
@@ -35,11 +36,14 @@ class SolveCost:
     rounded: int
 
 
-def solve_cost(rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compensated: bool = False) -> SolveCost:
+def solve_cost(
+    rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compensated: bool = False, cuda: bool = False
+) -> SolveCost:
     """Of parts with these numbers of rows, [n, K] each, of a dtype of `itemsize` bytes.
 
     Args:
         compensated: whether the Hessian has a drift, or residuals, for `corrected_target`.
+        cuda: whether it is solved on a GPU.
     """
     N, n = sum(rows), max(rows)
     result = result_bytes(N, k, recipe)
@@ -57,6 +61,7 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compe
     fp64 = k <= LARGEST_FP64
     rounds = recipe.adapter_rounds if recipe.adapter_rank else 1
     again = rounds > 1
+    parts = _parts(N, k) if cuda else 0
     # What is alive at once in each of the steps that follow one another; the largest is the peak.
     peak = max(
         # factor: H in reverse order and its Cholesky factor, then two copies of the factor
@@ -64,8 +69,8 @@ def solve_cost(rows: Sequence[int], k: int, itemsize: int, recipe: Recipe, compe
         # corrected_target: the factor, H damped and its Cholesky factor; W, what is wrong with it, its transpose and T
         compensated * (widened + 3 * square + 4 * weights),
         # solve and refine: the weights in fp32, the target, what an adapter leaves of it and the factor stay
-        widened + (1 + again) * weights + square + _solve(N, k, recipe),
-        (recipe.refine_sweeps > 0) * (widened + (1 + again) * weights + square + _refine(N, k, recipe)),
+        widened + (1 + again) * weights + square + _solve(N, k, recipe) + parts,
+        (recipe.refine_sweeps > 0) * (widened + (1 + again) * weights + square + _refine(N, k, recipe) + parts),
         (recipe.adapter_rank > 0) * (widened + (2 + again) * weights + square + result + _correct(n, k)),
         # the errors that are reported
         weights + square + result + _energy(n, k),
@@ -127,10 +132,15 @@ def _refine(n: int, k: int, recipe: Recipe) -> int:
     columns = group_columns(k, recipe.group_size)
     permuted = 4 * n * k if recipe.permutes else 0
     matrices = (3 if permuted else 2) * 4 * k * k  # while it is made
-    before = 4 * n * columns if columns < min(k, OUTER) else 0  # the error, where others of a range follow
-    loop = 4 * n * _span(k, columns) + before + max(3 * 4 * columns * n, 6 * 4 * min(columns, MAX_COLUMNS) * n)
+    change = 4 * n * columns  # of the error of a group
+    loop = 4 * n * _span(k, columns) + change + max(3 * 4 * columns * n, 6 * 4 * min(columns, MAX_COLUMNS) * n)
     codes = result_bytes(n, k, recipe)
     return codes + permuted + max(matrices, 4 * k * k + 2 * 4 * n * k + codes + loop)
+
+
+def _parts(n: int, k: int) -> int:
+    """`product` of a range of columns, on a GPU: both factors in two parts."""
+    return 2 * 4 * min(OUTER, k) * k + min(PARTS, 2 * 4 * n * k)
 
 
 def _correct(n: int, k: int) -> int:

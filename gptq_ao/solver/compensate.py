@@ -19,7 +19,7 @@ from gptq_ao.errors import SolverError
 from gptq_ao.solver.fp32 import ieee_fp32
 from gptq_ao.solver.hessian import Hessian
 
-__all__ = ["corrected_target"]
+__all__ = ["compensation_factor", "corrected_target"]
 
 # Of the mean diagonal: the correction is an estimate, and larger than rounding errors.
 SMALLEST_DAMPING = 0.3
@@ -27,33 +27,51 @@ SMALLEST_DAMPING = 0.3
 OF_INPUTS, OF_RESIDUAL = 0.75, 0.375
 
 
-def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None = None) -> Tensor:
-    """T above, for `weight` [N, K].
-
-    Args:
-        weight: floating point.
-        hessian: that of the inputs, with its `drift`.
-        residual: [N, K] fp32, (R − R̃)·X̃ᵀ / rows; None: the residual stream is not corrected.
-
-    Returns:
-        [N, K] fp32.
+def compensation_factor(hessian: Hessian) -> Tensor:
+    """Of H + λ above: [K, K] fp32, lower.
 
     Raises:
         SolverError: H has no factor even when damped.
     """
-    k = weight.shape[1]
-    weight = weight.float()
-    if hessian.drift is None and residual is None:
-        return weight
+    k = len(hessian.matrix)
     diagonal = hessian.matrix.diagonal()
     live = diagonal > 0
     mean = diagonal.sum() / live.sum().clamp(min=1)
     # More than for rounding: there H weighs errors, here its inverse multiplies an estimate from the same few rows.
     damp = min(max(k / max(hessian.rows, 1), SMALLEST_DAMPING), 1.0)
     H = hessian.matrix.clone()
-    H.diagonal().add_(
-        damp * mean + (~live)
-    )  # 1 where nothing was seen: the drift is zero there, whatever it is divided by
+    # 1 where nothing was seen: the drift is zero there, whatever it is divided by.
+    H.diagonal().add_(damp * mean + (~live))
+    with ieee_fp32():
+        lower, info = torch.linalg.cholesky_ex(H)
+    if info.item():
+        raise SolverError(
+            f"the Hessian [{k}, {k}] of {hessian.rows} rows is not positive definite even with {damp:.3g} of its mean "
+            'diagonal added: check the calibration data, or set compensate="none" for the layer with a rule'
+        )
+    return lower
+
+
+def corrected_target(
+    weight: Tensor, hessian: Hessian, residual: Tensor | None = None, lower: Tensor | None = None
+) -> Tensor:
+    """T above, for `weight` [N, K].
+
+    Args:
+        weight: floating point.
+        hessian: that of the inputs, with its `drift`.
+        residual: [N, K] fp32, (R − R̃)·X̃ᵀ / rows; None: the residual stream is not corrected.
+        lower: its `compensation_factor`, if that is there already.
+
+    Returns:
+        [N, K] fp32.
+
+    Raises:
+        SolverError: see `compensation_factor`.
+    """
+    weight = weight.float()
+    if hessian.drift is None and residual is None:
+        return weight
     wrong = torch.zeros_like(weight)
     if hessian.drift is not None:
         # Three digits are enough: the drift is a mean of differences of activations that have no more.
@@ -61,12 +79,7 @@ def corrected_target(weight: Tensor, hessian: Hessian, residual: Tensor | None =
             wrong.addmm_(weight, hessian.drift, alpha=OF_INPUTS)
     if residual is not None:
         wrong.add_(residual, alpha=OF_RESIDUAL)
+    if lower is None:
+        lower = compensation_factor(hessian)
     with ieee_fp32():
-        lower, info = torch.linalg.cholesky_ex(H)
-        del H  # on CUDA, the products below copy `lower`
-        if info.item():
-            raise SolverError(
-                f"the Hessian [{k}, {k}] of {hessian.rows} rows is not positive definite even with {damp:.3g} of its "
-                'mean diagonal added: check the calibration data, or set compensate="none" for the layer with a rule'
-            )
         return weight + torch.cholesky_solve(wrong.T, lower).T

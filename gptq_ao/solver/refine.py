@@ -19,7 +19,7 @@ from gptq_ao.kernels.columns import column_blocks
 from gptq_ao.kernels.refinement import fit_codes, fit_scale
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import Factor
-from gptq_ao.solver.fp32 import ieee_fp32
+from gptq_ao.solver.fp32 import ieee_fp32, product
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.solution import Solution
 
@@ -60,6 +60,7 @@ class _Sweep:
 
     Attributes:
         error: W − Ŵ.
+        change: [columns, N], what the error of the group that is being fitted has grown by.
     """
 
     def __init__(self, target: Tensor, H: Tensor, solution: Solution, recipe: Recipe) -> None:
@@ -71,6 +72,7 @@ class _Sweep:
         self.zero_point = solution.zero_point.T.float().contiguous()
         self.columns = len(target) // len(self.scale)
         self.error = torch.empty_like(target)
+        self.change = torch.empty_like(target[: self.columns])
         for g in range(len(self.scale)):
             group = slice(g * self.columns, (g + 1) * self.columns)
             self.error[group] = target[group] - (self.codes[group] - self.zero_point[g]) * self.scale[g].float()
@@ -79,27 +81,23 @@ class _Sweep:
         # E·H of a range of columns is one large product. What changes while the range is swept is added to it by small
         # ones, for the columns still to come: those before have had their turn.
         for first, last, blocks in column_blocks(len(self.target), self.columns):
-            gradient = self.H[first:last] @ self.error
+            gradient = product(self.H[first:last], self.error)
             for start in range(first, last, self.columns):
                 group = slice(start, start + self.columns)
-                # What nothing follows need not be compared with what it was.
-                before = self.error[group].clone() if group.stop < last else None
                 self._fit_group(group, [b for b in blocks if start <= b.start < group.stop], gradient[start - first :])
-                if before is not None:
-                    change = torch.sub(self.error[group], before, out=before)
-                    gradient[group.stop - first :].addmm_(self.H[group.stop : last, group], change)
+                gradient[group.stop - first :].addmm_(self.H[group.stop : last, group], self.change)
 
     def _fit_group(self, group: slice, blocks: list[slice], gradient: Tensor) -> None:
         """Its scale, then its codes, block by block. `gradient` begins with the group, and follows within it only."""
         g = group.start // self.columns
         scale, zero_point = self.scale[g], self.zero_point[g]
-        mine = gradient[: self.columns]
-        fit_scale(self.H[group, group], mine, self.codes[group], scale, zero_point, self.error[group], self.signed)
+        mine, codes, error = gradient[: self.columns], self.codes[group], self.error[group]
+        fit_scale(self.H[group, group], mine, codes, scale, zero_point, error, self.change, self.signed)
         for block in blocks:
-            before = self.error[block].clone() if block.stop < group.stop else None
             here = slice(block.start - group.start, block.stop - group.start)
-            tensors = (self.codes[block], scale, zero_point, self.target[block], self.error[block])
+            of_scale = self.change[here].clone() if block.stop < group.stop else None
+            tensors = (self.codes[block], scale, zero_point, self.target[block], self.error[block], self.change[here])
             fit_codes(self.H[block, block], mine[here], *tensors, self.bits)
-            if before is not None:
-                change = torch.sub(self.error[block], before, out=before)
-                mine[here.stop :].addmm_(self.H[block.stop : group.stop, block], change)
+            if of_scale is not None:  # which `mine` knows already
+                of_codes = torch.sub(self.change[here], of_scale, out=of_scale)
+                mine[here.stop :].addmm_(self.H[block.stop : group.stop, block], of_codes)

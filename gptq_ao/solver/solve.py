@@ -20,16 +20,18 @@ G = groups in a row.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_ao.codes.grid import candidate_grids, choose_grid, group_columns, round_to_grid
+from gptq_ao.codes.grid import choose_grid, group_columns, round_to_grid
 from gptq_ao.errors import NonFiniteError
-from gptq_ao.kernels.columns import MAX_COLUMNS, column_blocks, round_columns, score_grids
+from gptq_ao.kernels.columns import MAX_COLUMNS, column_blocks, round_columns
+from gptq_ao.kernels.groups import best_grid, round_group
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import Factor
-from gptq_ao.solver.fp32 import ieee_fp32
+from gptq_ao.solver.fp32 import ieee_fp32, product
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.solution import Solution
 
@@ -80,17 +82,22 @@ def solve(weight: Tensor, factor: Factor, grid: tuple[Tensor, Tensor] | None = N
 
     with ieee_fp32():
         for first, last, blocks in column_blocks(k, unit):
-            # W holds the errors of all columns before these, and these as they were; X has the errors' part added.
-            # One large product for a range of blocks, small ones within it: a product for each block would read all
-            # earlier errors again.
-            X = torch.addmm(W[first:last], A[:first, first:last].T, W[:first]) if first else W[first:last].clone()
+            # W holds the errors of all columns before these, and these as they were; C what those errors add, see
+            # above. One large product for a range of blocks, small ones within it: a product for each block would read
+            # all earlier errors again.
+            C = product(A[:first, first:last].T, W[:first]) if first else torch.zeros_like(W[:last])
             for block in blocks:
                 inverse, of_block = inverses[block.start], group_of[block]
-                ahead = X[block.start - first :]
+                ahead = C[block.start - first :]
                 if not static and block.start % columns == 0:
                     group = slice(block.start, block.start + columns)
                     x = _unrounded(W[group], ahead[:columns], A[group, group], inverse)
                     g = groups_met[block.start // columns]
+                    if columns <= MAX_COLUMNS and recipe.scale_candidates > 1:
+                        done = (W[group], codes[group], scale[g], zero_point[g])
+                        round_group(x, inverse, factor.pivots[group], *done, **_candidates(recipe))
+                        C[block.stop - first :].addmm_(A[block, block.stop : last].T, W[block])
+                        continue
                     scale[g], zero_point[g] = _choose(x, inverses, factor.pivots, block.start, recipe)
                     x = x[: len(of_block)]
                 else:
@@ -101,8 +108,8 @@ def solve(weight: Tensor, factor: Factor, grid: tuple[Tensor, Tensor] | None = N
                     s, z = (t[g].float().expand_as(x) for t in (scale, zero_point))
                 codes[block] = round_columns(x, inverse, s, z, recipe.bits)
                 W[block] -= (codes[block] - z).mul_(s)  # from here on these rows hold errors, not weights
-                X[block.stop - first :].addmm_(A[block, block.stop : last].T, W[block])
-    del X, W
+                C[block.stop - first :].addmm_(A[block, block.stop : last].T, W[block])
+    del C, W
     # Looked at once, at the end, for the same reason: every look at a value makes the host wait.
     if not torch.isfinite(scale).all():
         raise NonFiniteError(
@@ -135,13 +142,13 @@ def _unrounded(weight: Tensor, carried: Tensor, A: Tensor, inverse: Tensor) -> T
     """X of some columns [B, N], see above.
 
     Args:
-        weight, carried: [B, N], W and W + C.
+        weight, carried: [B, N], W and C.
         A: [B, B], the block of A on the diagonal.
         inverse: of A, or only of its first columns if there are more than fit into a block.
     """
     if len(inverse) == len(A):
-        return torch.addmm(weight, inverse.T, carried - weight)
-    return weight + torch.linalg.solve_triangular(A.T, carried - weight, upper=False, unitriangular=True)
+        return torch.addmm(weight, inverse.T, carried)
+    return weight + torch.linalg.solve_triangular(A.T, carried, upper=False, unitriangular=True)
 
 
 def _choose(
@@ -151,17 +158,12 @@ def _choose(
     if recipe.scale_candidates == 1:
         scale, zero_point = choose_grid(group.T, -1, recipe.bits, recipe.sym, recipe.signed)
         return scale.squeeze(1), zero_point.squeeze(1)
-    scale, zero_point = candidate_grids(group, recipe.bits, recipe.sym, recipe.signed, recipe.scale_candidates)
-    s, z = scale.float(), zero_point.float()
-    loss = torch.zeros_like(s)
-    # A group longer than a block is judged block by block, as if the others were not rounded.
-    for i in range(0, len(group), MAX_COLUMNS):
-        inverse = inverses[start + i]
-        block = slice(i, i + len(inverse))
-        loss += score_grids(group[block], inverse, pivots[start:][block], s, z, recipe.bits)
-    # A candidate that overflows must not win; where all do, `solve` finds the scale that is not finite.
-    best = loss.nan_to_num_(torch.inf).argmin(0, keepdim=True)
-    return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
+    follow = [inverses[start + i] for i in range(0, len(group), MAX_COLUMNS)]
+    return best_grid(group, follow, pivots[start:][: len(group)], **_candidates(recipe))
+
+
+def _candidates(recipe: Recipe) -> dict[str, Any]:
+    return {"bits": recipe.bits, "sym": recipe.sym, "signed": recipe.signed, "count": recipe.scale_candidates}
 
 
 def round_to_nearest(weight: Tensor, recipe: Recipe, grid: tuple[Tensor, Tensor] | None = None) -> Solution:

@@ -25,6 +25,7 @@ def _fit_scale(
     scale,
     zero_point,
     error,
+    change,
     rows,
     columns,
     stride,  # of H
@@ -54,15 +55,19 @@ def _fit_scale(
     better = better & (2 * slope * delta > curvature * delta * delta)
     if not SIGNED:
         better = better & (new > 0)
-    change = tl.where(better, -delta, 0.0)
+    smaller = tl.where(better, -delta, 0.0)
     tl.store(scale + row, tl.where(better, new, old).to(tl.float16), mask=inside)
-    tl.store(gradient + at, g + product * change[None, :], mask=mask)
+    tl.store(gradient + at, g + product * smaller[None, :], mask=mask)
     e = tl.load(error + at, mask=mask, other=0.0)
-    tl.store(error + at, e + steps * change[None, :], mask=mask)
+    grown = steps * smaller[None, :]
+    tl.store(error + at, e + grown, mask=mask)
+    tl.store(change + at, grown, mask=mask)
 
 
 @triton.jit
-def _fit_one(tile, i, first, column, row, rows, H, stride, code, goal, codes, error, s, z, LEVELS: tl.constexpr):
+def _fit_one(
+    tile, i, first, column, row, rows, H, stride, code, goal, grown, codes, error, change, s, z, LEVELS: tl.constexpr
+):
     """Set the code of column first + i, which is in `tile`. Returns by how much the error grows."""
     at = (first + i) * rows + row
     now = (code.to(tl.float32) - z) * s
@@ -71,6 +76,7 @@ def _fit_one(tile, i, first, column, row, rows, H, stride, code, goal, codes, er
     new = (new_code - z) * s
     tl.store(codes + at, new_code.to(tl.uint8), mask=row < rows)
     tl.store(error + at, goal - new, mask=row < rows)
+    tl.store(change + at, grown + now - new, mask=row < rows)
     return now - new
 
 
@@ -83,6 +89,7 @@ def _fit_codes(
     zero_point,
     target,
     error,
+    change,
     rows,
     columns,
     stride,  # of H
@@ -103,13 +110,33 @@ def _fit_codes(
         hs = hs + (_row(H, stride, 0, TILE * k, column, columns),)
     code = tl.load(codes + row, mask=inside, other=0)
     goal = tl.load(target + row, mask=inside, other=0.0)
+    grown = tl.load(change + row, mask=inside, other=0.0)
     for t in tl.static_range(TILES):
         for i in range(tl.minimum(columns - TILE * t, TILE)):
             # What the next column needs is loaded while this one is fitted. (Behind the last, that one's again.)
             n = tl.minimum(TILE * t + i + 1, columns - 1)
             next_code = tl.load(codes + n * rows + row, mask=inside, other=0)
             next_goal = tl.load(target + n * rows + row, mask=inside, other=0.0)
-            p = _fit_one(us[0], i, TILE * t, column, row, rows, H, stride, code, goal, codes, error, s, z, LEVELS)
+            next_grown = tl.load(change + n * rows + row, mask=inside, other=0.0)
+            p = _fit_one(
+                us[0],
+                i,
+                TILE * t,
+                column,
+                row,
+                rows,
+                H,
+                stride,
+                code,
+                goal,
+                grown,
+                codes,
+                error,
+                change,
+                s,
+                z,
+                LEVELS,
+            )
             left = ()
             coming = ()
             for k in tl.static_range(TILES - t):
@@ -119,20 +146,28 @@ def _fit_codes(
             hs = coming
             code = next_code
             goal = next_goal
+            grown = next_grown
         # The tile to pick from is always the first: it cannot be computed which.
         us = us[1:]
         hs = hs[1:]
 
 
 def fit_scale(
-    H: Tensor, gradient: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, error: Tensor, signed: bool
+    H: Tensor,
+    gradient: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    error: Tensor,
+    change: Tensor,
+    signed: bool,
 ) -> None:
     """See `fit_scale` in `kernels/refinement.py`; [B, N] tensors are rows of contiguous ones, and H part of a larger
     matrix. The product is as precise as torch's are at the moment."""
     columns, rows = gradient.shape
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     kernel = _scale_kernel(columns, signed, tf32, H.get_device())
-    tensors = (H, gradient, codes, scale, zero_point, error)
+    tensors = (H, gradient, codes, scale, zero_point, error, change)
     launch_there(kernel, (-(-rows // SCALE_ROWS), 1, 1), tensors, (rows, columns, H.stride(0)))
 
 
@@ -144,12 +179,13 @@ def fit_codes(
     zero_point: Tensor,
     target: Tensor,
     error: Tensor,
+    change: Tensor,
     bits: int,
 ) -> None:
     """See `fit_codes` in `kernels/refinement.py`, and above for the layout."""
     columns, rows = gradient.shape
     kernel = _codes_kernel(bits, columns, H.get_device())
-    tensors = (H, gradient, codes, scale, zero_point, target, error)
+    tensors = (H, gradient, codes, scale, zero_point, target, error, change)
     launch_there(kernel, (-(-rows // CODE_ROWS), 1, 1), tensors, (rows, columns, H.stride(0)))
 
 

@@ -36,6 +36,7 @@ def compile_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -54,7 +55,8 @@ def compile_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         aligned = {
             (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n in multiples
         }
-        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+        made = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = made(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(options))
         (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
         command = [str(tool), "-res-usage", str(tmp_path / "cubin")]

@@ -53,17 +53,18 @@ def make(columns: int, rows: int, bits: int, grids: int | None = None) -> dict[s
     return arguments | {"importance": importance, "scale": scale, "zero_point": zero_point}
 
 
-def pass_on(x: Tensor, error: Tensor, follow: Tensor, p: Tensor, of_p: Tensor) -> None:
+def pass_on(x: Tensor, error: Tensor, follow: Tensor, p: Tensor, of_p: Tensor, unit: float = U) -> None:
     """x_j ← x_j − p·follow_j, for all columns to come, and what fp32 may be wrong by if p is wrong by `of_p`."""
     follow = follow.view(-1, *[1] * p.dim())
     change = follow * p
     x -= change
-    error += 1.01 * (follow.abs() * of_p + U * change.abs() + U * x.abs())
+    error += 1.01 * (follow.abs() * of_p + unit * change.abs() + U * x.abs())
 
 
-def check_codes(codes: Tensor, a: dict[str, Tensor], bits: int, before: bool) -> None:
+def check_codes(codes: Tensor, a: dict[str, Tensor], bits: int, before: bool, unit: float = U) -> None:
     """Each code is the nearest one *given the codes before it*: a near-tie may fall to either side, and all that
-    follows in its row depends on that. How near is what a running error analysis of the loop allows fp32."""
+    follows in its row depends on that. How near is what a running error analysis of the loop allows fp32, or what sums
+    of products to within `unit` do."""
     x, follow, scale, zero = (a[n].double() for n in ("x", "follow", "scale", "zero_point"))
     error = torch.zeros_like(x)  # of x in fp32
     assert codes.dtype == torch.uint8
@@ -83,7 +84,7 @@ def check_codes(codes: Tensor, a: dict[str, Tensor], bits: int, before: bool) ->
         first = a["before"][i].double() if before else x[i]
         p = first - value
         of_p = U * value.abs() + U * p.abs() + (0 if before else error[i])
-        pass_on(x[i + 1 :], error[i + 1 :], follow[i, i + 1 :], p, of_p)
+        pass_on(x[i + 1 :], error[i + 1 :], follow[i, i + 1 :], p, of_p, unit)
     assert torch.stack(same).double().mean() >= 0.999
 
 

@@ -40,7 +40,7 @@ def make(columns: int, rows: int, bits: int, signed: bool = True) -> dict[str, T
     error = target - (codes - zero_point) * scale.float()
     gradient = H @ error + 0.2 * randn(columns, rows) * H.diagonal().sqrt().unsqueeze(1)
     tensors = {"H": H, "gradient": gradient, "codes": codes, "scale": scale, "zero_point": zero_point}
-    return {**tensors, "target": target, "error": error}
+    return {**tensors, "target": target, "error": error, "change": torch.full_like(error, torch.nan)}
 
 
 def copied(a: dict[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
@@ -93,6 +93,7 @@ def check_scales(b: dict[str, Tensor], a: dict[str, Tensor], signed: bool, unit:
     assert changed.double().mean() > 0.4 or len(new) < 5
     # Error and gradient follow, and are those of the new scale.
     change = (old - new) * steps
+    assert ((b["change"].double() - change).abs() <= 4 * U * change.abs()).all()
     assert torch.allclose(
         b["error"].double(),
         a["error"].double() + change,
@@ -131,6 +132,9 @@ def check_codes(b: dict[str, Tensor], a: dict[str, Tensor], bits: int) -> None:
     value = (b["codes"].double() - zero) * scale
     error = a["target"].double() - value
     assert ((b["error"].double() - error).abs() <= 4 * U * (a["target"].abs() + value.abs())).all()
+    grown = b["error"].double() - a["error"].double() + a["change"].double()
+    size = a["target"].abs() + value.abs() + (a["target"] - a["error"]).abs() + a["change"].abs()
+    assert ((b["change"].double() - grown).abs() <= 8 * U * size).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -151,6 +155,7 @@ def test_a_scale_that_cannot_be_is_not_taken() -> None:
     for best, taken in ((1e6, False), (1e-9, False), (-0.5, False), (0.5, True)):
         error = steps * (best - 1.0)
         a = {"H": H, "gradient": H @ error, "codes": torch.full((8, 4), 9, dtype=torch.uint8), "error": error}
+        a |= {"change": torch.full_like(error, torch.nan)}
         a |= {"scale": torch.ones(4).half(), "zero_point": torch.full((4,), 8.0), "target": error + steps}
         b = scales_fitted(copied(a), signed=False)
         assert (b["scale"] == (best if taken else 1.0)).all()
@@ -195,6 +200,19 @@ def test_codes_compile_without_spilling(tiles: int, architecture: int, compile_a
     options = {"num_warps": 1, "enable_fp_fusion": True}
     _, used = compile_ahead(refinement._fit_codes, constants, TYPES, "*fp32", options, architecture)
     assert used["STACK"] == used["LOCAL"] == "0"
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("columns", [128, pytest.param(32, marks=pytest.mark.long)])
+def test_codes_in_gluon_compile(columns: int, architecture: int, compile_ahead: Callable[..., Any]) -> None:
+    """A few addresses go to the stack, no more."""
+    from gptq_ao.kernels.gluon import refinement, tiles
+
+    constants: dict[str, Any] = {"COLUMNS": columns, "ROWS": refinement.ROWS}
+    types = TYPES | {"levels": "fp32"}
+    _, used = compile_ahead(refinement._fit_codes, constants, types, "*fp32", dict(tiles.OPTIONS), architecture)
+    assert int(used["STACK"]) <= 256
+    assert used["LOCAL"] == "0"
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
