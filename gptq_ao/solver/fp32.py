@@ -47,7 +47,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     out = torch.empty(len(left), right.shape[1], device=right.device)
     high = _first_bits(left)
     low = left - high
-    columns = max(1, PARTS // (2 * 4 * len(right)))
+    columns = max(1, PARTS // (2 * 4 * max(1, len(right))))
     with ieee_fp32(cuda="tf32"):
         for piece, into in zip(right.split(columns, 1), out.split(columns, 1), strict=True):
             first = _first_bits(piece)

@@ -19,6 +19,7 @@ from gptq_ao.kernels.gluon.tiles import (
     WITHOUT_CONFLICTS,
     arrived,
     nearest_step,
+    passed_on,
     pick,
     put,
     tile_of,
@@ -133,7 +134,7 @@ def _walk(
             step = nearest_step(value, inverse, z, levels)
             p = step * s - value
             f = own.slice(i, 1).permute((1, 0)).load(LAYOUT)
-            X = put(X + f * p.expand_dims(0), column, i, p)
+            X = passed_on(X, column, i, f, p)
             steps = put(steps, column, i, step)
         if t < TILES - 1:
             passed.index(t).store(X)

@@ -17,6 +17,7 @@ from gptq_ao.kernels.gluon.tiles import (
     WITHOUT_CONFLICTS,
     arrived,
     nearest_step,
+    passed_on,
     pick,
     put,
     tile_of,
@@ -77,10 +78,10 @@ def _fit_codes(
         for i in gl.static_range(TILE):
             h = own.slice(i, 1).permute((1, 0)).load(LAYOUT)  # [TILE, 1]
             was = pick(now, column, i)
-            better = pick(G, column, i).expand_dims(0) / pick(h, column, i).expand_dims(0)
+            better = pick(G, column, i).expand_dims(0) * (1.0 / pick(h, column, i)).expand_dims(0)
             step = nearest_step(was + gl.sum(better, axis=0), inverse, z, levels)
             p = was - step * s
-            G = put(G + h * p.expand_dims(0), column, i, p)
+            G = passed_on(G, column, i, h, p)
             steps = put(steps, column, i, step)
         if t < TILES - 1:
             passed.index(t).store(G)

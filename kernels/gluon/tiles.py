@@ -41,6 +41,12 @@ def put(tile, column, i: gl.constexpr, value):
 
 
 @gluon.jit
+def passed_on(tile, column, i: gl.constexpr, f, p):
+    """The tile with p as column i, and f·p added to the columns after it; those before it stay."""
+    return gl.where(column.expand_dims(1) > i, tile + f * p.expand_dims(0), put(tile, column, i, p))
+
+
+@gluon.jit
 def tile_of(follow, first, t, stride, LAYOUT: gl.constexpr, TRANSPOSED: gl.constexpr):
     """Of the rows of tile `first` what belongs to the columns of tile t."""
     down = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)

@@ -76,7 +76,7 @@ def check_codes(codes: Tensor, a: dict[str, Tensor], bits: int, before: bool, un
         place = (quotient + zero[i]).clamp(0, 2**bits - 1)
         code = codes[i].double()
         # The quotient is rounded, the zero point is an integer. 1.01: products of two errors.
-        near = 1.01 * (error[i] / scale[i].abs() + U * quotient.abs())
+        near = 1.01 * (error[i] / scale[i].abs() + unit * quotient.abs())
         assert near.max() < 0.01  # or else all this says little
         assert ((place - code).abs() <= 0.5 + near).all(), f"column {i}"
         same.append(place.round() == code)

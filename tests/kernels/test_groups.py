@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptq_ao.codes.grid import candidate_grids
 from gptq_ao.kernels.groups import best_grid, round_group
+from tests.kernels import gluon_in_torch
 from tests.kernels.test_columns import U, check_codes
 
 # Bits, and whether the grid is symmetric and its scale may be negative.
@@ -141,6 +142,27 @@ def test_a_weight_too_large_for_the_widest_grid_only() -> None:
     a = make(32, 3)
     a["x"][4, 1] = 65504 * 7.5 * 1.5
     assert rounded(a, 4, True, True)["scale"].isfinite().all()
+
+
+# Every number of tiles that is common, ends of a program's rows.
+EMULATED = [(32, 1), (64, 70), (128, 33)]
+
+
+@pytest.mark.parametrize(("bits", "sym", "signed"), [FORMS[0], FORMS[1], FORMS[4]], ids=["sym", "asym 3", "asym"])
+@pytest.mark.parametrize(("columns", "rows"), EMULATED)
+def test_kernels_run_as_python_agree(
+    columns: int, rows: int, bits: int, sym: bool, signed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptq_ao.kernels.gluon import groups
+
+    a = make(columns, rows)
+    monkeypatch.setattr(groups, "launch_there", gluon_in_torch.launch)
+    monkeypatch.setattr("gptq_ao.kernels.groups.in_gluon", lambda x: True)
+    b = rounded(a, bits, sym, signed)
+    monkeypatch.undo()
+    check(b, a, bits, sym, signed)
+    plain = rounded(a, bits, sym, signed)
+    assert all((b[n] == plain[n]).double().mean() >= 0.99 for n in ("codes", "scale", "zero_point"))
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptq_ao.kernels.refinement import fit_codes, fit_scale
+from tests.kernels import gluon_in_torch
 
 U = 2.0**-24  # unit roundoff of fp32
 # [B, N]: about the tiles of 32 columns and the programs of 8 and 64 rows that the kernels work with.
@@ -200,6 +201,19 @@ def test_codes_compile_without_spilling(tiles: int, architecture: int, compile_a
     options = {"num_warps": 1, "enable_fp_fusion": True}
     _, used = compile_ahead(refinement._fit_codes, constants, TYPES, "*fp32", options, architecture)
     assert used["STACK"] == used["LOCAL"] == "0"
+
+
+@pytest.mark.parametrize(("columns", "rows", "bits"), [(32, 1, 8), (64, 33, 2), (128, 40, 4)])
+def test_codes_in_gluon_run_as_python_agree(
+    columns: int, rows: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptq_ao.kernels.gluon import refinement
+
+    a = scales_fitted(copied(make(columns, rows, bits)), True)
+    monkeypatch.setattr(refinement, "launch_there", gluon_in_torch.launch)
+    monkeypatch.setattr("gptq_ao.kernels.refinement.in_gluon", lambda gradient: True)
+    b = codes_fitted(copied(a), bits)
+    check_codes(b, a, bits)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
