@@ -307,6 +307,8 @@ class _Simulation:
                 if not left[name]:
                     if name in last:
                         self.keep_original(name)
+                    joined = codes[name] if shared.experts > 1 else 0  # from those of the experts
+                    self.need(self.live - samples + pooled + kept + codes.total() + joined, stored)
                     packing = self.pack(name)
                     self.need(packing - samples + pooled + kept + codes.total(), stored)
                     del matrices[name], codes[name]
