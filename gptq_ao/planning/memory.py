@@ -86,16 +86,16 @@ def allot(job: Job, prepared: Prepared) -> Allotment:
     if job.device.type == "cpu":
         portions = tuple(whole(stage) for stage in plan.stages)
         if _may_not_fit(plan):
-            portions = simulate(job.weights, prepared, job.device, job.ranks, room_of(job, job.ranks.here)).portions
+            portions = simulate(job.weights, prepared, job.device, job.ranks, room_of(job)).portions
         return Allotment(Budget(device=job.limits.host), None, _agreed(job.ranks, portions))
-    footprint = simulate(job.weights, prepared, job.device, job.ranks, room_of(job, job.ranks.here))
+    footprint = simulate(job.weights, prepared, job.device, job.ranks, room_of(job))
     budget = choose_budget(job.limits, footprint, job.device, job.ranks.here)
     left = None if budget.device is None else max(0, budget.device - footprint.activations)
     return Allotment(budget, left, _agreed(job.ranks, footprint.portions))
 
 
-def room_of(job: Job, processes: int) -> Room:
-    """What there is for one of so many processes on the machine, on the device that computes."""
+def room_of(job: Job) -> Room:
+    """What one process may have of the device that computes."""
     on_cpu, limits = job.device.type == "cpu", job.limits
     # On a CPU what waits is where all else is, up to its limit. On other devices it gives way.
     waiting = (2**63 if limits.host is None else limits.host) if on_cpu else 0
@@ -104,7 +104,7 @@ def room_of(job: Job, processes: int) -> Room:
     free = free_bytes(job.device)
     if free is None:
         return Room(None, waiting)
-    share = HOST_SHARE / processes if on_cpu else DEVICE_SHARE
+    share = HOST_SHARE / job.ranks.here if on_cpu else DEVICE_SHARE
     return Room(model_bytes(job.weights, job.device, allocated=True) + int(share * free), waiting)
 
 
@@ -128,7 +128,7 @@ def _agreed(ranks: Ranks, portions: tuple[tuple[Portion, ...], ...]) -> tuple[tu
         return tuple(tuple(range(*experts) for experts in portion) for portion in of_stage)
 
     wanted = ([read(each[str(n)]) for each in said if str(n) in each] for n in range(len(portions)))
-    return tuple(max(of_ranks, key=len, default=mine) for of_ranks, mine in zip(wanted, portions, strict=True))
+    return tuple(max(of_ranks, key=len, default=own) for of_ranks, own in zip(wanted, portions, strict=True))
 
 
 def model_bytes(weights: Weights, device: torch.device, *, allocated: bool = False) -> int:

@@ -192,7 +192,7 @@ def plan_weights(
     with job.clock("plan"):
         if prepared.calibrated is None:  # rounding to nearest computes where the weights are
             job = dataclasses.replace(job, device=prepared.device)
-        footprint = simulate(weights, prepared, job.device, ranks, room_of(job, processes))
+        footprint = simulate(weights, prepared, job.device, ranks, room_of(job))
         peak = _peak(job, prepared, footprint)
         peak["host"] += shard_bytes
         _check_room(weights, peak, job.device, processes)

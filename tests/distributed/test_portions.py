@@ -25,7 +25,7 @@ def in_portions(batches: int, width: int, settings: dict[str, Any], scarce: int)
     found: list[Any] = []
     # The process ends with the case.
     for free in (10**15, 0 if scarce in (-1, dist.get_rank()) else 10**15):
-        memory.free_bytes = lambda device, free=free: free  # type: ignore[assignment,misc]
+        memory.free_bytes = lambda device, free=free: free  # type: ignore[misc]
         model = seeded(Mixture(4, width))
         report: Any = quantize_(model, config(token_batches(batches), settings), distributed=True)
         facts = {k: v for k, v in told(report).items() if k not in ("seconds", "peak_bytes")}
@@ -61,7 +61,7 @@ def limited() -> None:
 
     if dist.get_rank() == 1:
         memory.simulate = fails  # type: ignore[assignment]
-    memory.free_bytes = lambda device: 0  # type: ignore[assignment]
+    memory.free_bytes = lambda device: 0
     quantize_(seeded(Mixture()), config(token_batches(), {"effort": "fast"}), distributed=True)
 
 

@@ -237,8 +237,8 @@ def test_errors_of_a_portion(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NonFiniteError, match=r"NaN or infinite in calibration batch 1"):
         quantize_(model, config(data, {"compensate": "none"}))
     assert_equal(before, parts(model))
-    model = seeded(Mixture())
-    before = {n: p.clone() for n, p in model.named_parameters()}
+    other = seeded(Mixture())
+    before = {n: p.clone() for n, p in other.named_parameters()}
     with pytest.raises(StrictError, match=r"up: the expert saw 0 rows, fewer than 1: .*strict=True"):
-        quantize_(model, config(TOKENS, {"strict": True, "expert_min_rows": 1}))
-    assert_equal(before, parts(model))
+        quantize_(other, config(TOKENS, {"strict": True, "expert_min_rows": 1}))
+    assert_equal(before, parts(other))

@@ -112,7 +112,7 @@ def test_the_prediction_is_what_happens(portions: int, each: int, monkeypatch: p
     while len(footprint(Room(size, 2**63)).portions[1]) < portions:
         size -= 2 * 128**2  # half a Hessian
     for place in (memory, plan_module):
-        monkeypatch.setattr(place, "room_of", lambda job, processes: Room(size, 2**63))
+        monkeypatch.setattr(place, "room_of", lambda job: Room(size, 2**63))
     monkeypatch.setattr(memory, "SMALL", 0)
     model = experts()
     planned = plan(model, config())
@@ -147,10 +147,15 @@ def test_what_is_free_decides_without_a_limit(processes: int, monkeypatch: pytes
 
 def test_time_and_memory_of_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers run again; the sums are summed once."""
-    found = []
+    found: list[Footprint] = []
+
+    def seconds(footprint: Footprint, device: torch.device) -> dict[str, float]:
+        found.append(footprint)
+        return {}
+
+    monkeypatch.setattr(plan_module, "_seconds", seconds)
     for size in (None, 0):
-        monkeypatch.setattr(plan_module, "room_of", lambda job, processes, size=size: Room(size))
-        monkeypatch.setattr(plan_module, "_seconds", lambda footprint, device: found.append(footprint) or {})
+        monkeypatch.setattr(plan_module, "room_of", lambda job, size=size: Room(size))
         plan(experts(), config())
     once, again = found
     assert [len(of_stage) for of_stage in once.portions] == [1, 1, 1]
