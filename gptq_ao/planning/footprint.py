@@ -48,7 +48,7 @@ class Footprint:
         packed: weight → bytes in memory when it is quantized.
         calibrate, solve: the work of both phases.
         portions: of each stage.
-        largest: the first weight of the stage in which `working` is reached; "" if that is in none.
+        largest: the stage in which `working` is reached, by its first weight, and in how many portions; "" if in none.
     """
 
     resident: int
@@ -61,4 +61,4 @@ class Footprint:
     calibrate: Work
     solve: Work
     portions: tuple[tuple[Portion, ...], ...] = ()
-    largest: str = ""
+    largest: tuple[str, int] = ("", 1)

@@ -70,9 +70,9 @@ def choose_budget(limits: Limits, footprint: Footprint, device: torch.device, pr
 
 
 def _hessians(footprint: Footprint) -> str:
-    divided = any(len(portions) > 1 for portions in footprint.portions)
-    which = f", for {footprint.largest}," if footprint.largest else ""
-    return f"{'a portion of its Hessians' if divided else 'its Hessians'}{which}"
+    weight, portions = footprint.largest
+    what = "its Hessians" if portions == 1 else "a portion of its Hessians"
+    return f"{what}, for {weight}," if weight else what
 
 
 def allot(job: Job, prepared: Prepared) -> Allotment:

@@ -98,7 +98,7 @@ class _Simulation:
         self.waiting = 0
         self.portions: list[tuple[Portion, ...]] = []  # of each stage
         self.needs: list[Need] = []  # of a phase of a stage
-        self.largest = ""
+        self.largest = ("", 1)
         self.originals: dict[str, Tensor] = {}  # still to be read; on meta, if they are not on the device
         self.from_files = 0  # bytes of those, at most
         self.packed: dict[str, PackedTensors] = {}  # on meta, if they are not on the device
@@ -132,10 +132,10 @@ class _Simulation:
     def need(self, working: int, waiting: int) -> None:
         self.needs.append(Need(working, waiting))
 
-    def settle(self, needs: Sequence[Need], weight: str = "") -> None:
+    def settle(self, needs: Sequence[Need], weight: str = "", portions: int = 1) -> None:
         working = max(n.working for n in needs)
         if working > self.working:
-            self.working, self.largest = working, weight
+            self.working, self.largest = working, (weight, portions)
         self.peak = max(self.peak, *(n.working + n.waiting for n in needs))
 
     def phase(self) -> list[Need]:
@@ -164,7 +164,7 @@ class _Simulation:
             again = [*(n.besides(held) for n in observing), *(n.besides(forgotten) for n in solving)]
             sizes = [observer.size for observer in observers]
             portions, needs = choose_portions(stage, sizes, [*observing, *solving], again, self.room)
-            self.settle(needs, stage.inputs[0].weights[0])
+            self.settle(needs, stage.inputs[0].weights[0], len(portions))
             self.portions.append(portions)
             self.calibration.add(self.again.flops, self.again.moved, len(portions) - 1)
 
