@@ -1,8 +1,13 @@
 """Segment × batches → Hessians: run one segment on every batch and hand on the values that later segments need.
 
-Invariant: after a segment the store holds, per batch, exactly the segment's `keeps`.
+If a stage's Hessians do not fit in memory together, its segment runs several times, for a portion of them each. The
+sums are the same: each is of the same rows in the same order.
+
+Invariant: after a segment's last run the store holds, per batch, exactly the segment's `keeps`, and before it what was
+there.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -13,7 +18,7 @@ from torch import fx
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import NonFiniteError
-from gptq_ao.passes.records import Segment, SharedInput, Stage
+from gptq_ao.passes.records import Portion, Segment, SharedInput, Stage
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 
 __all__ = ["calibrate", "compared", "run_only", "run_segment"]
@@ -28,31 +33,49 @@ def run_segment(segment: Segment, values: Values, statics: list[Any]) -> tuple[A
 
 
 def calibrate(
-    segment: Segment, stage: Stage, store: ActivationStore, static: Callable[[str], Any], ranks: Ranks = ALONE
+    segment: Segment,
+    stage: Stage,
+    store: ActivationStore,
+    static: Callable[[str], Any],
+    ranks: Ranks = ALONE,
+    portion: Portion | None = None,
+    *,
+    last: bool = True,
 ) -> tuple[tuple[Hessian, ...], ...]:
     """Run every batch, in order, through a segment with observers (see `observe.py`).
 
     Args:
         store: per batch the live values by name; updated in place.
-        static: a parameter, buffer or constant by placeholder name; asked once per segment.
+        static: a parameter, buffer or constant by placeholder name; asked once per run.
         ranks: each of which has a share of the batches in its store.
+        portion: whose Hessians to sum; None: all.
+        last: whether no other portion follows. Otherwise the store stays as it is, and so does the state of random
+            numbers, so that the model draws the same again.
 
     Returns:
-        The Hessians of each of `stage.inputs`, in order: one, or one per expert; of the batches of all ranks.
+        The Hessians of each of `stage.inputs`, in order: one, or one per expert of the portion; of the batches of all
+        ranks.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the weights that read it and the batch.
     """
     observers = [cast(HessianObserver, segment.module.get_submodule(shared.name)) for shared in stage.inputs]
-    for _ in _run(segment, store, static, ranks):
-        for observer in observers:
-            observer.end_batch()
+    for observer, experts in zip(observers, portion or [range(s.experts) for s in stage.inputs], strict=True):
+        observer.look_at(experts)
+    cuda = [store.device] if store.device.type == "cuda" else []
+    with contextlib.nullcontext() if last else torch.random.fork_rng(cuda):
+        for _ in _run(segment, store, static, ranks, replace=last):
+            for observer in observers:
+                if observer.portion:
+                    observer.end_batch()
     if not len(store):
         for shared, observer in zip(stage.inputs, observers, strict=True):
-            observer.start(store.device, *compared(segment, shared))
-    hessians = tuple(observer.finish(ranks) for observer in observers)
-    for shared, (first, *_) in zip(stage.inputs, hessians, strict=True):
-        if first.first_bad_batch is not None:
+            if observer.portion:
+                observer.start(store.device, *compared(segment, shared))
+    hessians = tuple(observer.finish(ranks) if observer.portion else () for observer in observers)
+    for shared, of_shared in zip(stage.inputs, hessians, strict=True):
+        first = next(iter(of_shared), None)
+        if first is not None and first.first_bad_batch is not None:
             raise NonFiniteError(
                 f"the input of {', '.join(shared.weights)} is NaN or infinite in calibration batch "
                 f"{first.first_bad_batch} (or its squares exceed fp32). Check that batch, or run the model in bf16 "
@@ -77,11 +100,13 @@ def run_only(segment: Segment, store: ActivationStore, static: Callable[[str], A
         graph.erase_node(node)
     graph.eliminate_dead_code()  # what was computed for them
     plain = dataclasses.replace(segment, module=fx.GraphModule(segment.module, graph))
-    for _ in _run(plain, store, static, ranks):
+    for _ in _run(plain, store, static, ranks, replace=True):
         pass
 
 
-def _run(segment: Segment, store: ActivationStore, static: Callable[[str], Any], ranks: Ranks) -> Iterator[None]:
+def _run(
+    segment: Segment, store: ActivationStore, static: Callable[[str], Any], ranks: Ranks, *, replace: bool
+) -> Iterator[None]:
     """One batch after the other, each once the one before was looked at."""
     statics = [static(name) for name in segment.statics]
     for index, values in enumerate(store.read(segment.reads)):
@@ -90,6 +115,7 @@ def _run(segment: Segment, store: ActivationStore, static: Callable[[str], Any],
         except Exception as e:
             e.add_note(f"in calibration batch {ranks.number(index)}")
             raise
-        store.replace(index, written, segment.keeps)
+        if replace:
+            store.replace(index, written, segment.keeps)
         del written  # the store may have put it elsewhere
         yield

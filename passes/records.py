@@ -332,9 +332,15 @@ class Stage:
     entangled: bool = False
 
 
+Portion = tuple[range, ...]
+"""Of each of a stage's inputs, the experts whose Hessians are in memory at the same time; there may be none. A stage is
+observed and solved in one or several portions, which have each expert once."""
+
+
 @dataclass(frozen=True)
 class Segment:
-    """The part of the graph that runs between two stages, once per batch.
+    """The part of the graph that runs between two stages, once per batch; where these are solved in portions, once per
+    batch for each.
 
     Attributes:
         module: takes `reads`, then `statics`, returns the tuple `writes`.

@@ -1,11 +1,13 @@
 """The benchmark scripts run. What they measure is not asserted."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from gptq_ao.planning import memory
 from gptq_ao.tiny_lm.corpus import documents
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +101,24 @@ def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(sys, "argv", ["x", *options])
     script["main"]()
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_moe_layer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "moe_layer.py"))
+    shapes = ["--experts", "4", "--per-token", "2", "--hidden", "64", "--intermediate", "32", "--device", "cpu"]
+    options = ["--sequences", "4", "--seq-len", "32", "--batch-size", "2", "--effort", "fast"]
+    monkeypatch.setattr(sys, "argv", ["x", *shapes, *options])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(
+        "4 experts of 64 x 32, 2 for each token; 4 x 32 tokens, 2 a batch, effort fast, no limit"
+    )
+    assert [line.split()[0] for line in lines[2:8]] == ["phase", "capture", "plan", "calibrate", "solve", "total"]
+    assert re.match(r"memory: \d+\.\d\d GiB at most, planned \d+\.\d\d$", lines[8])
+    assert lines[10] == "all experts at once"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    script["main"]()
+    assert "experts in 4 portions of 1" in capsys.readouterr().out
 
 
 @pytest.mark.long

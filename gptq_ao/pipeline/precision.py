@@ -32,15 +32,15 @@ from gptq_ao.passes.expected_harm import expected_harm
 from gptq_ao.passes.products.fused_sets import fused_sets
 from gptq_ao.passes.records import Excluded, Selection, SharedInput
 from gptq_ao.pipeline.allocate import allocate
+from gptq_ao.pipeline.expert_hessians import ExpertHessian, ExpertHessians
 from gptq_ao.pipeline.run_plan import static_value
-from gptq_ao.pipeline.solve_together import expert_hessians, solve_together
+from gptq_ao.pipeline.solve_together import solve_together
 from gptq_ao.pipeline.solved_part import SolvedPart
 from gptq_ao.pipeline.spread import each_expert
 from gptq_ao.planning.job import Job
-from gptq_ao.planning.memory import waiting_budget
+from gptq_ao.planning.memory import allot
 from gptq_ao.planning.prepare import Prepared, with_selection
 from gptq_ao.report import Choice, Decision, Unit
-from gptq_ao.solver.hessian import Hessian
 
 __all__ = ["check_possible", "choose_precision", "with_precision"]
 
@@ -215,39 +215,45 @@ def _round(job: Job, measured: Prepared, typical: int) -> tuple[dict[tuple[str, 
     }
     energies = dict.fromkeys(((name, bits) for name in settings for bits in job.config.candidates), 0.0)
     errors: dict[str, Tensor] = {}
-    budget, _ = waiting_budget(job, measured)
+    allotted = allot(job, measured)
     static = partial(static_value, job, program)
 
     def solve(
         shared: SharedInput,
         matrices: Mapping[str, Tensor],
         chosen: Mapping[str, GPTQConfig],
-        expert: tuple[int, tuple[Hessian, str | None]],
+        expert: ExpertHessian,
         ranks: Ranks,
     ) -> Iterator[SolvedPart]:
-        number, (hessian, why) = expert
-        rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(number)}
-        yield from solve_together(rows, chosen, hessian, job.config.strict, why, ranks=ranks)
+        rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(expert.number)}
+        yield from solve_together(rows, chosen, expert.hessian, job.config.strict, expert.fallback, ranks=ranks)
+
+    def judge(shared: SharedInput, experts: list[ExpertHessian]) -> None:
+        matrices = {n: layouts[n].matrix(weights.get(n, job.device)) for n in shared.weights}
+        for n, matrix in matrices.items():
+            errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
+        for bits, chosen in by_bits.items():
+            solved = partial(solve, shared, matrices, chosen)
+            for part in each_expert(job.ranks, experts, solved, job.device, single=shared.experts == 1):
+                p = part.part
+                energies[p.weight, bits] += part.changed or 0.0
+                if bits == typical:
+                    rows = matrices[p.weight][p.start : p.stop]
+                    errors[p.weight][p.start : p.stop] = rows - part.solution.dequantize()
 
     with (
-        ActivationStore(job.ranks.share(calibrated.batches), job.device, budget) as store,
+        ActivationStore(job.ranks.share(calibrated.batches), job.device, allotted.budget) as store,
         job.steps(len(plan.stages), "stage") as steps,
         torch.no_grad(),
     ):
-        for stage, segment in zip(plan.stages, plan.segments, strict=True):
+        for stage, segment, portions in zip(plan.stages, plan.segments, allotted.portions, strict=True):
             with steps.step(f"measure {stage.inputs[0].weights[0].removesuffix('.weight')}"):
-                hessians = calibrate(segment, stage, store, static, job.ranks)
-                for shared, of_shared in zip(stage.inputs, hessians, strict=True):
-                    matrices = {n: layouts[n].matrix(weights.get(n, job.device)) for n in shared.weights}
-                    for n, matrix in matrices.items():
-                        errors.setdefault(n, torch.zeros_like(matrix, device=weights.home(n)))
-                    experts = list(enumerate(expert_hessians(of_shared, job.config.expert_min_rows)))
-                    for bits, chosen in by_bits.items():
-                        solved = partial(solve, shared, matrices, chosen)
-                        for part in each_expert(job.ranks, experts, solved, job.device):
-                            p = part.part
-                            energies[p.weight, bits] += part.changed or 0.0
-                            if bits == typical:
-                                rows = matrices[p.weight][p.start : p.stop]
-                                errors[p.weight][p.start : p.stop] = rows - part.solution.dequantize()
+                known = [ExpertHessians(shared.experts, job.config.expert_min_rows) for shared in stage.inputs]
+                for turn, portion in enumerate(portions, 1):
+                    last = turn == len(portions)
+                    hessians = calibrate(segment, stage, store, static, job.ranks, portion, last=last)
+                    for shared, of_shared, new in zip(stage.inputs, known, hessians, strict=True):
+                        if new:
+                            judge(shared, of_shared.add(new))
+                    del hessians, new
     return energies, errors

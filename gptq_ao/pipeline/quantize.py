@@ -44,8 +44,9 @@ from gptq_ao.pipeline.solve_together import round_matrix
 from gptq_ao.pipeline.training_code import left_behind, ranks_apart
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import Limits, MaxMemory
-from gptq_ao.planning.memory import waiting_budget
+from gptq_ao.planning.memory import allot
 from gptq_ao.planning.output_bytes import result_size
+from gptq_ao.planning.portions import note_of
 from gptq_ao.planning.prepare import Prepared, check_support, prepare, select
 from gptq_ao.progress import Progress
 from gptq_ao.report import Decision, Report, WeightReport, names_of
@@ -234,17 +235,20 @@ def _quantize(job: Job) -> Report:
     if job.ranks.first:
         prepared.warn(deeper=1)
     if prepared.calibrated is None:
-        done, waiting = round_all(job, prepared.selection), None
+        done, waiting, divided = round_all(job, prepared.selection), None, None
     else:
         with job.clock("plan"):
-            budget, left = waiting_budget(job, prepared)
-            if left is not None and isinstance(job.weights, RestorableWeights):
-                job.weights.keep_at_most(left, job.device)
-            batches = waiting_batches(job, prepared.calibrated.plan)
-        with ActivationStore(batches or job.ranks.share(prepared.calibrated.batches), job.device, budget) as store:
-            done = run_plan(job, prepared.calibrated, store)
+            allotted, plan = allot(job, prepared), prepared.calibrated.plan
+            if allotted.left is not None and isinstance(job.weights, RestorableWeights):
+                job.weights.keep_at_most(allotted.left, job.device)
+            batches = waiting_batches(job, plan) or job.ranks.share(prepared.calibrated.batches)
+        with ActivationStore(batches, job.device, allotted.budget) as store:
+            done = run_plan(job, prepared.calibrated, store, allotted.portions)
             waiting = store.peak
-    return dataclasses.replace(_report(job, done, prepared, waiting), precision=decisions)
+        divided = note_of(plan, allotted.portions)
+    report = _report(job, done, prepared, waiting)
+    notes = report.notes if divided is None else (*report.notes, divided)
+    return dataclasses.replace(report, precision=decisions, notes=notes)
 
 
 def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:

@@ -37,10 +37,11 @@ from gptq_ao.passes.replay.find_products import ProductFinder
 from gptq_ao.passes.replay.padding import Padding
 from gptq_ao.passes.replay.products import Parameters, Use, Watch
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
+from gptq_ao.pipeline.expert_hessians import ExpertHessians
 from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
 from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import grids_of, rewrite
-from gptq_ao.pipeline.solve_together import expert_hessians, join_parts, solve_together
+from gptq_ao.pipeline.solve_together import join_parts, solve_together
 from gptq_ao.pipeline.solved_part import SolvedPart
 from gptq_ao.planning.job import Job
 from gptq_ao.report import Clock, WeightReport
@@ -239,9 +240,9 @@ class _Run:
             hessians = self._hessians(part, waiting)
         with clock("solve"):
             n = (part.stop - part.start) // len(hessians)
-            for e, (hessian, why) in enumerate(expert_hessians(hessians, self._config.expert_min_rows)):
-                start = part.start + e * n
-                self._solve_rows(Part(part.weight, start, start + n), hessian, why)
+            for expert in ExpertHessians(len(hessians), self._config.expert_min_rows).add(hessians):
+                start = part.start + expert.number * n
+                self._solve_rows(Part(part.weight, start, start + n), expert.hessian, expert.fallback)
         self.solved_on[part] = {f.number for f in waiting}
         self._stages[part.weight] = self.hessians
 

@@ -1,7 +1,7 @@
 """The stages of a plan, one after the other: observe what reaches the weights, solve them, put the results in place."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import calibrate, run_only
 from gptq_ao.passes.follow_original import last_reads
-from gptq_ao.passes.records import Layout, Part, Plan, Program, Selection, SharedInput, Stage, twin_of
+from gptq_ao.passes.records import Layout, Part, Plan, Portion, Program, Segment, Selection, SharedInput, Stage, twin_of
+from gptq_ao.pipeline.expert_hessians import ExpertHessian, ExpertHessians
 from gptq_ao.pipeline.journaled import JournaledStages
-from gptq_ao.pipeline.solve_together import expert_hessians, join_parts, round_matrix, solve_together
+from gptq_ao.pipeline.solve_together import join_parts, round_matrix, solve_together
 from gptq_ao.pipeline.solved_part import SolvedPart
 from gptq_ao.pipeline.spread import each_expert
 from gptq_ao.planning.job import Job
@@ -29,8 +30,11 @@ from gptq_ao.tensor import GroupTensor, tensor_class
 __all__ = ["grids_of", "rewrite", "round_all", "run_plan", "static_value"]
 
 
-def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[WeightReport]:
-    """Quantize with the plan's stages in order; one segment's weights at a time are on the device that computes."""
+def run_plan(
+    job: Job, calibrated: Calibrated, store: ActivationStore, portions: Sequence[Sequence[Portion]]
+) -> list[WeightReport]:
+    """Quantize with the plan's stages in order, each in its portions; one segment's weights at a time are on the device
+    that computes."""
     weights, program, plan = job.weights, calibrated.program, calibrated.plan
     settings, layouts = plan.selection.settings, plan.selection.layouts
     done: list[WeightReport] = []
@@ -66,6 +70,21 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
             if last.get(each.name, 0) <= number:
                 weights.release(each.name)
 
+    def solve(number: int, stage: Stage, segment: Segment) -> None:
+        solving, of_stage = _Solving(job, plan, stage), portions[number - 1]
+        for turn, portion in enumerate(of_stage, 1):
+            last_turn = turn == len(of_stage)
+            with job.clock("calibrate"):
+                hessians = calibrate(segment, stage, store, static, job.ranks, portion, last=last_turn)
+                if last_turn:
+                    forget(number)
+            with job.clock("solve"), torch.no_grad():
+                for whole in solving.add(portion, hessians):
+                    journal.add(number, whole, settings[whole.part.weight])
+                    put(whole, number)
+                    del whole
+            del hessians  # the next run of the segment needs the room
+
     journal.start()
     with job.steps(len(plan.stages), "stage") as steps:
         for number, (stage, segment) in enumerate(zip(plan.stages, plan.segments, strict=True), 1):
@@ -78,17 +97,9 @@ def run_plan(job: Job, calibrated: Calibrated, store: ActivationStore) -> list[W
                     with job.clock("solve"), torch.no_grad():
                         for whole in journal.solved(number):
                             put(whole, number)
+                            del whole  # the next segment needs the room
                 else:
-                    with job.clock("calibrate"):
-                        hessians = calibrate(segment, stage, store, static, job.ranks)
-                        forget(number)
-                    with job.clock("solve"), torch.no_grad():
-                        for matrix, parts in _solve(job, plan, stage, hessians):
-                            whole = join_parts(parts, matrix, settings[parts[0].part.weight])
-                            journal.add(number, whole, settings[whole.part.weight])
-                            put(whole, number)
-                    del hessians, matrix, parts  # the next segment needs the room
-                del whole
+                    solve(number, stage, segment)
                 journal.finish(number, store, segment)
     return done
 
@@ -139,37 +150,44 @@ def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQCo
     )
 
 
-def _solve(
-    job: Job, plan: Plan, stage: Stage, hessians: tuple[tuple[Hessian, ...], ...]
-) -> Iterator[tuple[Tensor, list[SolvedPart]]]:
-    """Each weight of a stage with all its parts, as soon as the last of them is solved."""
-    layouts, settings = plan.selection.layouts, plan.selection.settings
-    # A weight may be in several of the stage's inputs, by its parts, and in each of them once per expert.
-    missing = Counter(p.weight for shared in stage.inputs for p in shared.parts for _ in range(shared.experts))
-    matrices: dict[str, Tensor] = {}
-    solved: dict[str, list[SolvedPart]] = {}
-    heights = {name: layout.out_features for name, layout in layouts.items()}
+class _Solving:
+    """A stage's weights, on the way from their Hessians to their solutions."""
 
-    def solve(
-        shared: SharedInput, expert: tuple[int, tuple[Hessian, str | None]], ranks: Ranks
-    ) -> Iterator[SolvedPart]:
-        number, (hessian, fallback) = expert
-        rows = {p: matrices[p.weight][p.start : p.stop] for p in shared.expert(number)}
-        streams, grids, strict = tuple(p for p, _ in shared.residuals), grids_of(job, rows), job.config.strict
-        yield from solve_together(rows, settings, hessian, strict, fallback, streams, grids, heights, ranks)
+    def __init__(self, job: Job, plan: Plan, stage: Stage) -> None:
+        self._job, self._stage = job, stage
+        self._layouts, self._settings = plan.selection.layouts, plan.selection.settings
+        self._heights = {name: layout.out_features for name, layout in self._layouts.items()}
+        # A weight may be in several of the stage's inputs, by its parts, and in each of them once per expert.
+        inputs, min_rows = stage.inputs, job.config.expert_min_rows
+        self._missing = Counter(p.weight for shared in inputs for p in shared.parts for _ in range(shared.experts))
+        self._matrices: dict[str, Tensor] = {}
+        self._solved: dict[str, list[SolvedPart]] = {}
+        self._hessians = [ExpertHessians(shared.experts, min_rows) for shared in inputs]
 
-    for shared, of_shared in zip(stage.inputs, hessians, strict=True):
-        for name in shared.weights:
-            if name not in matrices:
-                matrices[name] = layouts[name].matrix(job.weights.get(name, job.device))
+    def add(self, portion: Portion, hessians: tuple[tuple[Hessian, ...], ...]) -> Iterator[SolvedPart]:
+        """Solve what can be solved with these Hessians. Each weight, as soon as the last of its parts is solved."""
+        job, everything = self._job, zip(self._stage.inputs, self._hessians, portion, hessians, strict=True)
+        for shared, known, experts, of_portion in everything:
+            if not experts:
+                continue
+            for name in shared.weights:
+                if name not in self._matrices:
+                    self._matrices[name] = self._layouts[name].matrix(job.weights.get(name, job.device))
+            ready, solve = known.add(of_portion), partial(self._solve, shared)
+            for part in each_expert(job.ranks, ready, solve, job.device, single=shared.experts == 1):
+                name = part.part.weight
+                self._solved.setdefault(name, []).append(part)
+                self._missing[name] -= 1
+                if not self._missing[name]:  # at once: what is packed takes a fraction of the room
+                    yield join_parts(self._solved.pop(name), self._matrices.pop(name), self._settings[name])
 
-        experts = list(enumerate(expert_hessians(of_shared, job.config.expert_min_rows)))
-        for part in each_expert(job.ranks, experts, partial(solve, shared), job.device):
-            name = part.part.weight
-            solved.setdefault(name, []).append(part)
-            missing[name] -= 1
-            if not missing[name]:  # at once, not at the end of the stage: what is packed takes a fraction of the room
-                yield matrices.pop(name), solved.pop(name)
+    def _solve(self, shared: SharedInput, expert: ExpertHessian, ranks: Ranks) -> Iterator[SolvedPart]:
+        rows = {p: self._matrices[p.weight][p.start : p.stop] for p in shared.expert(expert.number)}
+        strict, grids = self._job.config.strict, grids_of(self._job, rows)
+        streams, heights = tuple(p for p, _ in shared.residuals), self._heights
+        yield from solve_together(
+            rows, self._settings, expert.hessian, strict, expert.fallback, streams, grids, heights, ranks
+        )
 
 
 def grids_of(job: Job, parts: Iterable[Part]) -> dict[Part, tuple[Tensor, Tensor]]:

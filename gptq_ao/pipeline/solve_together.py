@@ -18,13 +18,13 @@ from gptq_ao.pipeline.spread import factors, names_of_parts, rows_gathered, rows
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.compensate import corrected_target
 from gptq_ao.solver.factor import Factor
-from gptq_ao.solver.hessian import Hessian, pooled
+from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.low_rank import low_rank
 from gptq_ao.solver.refine import refine
 from gptq_ao.solver.solution import Solution
 from gptq_ao.solver.solve import better_rows, output_energy, round_to_nearest, solve
 
-__all__ = ["SolvedPart", "expert_hessians", "join_parts", "round_matrix", "solve_together"]
+__all__ = ["SolvedPart", "join_parts", "round_matrix", "solve_together"]
 
 Grid = tuple[Tensor, Tensor]  # scale [n, G] fp16 and zero point [n, G] uint8
 
@@ -180,16 +180,6 @@ def _stacked(residuals: Mapping[Part, Tensor], parts: list[Part], weights: list[
     if not residuals:
         return None
     return torch.cat([residuals.get(p, torch.zeros_like(w)) for p, w in zip(parts, weights, strict=True)])
-
-
-def expert_hessians(hessians: tuple[Hessian, ...], min_rows: int) -> list[tuple[Hessian, str | None]]:
-    """Each expert's Hessian and None; for an expert that saw fewer than `min_rows` rows, that of all experts' rows and
-    the reason. A single Hessian is returned as it is."""
-    if len(hessians) == 1 or all(h.rows >= min_rows for h in hessians):
-        return [(h, None) for h in hessians]
-    together = pooled(hessians)
-    why = "the expert saw {} rows, fewer than " + f"{min_rows}: solved with the Hessian of all experts' rows"
-    return [(h, None) if h.rows >= min_rows else (together, why.format(h.rows)) for h in hessians]
 
 
 def join_parts(parts: Iterable[SolvedPart], matrix: Tensor, config: GPTQConfig) -> SolvedPart:

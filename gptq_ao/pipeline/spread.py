@@ -78,11 +78,18 @@ def rows_of_each(parts: Sequence[Part], ranks: int, *, whole: bool) -> list[list
 
 
 def each_expert(
-    ranks: Ranks, experts: Sequence[T], solve: Callable[[T, Ranks], Iterable[SolvedPart]], device: torch.device
+    ranks: Ranks,
+    experts: Sequence[T],
+    solve: Callable[[T, Ranks], Iterable[SolvedPart]],
+    device: torch.device,
+    *,
+    single: bool,
 ) -> Iterator[SolvedPart]:
-    """What `solve` gives for each, solved on one rank, which has it to itself; for a single one, by all together."""
-    if len(experts) == 1:
-        yield from solve(experts[0], ranks)
+    """What `solve` gives for each, solved on one rank, which has it to itself; for what is no expert but a `single`
+    matrix, by all together."""
+    if single:
+        for each in experts:
+            yield from solve(each, ranks)
     else:
         mine = (part for expert in ranks.share(experts) for part in solve(expert, ALONE))
         yield from gathered(ranks, mine, device)

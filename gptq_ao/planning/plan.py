@@ -23,12 +23,14 @@ from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights, Weights
 from gptq_ao.passes.records import Layout, SharedInput
+from gptq_ao.planning.footprint import Footprint
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import MaxMemory
-from gptq_ao.planning.memory import choose_budget, free_bytes, readable
+from gptq_ao.planning.memory import choose_budget, free_bytes, model_bytes, readable, room_of
 from gptq_ao.planning.output_bytes import result_size
+from gptq_ao.planning.portions import note_of
 from gptq_ao.planning.prepare import Prepared, prepare
-from gptq_ao.planning.simulate import Footprint, fakes_on, simulate
+from gptq_ao.planning.simulate import fakes_on, simulate
 from gptq_ao.planning.speed import measure_speed
 
 __all__ = ["PlannedWeight", "QuantizationPlan", "StreamedWeights", "plan", "plan_weights"]
@@ -74,6 +76,7 @@ class QuantizationPlan:
         seconds: phase → time; that of "capture" and "plan" is measured, of "calibrate" and "solve" estimated from a
             short measurement of the device, and missing where that is not there.
         warnings: what may be a problem for whoever uses the result.
+        notes: what memory makes slower than it could be.
     """
 
     device: str
@@ -86,6 +89,7 @@ class QuantizationPlan:
     output_bytes: int
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -96,7 +100,7 @@ class QuantizationPlan:
         facts = asdict(self)
         layers = list(facts.pop("weights"))
         facts |= {"weights": len(layers), "bits_per_weight": self.bits_per_weight, "layers": layers}
-        return {**facts, "warnings": list(self.warnings)}
+        return {**facts, "warnings": list(self.warnings), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         width = max(len(w.name) for w in self.weights)
@@ -119,6 +123,7 @@ class QuantizationPlan:
         lines.append(f"peak memory on {self.device}: {peaks}; of it waiting: {readable(self.activation_bytes)}")
         lines.append(", ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items()) + " (an estimate)")
         lines += [f"warning: {text}" for text in self.warnings]
+        lines += [f"note: {text}" for text in self.notes]
         return "\n".join(lines)
 
 
@@ -187,12 +192,13 @@ def plan_weights(
     with job.clock("plan"):
         if prepared.calibrated is None:  # rounding to nearest computes where the weights are
             job = dataclasses.replace(job, device=prepared.device)
-        footprint = simulate(weights, prepared, job.device, ranks)
+        footprint = simulate(weights, prepared, job.device, ranks, room_of(job))
         peak = _peak(job, prepared, footprint)
         peak["host"] += shard_bytes
         _check_room(weights, peak, job.device, processes)
         planned = _weights(job, prepared, footprint)
     stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
+    divided = note_of(prepared.calibrated.plan, footprint.portions) if prepared.calibrated else None
     return QuantizationPlan(
         device=str(job.device),
         weights=planned,
@@ -204,6 +210,7 @@ def plan_weights(
         output_bytes=result_size(weights.model, prepared.selection),
         seconds={**job.clock.seconds, **_seconds(footprint, job.device)},
         warnings=prepared.warnings,
+        notes=() if divided is None else (divided,),
     )
 
 
@@ -221,7 +228,7 @@ def _peak(job: Job, prepared: Prepared, footprint: Footprint) -> dict[str, int]:
     offloaded = waiting - on_device
     on_disk = 0 if budget.host is None else max(0, offloaded - budget.host)
     batches = prepared.calibrated.batches if prepared.calibrated else ()
-    host = sum(t.nbytes for batch in batches for t in batch.values()) + _model_bytes(job.weights, torch.device("cpu"))
+    host = sum(t.nbytes for batch in batches for t in batch.values()) + model_bytes(job.weights, torch.device("cpu"))
     return {
         "device": min(footprint.peak, footprint.working + on_device),
         "host": host + originals + offloaded - on_disk,
@@ -229,20 +236,10 @@ def _peak(job: Job, prepared: Prepared, footprint: Footprint) -> dict[str, int]:
     }
 
 
-def _model_bytes(weights: Weights, device: torch.device, *, allocated: bool = False) -> int:
-    """Of the unquantized model in a memory. `allocated`: only what is really there already."""
-    total = 0
-    for name, t in [*weights.model.named_parameters(), *weights.model.named_buffers()]:
-        home = weights.home(name)
-        if home is not None and home.type == device.type and not (allocated and t.is_meta):
-            total += t.nbytes
-    return total
-
-
 def _check_room(weights: Weights, peak: Mapping[str, int], device: torch.device, processes: int) -> None:
     places = {"host": torch.device("cpu")} if device.type == "cpu" else {"device": device, "host": torch.device("cpu")}
     for place, where in places.items():
-        free, already = free_bytes(where), _model_bytes(weights, where, allocated=True)
+        free, already = free_bytes(where), model_bytes(weights, where, allocated=True)
         # They share the host's memory.
         if free is not None and (peak[place] - already) * (processes if where.type == "cpu" else 1) > free:
             advice = "use a smaller batch size or shorter sequences"

@@ -40,6 +40,7 @@ class Run:
         left: bytes that the observers hold afterwards, besides their sums.
         kept: the leaves of what it has written that later segments read, and `spec`, how they make up those values.
         rows: that each observer has seen.
+        observing: which part of `flops` is the observers'.
     """
 
     peak: int
@@ -49,6 +50,7 @@ class Run:
     flops: Mapping[torch.dtype, int]
     moved: int
     rows: tuple[int, ...]
+    observing: Mapping[torch.dtype, int]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """A plan carried out on fake tensors: what will be in memory at most, and how much work it is.
 
 Every segment runs once for each distinct shape of batch, with its observers, as in `passes/calibrate.py` and
-`pipeline/run_plan.py`; nothing is computed or allocated. What solving takes comes from `solve_cost.py`.
+`pipeline/run_plan.py`; nothing is computed or allocated. What solving takes comes from `solve_cost.py`, and into how
+many portions a stage is divided, from `portions.py`.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,9 +23,11 @@ from gptq_ao.kernels.packed import Packed
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import run_segment
 from gptq_ao.passes.follow_original import last_reads
-from gptq_ao.passes.records import Part, Program, Segment, SharedInput, Stage, twin_of
+from gptq_ao.passes.records import Part, Portion, Program, Segment, SharedInput, Stage, twin_of
 from gptq_ao.planning.fake_observers import FakeObserver, fake_observers
+from gptq_ao.planning.footprint import Footprint, Work
 from gptq_ao.planning.live_bytes import LiveBytes, storages
+from gptq_ao.planning.portions import Need, Room, choose_portions
 from gptq_ao.planning.prepare import Calibrated, Prepared
 from gptq_ao.planning.segment_forms import Run, SegmentRuns, graph_form, kept, made, value_forms
 from gptq_ao.planning.solve_cost import SolveCost, result_bytes, solve_cost
@@ -37,63 +39,18 @@ Values = dict[str, Any]
 PackedTensors = tuple[Tensor | None, ...]  # qdata, scale_zero, high_plane, perm
 
 
-@dataclass
-class Work:
-    """Operations in products by dtype, bytes read and written by other operators, steps that follow one another, and
-    weights that are rounded column by column (`SolveCost.rounded`)."""
-
-    flops: Counter[torch.dtype] = field(default_factory=Counter)
-    moved: int = 0
-    steps: int = 0
-    rounded: int = 0
-
-    def add(self, flops: Mapping[torch.dtype, int], moved: int, times: int) -> None:
-        for dtype, count in flops.items():
-            self.flops[dtype] += times * count
-        self.moved += times * moved
-
-    def add_solve(self, cost: SolveCost, times: int) -> None:
-        self.flops[torch.float64] += times * cost.fp64
-        self.flops[torch.float32] += times * cost.fp32
-        self.steps += times * cost.columns
-        self.rounded += times * cost.rounded
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a plan needs of the device that computes, in bytes of tensors: libraries' workspaces come on top.
-
-    Attributes:
-        resident: of the model, at the beginning.
-        working: at most, if waiting activations are elsewhere: all but the batch that runs and the one that follows.
-        peak: at most, if all activations wait on the device.
-        activations: that wait, when they are most.
-        originals: of weights in files that are quantized and whose original values are still to be read, at most.
-        rows: name of a `SharedInput` → rows of calibration data, of one expert on average.
-        packed: weight → bytes in memory when it is quantized.
-        calibrate, solve: the work of both phases.
-    """
-
-    resident: int
-    working: int
-    peak: int
-    activations: int
-    originals: int
-    rows: dict[str, int]
-    packed: dict[str, int]
-    calibrate: Work
-    solve: Work
-
-
-def simulate(weights: Weights, prepared: Prepared, device: torch.device, ranks: Ranks = ALONE) -> Footprint:
+def simulate(
+    weights: Weights, prepared: Prepared, device: torch.device, ranks: Ranks = ALONE, room: Room | None = None
+) -> Footprint:
     """Neither weights nor the values of batches are read; shapes and dtypes say all.
 
     Args:
         device: where it will compute: `prepared.device`, or what that stands in for.
         ranks: that share batches and weights; the footprint is that of this one.
+        room: for which stages are divided into portions; None: as much as they need.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as tracker, torch.no_grad():
-        run = _Simulation(weights, prepared, device, tracker, ranks)
+        run = _Simulation(weights, prepared, device, tracker, ranks, room or Room())
         if prepared.calibrated is None:
             run.round_all()
         else:
@@ -108,6 +65,8 @@ def simulate(weights: Weights, prepared: Prepared, device: torch.device, ranks: 
             run.packed_bytes,
             run.calibration,
             run.solving,
+            tuple(run.portions),
+            run.largest,
         )
 
 
@@ -127,9 +86,9 @@ class _Simulation:
     shape. Other batches of the shape are only counted."""
 
     def __init__(
-        self, weights: Weights, prepared: Prepared, device: torch.device, tracker: LiveBytes, ranks: Ranks
+        self, weights: Weights, prepared: Prepared, device: torch.device, tracker: LiveBytes, ranks: Ranks, room: Room
     ) -> None:
-        self.weights, self.tracker, self.ranks = weights, tracker, ranks
+        self.weights, self.tracker, self.ranks, self.room = weights, tracker, ranks, room
         self.device, self.real_device = prepared.device, device
         self.layouts, self.settings = prepared.selection.layouts, prepared.selection.settings
         model = weights.model
@@ -137,6 +96,9 @@ class _Simulation:
         self.here = {n: self.fake(t) for n, t in self.state.items() if self.is_here(n, quantized=False)}
         self.resident = self.working = self.peak = self.live
         self.waiting = 0
+        self.portions: list[tuple[Portion, ...]] = []  # of each stage
+        self.needs: list[Need] = []  # of a phase of a stage
+        self.largest = ("", 1)
         self.originals: dict[str, Tensor] = {}  # still to be read; on meta, if they are not on the device
         self.from_files = 0  # bytes of those, at most
         self.packed: dict[str, PackedTensors] = {}  # on meta, if they are not on the device
@@ -146,6 +108,7 @@ class _Simulation:
         self.packings: dict[PackedSpec, tuple[PackedTensors, int]] = {}  # see `pack`
         self.rows: dict[str, int] = {}
         self.calibration, self.solving = Work(), Work()
+        self.again = Work()  # of a segment, if it runs without observers
         self.values: dict[Any, Values] = {}  # shape → what waits of a batch
         self.all: list[Any] = []  # the shapes of all batches, in order
         self.turns: list[Any] = []  # and of this rank's
@@ -167,8 +130,18 @@ class _Simulation:
         return home is not None and home.type == self.real_device.type
 
     def need(self, working: int, waiting: int) -> None:
-        self.working = max(self.working, working)
-        self.peak = max(self.peak, working + waiting)
+        self.needs.append(Need(working, waiting))
+
+    def settle(self, needs: Sequence[Need], weight: str = "", portions: int = 1) -> None:
+        working = max(n.working for n in needs)
+        if working > self.working:
+            self.working, self.largest = working, (weight, portions)
+        self.peak = max(self.peak, *(n.working + n.waiting for n in needs))
+
+    def phase(self) -> list[Need]:
+        """What was needed since the last call."""
+        needs, self.needs = self.needs, []
+        return needs
 
     def run(self, calibrated: Calibrated) -> None:
         self.all = [tuple((n, t.shape, t.dtype) for n, t in batch.items()) for batch in calibrated.batches]
@@ -179,11 +152,21 @@ class _Simulation:
         last = last_reads(calibrated.program, calibrated.plan)  # weight → the last segment that reads its original
         stages = zip(calibrated.plan.stages, calibrated.plan.segments, strict=True)
         for number, (stage, segment) in enumerate(stages, 1):
-            with fake_observers(stage, segment, self.device):
+            with fake_observers(stage, segment, self.device) as observers:
                 self.calibrate(calibrated.program, stage, segment)
+                observing, before = self.phase(), self.live
                 self.originals = {n: t for n, t in self.originals.items() if last[n] > number}
-                self.solve(stage, segment, last)
+                forgotten = before - self.live
+                held = self.solve(stage, segment, last)
+                solving = self.phase()
                 self.observed.clear()
+            # In portions, the segment runs beside what is solved already, and only the last run forgets.
+            again = [*(n.besides(held) for n in observing), *(n.besides(forgotten) for n in solving)]
+            sizes = [observer.size for observer in observers]
+            portions, needs = choose_portions(stage, sizes, [*observing, *solving], again, self.room)
+            self.settle(needs, stage.inputs[0].weights[0], len(portions))
+            self.portions.append(portions)
+            self.calibration.add(self.again.flops, self.again.moved, len(portions) - 1)
 
     def calibrate(self, program: Program, stage: Stage, segment: Segment) -> None:
         times, of_all = Counter(self.turns), Counter(self.all)
@@ -195,7 +178,7 @@ class _Simulation:
         ran = self.ran.get(key) or self.run_segment(program, stage, segment)
         self.ran[key] = ran
         self.need(self.live + ran.peak - self.samples, stored)
-        running, growth = {}, {}
+        running, growth, self.again = {}, {}, Work()
         # Batches of one shape take the same memory and work: one fake of each runs, and counts as often as it comes.
         for shape, run in zip(self.values, ran.runs, strict=True):
             before = self.values[shape]
@@ -211,6 +194,7 @@ class _Simulation:
             del before, written, waits, after
             self.observed.append(torch.empty(run.left, dtype=torch.uint8, device=self.device))
             self.calibration.add(run.flops, run.moved, times[shape])
+            self.again.add({d: n - run.observing.get(d, 0) for d, n in run.flops.items()}, run.moved, times[shape])
             for shared, seen in zip(stage.inputs, run.rows, strict=True):
                 self.rows[shared.name] = self.rows.get(shared.name, 0) + of_all[shape] * seen // shared.experts
         # In the order of the real batches: what waits grows, or shrinks, with each one that has run.
@@ -221,7 +205,7 @@ class _Simulation:
 
     def run_segment(self, program: Program, stage: Stage, segment: Segment) -> SegmentRuns:
         """What it takes; nothing is different afterwards."""
-        with fake_observers(stage, segment, self.device) as observers:
+        with fake_observers(stage, segment, self.device, self.tracker) as observers:
             self.tracker.restart()
             start = self.live
             statics = [self.static(program, name) for name in segment.statics]
@@ -237,8 +221,9 @@ class _Simulation:
                 spec = pytree.tree_structure(list(waits.values()))
                 flops, moved = dict(self.tracker.flops), self.tracker.moved.total()
                 del written, waits
-                seen = tuple(observer.restart() for observer in observers)
-                runs.append(Run(peak_of_run, self.live - start, again, spec, flops, moved, seen))
+                seen, observing = zip(*(observer.restart() for observer in observers), strict=True)
+                left, of_observers = self.live - start, dict(sum(observing, Counter[torch.dtype]()))
+                runs.append(Run(peak_of_run, left, again, spec, flops, moved, seen, of_observers))
             del statics
         return SegmentRuns(peak, alive, tuple(runs))
 
@@ -295,8 +280,9 @@ class _Simulation:
         files = (n for n in self.originals if self.weights.home(n) is None)
         self.from_files = max(self.from_files, sum(self.originals[n].nbytes for n in files))
 
-    def solve(self, stage: Stage, segment: Segment, last: Mapping[str, int]) -> None:
-        """See `run_plan._solve` and `solve_together`."""
+    def solve(self, stage: Stage, segment: Segment, last: Mapping[str, int]) -> int:
+        """See `run_plan._Solving` and `solve_together`. Returns the bytes that two portions keep between them."""
+        before, held = self.live, 0
         stored, samples = sum(_bytes(self.values[shape]) for shape in self.turns), self.samples
         left = Counter(name for shared in stage.inputs for name in shared.weights)
         matrices: dict[str, Tensor] = {}
@@ -315,14 +301,18 @@ class _Simulation:
                 self.solving.add_solve(cost, -(-shared.experts // self.ranks.size))
             for part in shared.parts:
                 codes[part.weight] += self.codes_of(part)
+            held = max(held, self.live - before + pooled + codes.total())
             for name in shared.weights:
                 left[name] -= 1
                 if not left[name]:
                     if name in last:
                         self.keep_original(name)
+                    joined = codes[name] if shared.experts > 1 else 0  # from those of the experts
+                    self.need(self.live - samples + pooled + kept + codes.total() + joined, stored)
                     packing = self.pack(name)
                     self.need(packing - samples + pooled + kept + codes.total(), stored)
                     del matrices[name], codes[name]
+        return held
 
     def codes_of(self, part: Part) -> int:
         return result_bytes(
@@ -381,6 +371,7 @@ class _Simulation:
             self.need(self.live + cost.peak, 0)
             self.solving.add_solve(cost, 1)
             self.need(self.pack(name), 0)
+            self.settle(self.phase())
             del matrix
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gptq_ao.kernels.columns import MAX_COLUMNS, score_grids
-from gptq_ao.planning.simulate import Work
+from gptq_ao.planning.footprint import Work
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import factor
 from gptq_ao.solver.fp32 import ieee_fp32

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.solver.fp32 import ieee_fp32
 
-__all__ = ["Hessian", "HessianObserver", "gathered_mask", "kept_rows", "pooled"]
+__all__ = ["Hessian", "HessianObserver", "gathered_mask", "kept_rows"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class HessianObserver(nn.Module):
 
     Attributes:
         panel: rows of XᵀX that are one product. Smaller ones would not keep a GPU busy.
+        portion: the experts that are looked at.
     """
 
     panel = 1024
@@ -55,13 +56,18 @@ class HessianObserver(nn.Module):
     def __init__(self, in_features: int, experts: int = 1) -> None:
         super().__init__()
         self.in_features, self.experts = in_features, experts
+        self.portion = range(experts)
         self._reset()
+
+    def look_at(self, portion: range) -> None:
+        """Sum the rows of these experts only, from now on. Nothing may have been summed since `finish`."""
+        self.portion = portion
 
     def _reset(self) -> None:
         self._sum: Tensor | None = None
         self._drift: Tensor | None = None
         self._residuals: tuple[Tensor, ...] = ()
-        self._rows: list[Tensor] = []  # [experts] each
+        self._rows: list[Tensor] = []  # [experts of the portion] each
         self._finite: list[Tensor] = []
         self._unseen_batches = 0  # before the first call
 
@@ -84,22 +90,23 @@ class HessianObserver(nn.Module):
             original: what x is in the original model; not for experts.
             streams: [..., N] each, of as many rows as x: residual streams here and in the original model.
         """
+        if not self.portion:
+            return
         x = x.detach()
         keep = kept_rows(x, mask) if mask is not None else None
         if keep is not None:
             # A product with zero would keep a NaN that sits in the padding.
             x = torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
         if self._sum is None:
-            sides = (self.experts, self.in_features, self.in_features)
+            sides = (len(self.portion), self.in_features, self.in_features)
             self._sum = torch.zeros(sides, dtype=torch.float32, device=x.device)
         if offsets is not None:
-            bounds = self._bounds(x, offsets)
-            parts = [x[start:stop] for start, stop in itertools.pairwise(bounds)]
-            counts = (
-                [keep[start:stop].sum() for start, stop in itertools.pairwise(bounds)] if keep is not None else None
-            )
+            bounds = list(itertools.pairwise(self._bounds(x, offsets)))[self.portion.start : self.portion.stop]
+            parts = [x[start:stop] for start, stop in bounds]
+            counts = [keep[start:stop].sum() for start, stop in bounds] if keep is not None else None
         elif self.experts > 1:
-            parts = list(x.reshape(self.experts, -1, self.in_features))
+            every = x.reshape(self.experts, -1, self.in_features)
+            parts = list(every[self.portion.start : self.portion.stop])
             # Rows that a router sent elsewhere are zeros here.
             counts = [(p != 0).any(-1).sum() for p in parts]
         else:
@@ -172,12 +179,12 @@ class HessianObserver(nn.Module):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self._sum, self._drift = zeros(self.experts, k, k), zeros(k, k) if drift else None
+        self._sum, self._drift = zeros(len(self.portion), k, k), zeros(k, k) if drift else None
         self._residuals = tuple(zeros(n, k) for n in widths)
 
     def finish(self, ranks: Ranks = ALONE) -> tuple[Hessian, ...]:
-        """The Hessian of all calls so far, or those of the experts; with `ranks`, of the calls on all of them. The
-        observer starts anew and gives its memory back.
+        """The Hessian of all calls so far, or those of the portion's experts; with `ranks`, of the calls on all of
+        them. The observer starts anew and gives its memory back.
 
         Raises:
             RuntimeError: it was never called.
@@ -185,13 +192,14 @@ class HessianObserver(nn.Module):
         if self._sum is None:
             raise RuntimeError("a HessianObserver was never called")
         totals, drift, residuals = self._sum, self._drift, self._residuals
-        seen = torch.stack([r.cpu() for r in self._rows]).sum(0).tolist() if self._rows else [0] * self.experts
+        seen = torch.stack([r.cpu() for r in self._rows]).sum(0).tolist() if self._rows else [0] * len(totals)
         finite = [True] * self._unseen_batches + (torch.stack(self._finite).tolist() if self._finite else [])
         self._reset()
         said = ranks.tell([seen, ranks.number(finite.index(False)) if False in finite else None])
         rows = [sum(of_expert) for of_expert in zip(*(seen for seen, _ in said), strict=True)]
         bad = min((batch for _, batch in said if batch is not None), default=None)
-        ranks.sum_([totals, *([] if drift is None else [drift]), *residuals])
+        # Expert by expert, so that a sum does not depend on which other experts are in the portion.
+        ranks.sum_([*totals, *([] if drift is None else [drift]), *residuals])
         for total in totals:
             self._mirror(total)
         if drift is not None:
@@ -206,15 +214,6 @@ def gathered_mask(mask: Tensor, *gathers: Tensor) -> Tensor:
     for numbers in gathers:
         mask = mask[numbers]
     return mask
-
-
-def pooled(hessians: tuple[Hessian, ...]) -> Hessian:
-    """One Hessian of the rows of all."""
-    rows = sum(h.rows for h in hessians)
-    matrix = torch.zeros_like(hessians[0].matrix)
-    for h in hessians:
-        matrix.add_(h.matrix, alpha=h.rows / max(rows, 1))
-    return Hessian(matrix, rows)
 
 
 def kept_rows(x: Tensor, mask: Tensor) -> Tensor | None:

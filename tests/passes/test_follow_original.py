@@ -532,9 +532,9 @@ def test_originals_go_when_nothing_reads_them_anymore(monkeypatch: pytest.Monkey
     seen: list[set[str]] = []
     calibrate = run_plan.calibrate
 
-    def spy(*args: Any) -> Any:
+    def spy(*args: Any, **options: Any) -> Any:
         seen.append({w for w, ref in alive.items() if ref() is not None})
-        return calibrate(*args)
+        return calibrate(*args, **options)
 
     monkeypatch.setattr(run_plan, "calibrate", spy)
     monkeypatch.setattr(restorable, "free_bytes", lambda device: 0)  # nothing is kept to restore the model

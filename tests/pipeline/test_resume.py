@@ -188,7 +188,7 @@ def test_on_a_gpu(case: str, tmp_path: Path) -> None:
 
 def test_what_is_finished_is_neither_solved_nor_observed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[str, list[Any]] = {"solved": [], "observed": [], "run": [], "chosen": []}
-    solve, observe, run = run_plan._solve, HessianObserver.forward, calibrate.run_segment
+    solve, observe, run = run_plan._Solving, HessianObserver.forward, calibrate.run_segment
     choose = quantize.choose_precision
 
     def noting(kind: str, call: Any) -> Any:
@@ -199,7 +199,7 @@ def test_what_is_finished_is_neither_solved_nor_observed_again(tmp_path: Path, m
         return instead
 
     def count() -> dict[str, int]:
-        monkeypatch.setattr(run_plan, "_solve", noting("solved", solve))
+        monkeypatch.setattr(run_plan, "_Solving", noting("solved", solve))
         monkeypatch.setattr(HessianObserver, "forward", noting("observed", observe))
         monkeypatch.setattr(calibrate, "run_segment", noting("run", run))
         monkeypatch.setattr(quantize, "choose_precision", lambda *a: noting("chosen", choose)(*a))
