@@ -51,7 +51,8 @@ def first_names(model: nn.Module) -> dict[str, str]:
 @contextlib.contextmanager
 def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> Iterator[None]:
     """Within: every parameter and buffer is a fake tensor of `mode` on `device`, tied ones still tied; other tensors
-    that modules hold are there too; the wrappers with which Accelerate moves weights around a forward are off.
+    that modules hold are there too; the wrappers with which Accelerate moves weights around a forward are off, and the
+    hooks with which FSDP2 and tensor parallelism gather weights, or cut activations.
 
     Also undone on exit is what the forward itself stores on its modules (rotary tables, masks): under a trace these are
     fakes, which would break the next forward.
@@ -77,6 +78,9 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
     with _restored(model):
         for m in model.modules():
             m._buffers.update({name: fake(id(t), t) for name, t in m._buffers.items() if t is not None})
+            for hooks in (m._forward_pre_hooks, m._forward_hooks):
+                for number in [n for n, hook in hooks.items() if _is_of_torch_distributed(hook)]:
+                    del hooks[number]
             own = vars(m)
             # Neither parameters nor buffers: constants of the graph, whose values count. So these are really moved.
             own.update({k: v.to(device) for k, v in own.items() if isinstance(v, Tensor) and v.device.type != "meta"})
@@ -87,6 +91,10 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
             module, _, attribute = name.rpartition(".")
             model.get_submodule(module)._parameters[attribute] = p
         yield
+
+
+def _is_of_torch_distributed(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) is not None and hook.__module__.startswith("torch.distributed.")
 
 
 @contextlib.contextmanager
