@@ -7,11 +7,12 @@ This is all that is known here of the inside of FSDP2.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gptq_ao.errors import PassError
 
-__all__ = ["Cut", "FsdpParameters", "cuts_of", "in_parts", "is_in_parts", "local_part", "own_part", "whole_value"]
+__all__ = ["Cut", "FsdpParameters", "cuts_of", "in_parts", "is_in_parts", "local_part", "whole_value"]
 
 
 def is_in_parts(t: Tensor) -> bool:
@@ -32,30 +33,27 @@ def whole_value(t: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Cut:
-    """Into equal parts along a dimension, of which this process has number `index`."""
+    """Into equal parts along a dimension, of which this process has number `index`; or each of so many equal `groups`,
+    such as the weights that one is made of."""
 
     dim: int
     parts: int
     index: int
+    groups: int = 1
+
+    def of(self, whole: Tensor) -> Tensor:
+        pieces = [group.chunk(self.parts, self.dim)[self.index] for group in whole.chunk(self.groups, self.dim)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
 
 def cuts_of(t: Any) -> tuple[Cut, ...]:
     """How the part of this process is cut out of the whole, one cut after the other."""
-    place = t.device_mesh.get_coordinate()
-    found = [
-        (hasattr(p, "split_factor"), Cut(p.dim % t.dim(), t.device_mesh.size(axis), place[axis]))
+    mesh, place = t.device_mesh, t.device_mesh.get_coordinate()
+    return tuple(
+        Cut(p.dim % t.dim(), mesh.size(axis), place[axis], getattr(p, "split_factor", 1))
         for axis, p in enumerate(t.placements)
-        if hasattr(p, "dim")
-    ]
-    # What FSDP2 cuts after tensor parallelism comes before it in the mesh; such a placement has a `split_factor`.
-    return tuple(cut for strided in (False, True) for later, cut in found if later == strided)
-
-
-def own_part(whole: Tensor, cuts: tuple[Cut, ...]) -> Tensor:
-    """In memory of its own."""
-    for cut in cuts:
-        whole = whole.chunk(cut.parts, cut.dim)[cut.index]
-    return whole.clone()
+        if hasattr(p, "dim") and mesh.size(axis) > 1
+    )
 
 
 def in_parts(whole: Tensor, like: Any) -> Tensor:
@@ -66,7 +64,10 @@ def in_parts(whole: Tensor, like: Any) -> Tensor:
     """
     from torch.distributed.tensor import DTensor
 
-    part = own_part(whole, cuts_of(like))
+    part = whole
+    for cut in cuts_of(like):
+        part = cut.of(part)
+    part = part.clone()  # not a view of all of it
     if type(part) is not type(whole):
         raise PassError(f"{whole!r} does not stay packed in the parts {like.placements}")
     made: Tensor = DTensor.from_local(

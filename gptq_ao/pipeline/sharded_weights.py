@@ -114,10 +114,10 @@ class ShardedWeights(RestorableWeights):
 
 def _why_uncut(weight: Tensor, cuts: tuple[Cut, ...]) -> str | None:
     for cut in cuts:
-        why = why_uncut(weight, cut.dim, cut.parts)
+        why = why_uncut(weight, cut.dim, cut.parts * cut.groups)
         if why is not None:
             return why
-        weight = weight.chunk(cut.parts, cut.dim)[cut.index]
+        weight = cut.of(weight)
     return None
 
 

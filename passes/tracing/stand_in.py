@@ -5,6 +5,7 @@ them. Nothing is allocated, and nothing of the model is different afterwards.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,7 +80,7 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
         for m in model.modules():
             m._buffers.update({name: fake(id(t), t) for name, t in m._buffers.items() if t is not None})
             for hooks in (m._forward_pre_hooks, m._forward_hooks):
-                for number in [n for n, hook in hooks.items() if _is_of_torch_distributed(hook)]:
+                for number in [n for n, hook in hooks.items() if _home(hook).startswith("torch.distributed.")]:
                     del hooks[number]
             own = vars(m)
             # Neither parameters nor buffers: constants of the graph, whose values count. So these are really moved.
@@ -87,14 +88,18 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
             # Accelerate's wrapper would load the real weights. The forward below it takes the fakes.
             if "_hf_hook" in own and "_old_forward" in own:
                 own["forward"] = own["_old_forward"]
+            # Transformers' tensor parallelism, too, puts a function around a module's forward.
+            while _home(own.get("forward")).startswith("transformers.distributed."):
+                own["forward"] = inspect.getclosurevars(own["forward"]).nonlocals["original_forward"]
         for name, p in parameters.items():
             module, _, attribute = name.rpartition(".")
             model.get_submodule(module)._parameters[attribute] = p
         yield
 
 
-def _is_of_torch_distributed(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) is not None and hook.__module__.startswith("torch.distributed.")
+def _home(function: Any) -> str:
+    """The Python module that a function is defined in."""
+    return getattr(function, "__module__", None) or ""
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def quantized(source: str, out: str, sharding: str, settings: dict[str, Any], li
         seen.extend(self._stored)
         finish(self, *args)
 
-    CheckpointWriter.finish_checkpoint = noted  # type: ignore[method-assign]  # the process ends with the case
+    CheckpointWriter.finish_checkpoint = noted  # type: ignore[method-assign, assignment]  # the process ends
     made = gptq_config(**{"bits": 4, "group_size": 32, "effort": "fast", "calibration": token_batches(3), **settings})
     report = quantize_checkpoint(
         source, out, made, distributed=True, output_sharding=sharding, max_shard_bytes=limit

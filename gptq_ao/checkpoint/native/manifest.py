@@ -139,7 +139,8 @@ def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
 
 def entry_of(said: Mapping[str, Any]) -> QuantizedEntry:
     """The inverse."""
-    return QuantizedEntry(**{field: tuple(v) if isinstance(v, list | tuple) else v for field, v in said.items()})
+    fields: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in said.items()}
+    return QuantizedEntry(**fields)
 
 
 def format_version(quantized: Mapping[str, QuantizedEntry], ignored: Collection[str] = ()) -> int:
