@@ -106,10 +106,13 @@ class FsdpParameters:
         managed = self._managed.get(self._key(model, name))
         return None if managed is None else managed.fsdp_placement.dim
 
-    def replace(self, model: nn.Module, name: str, new: nn.Parameter) -> None:
-        """The parameter `name`, under all its names."""
+    def replace(self, model: nn.Module, name: str, new: nn.Parameter, *, keep: bool) -> None:
+        """The parameter `name`, under all its names. `keep`: what is replaced, to be restored; if not, nothing is."""
         managed = self._managed[self._key(model, name)]
-        self._before.setdefault(id(managed), (managed, dict(vars(managed))))
+        if keep:
+            self._before.setdefault(id(managed), (managed, dict(vars(managed))))
+        else:
+            self._before.clear()
         managed._setattr_on_modules(new)
         managed._sharded_param_data = local_part(new)  # whose memory would be compared, were it dense
         managed.reset_sharded_param()  # as after loading a checkpoint: it takes the one that the module has

@@ -74,7 +74,7 @@ class ShardedWeights(RestorableWeights):
         self._keep(name)
         part = in_parts(new, old)
         if self._managed.dim(self.model, name) is not None:
-            self._managed.replace(self.model, name, nn.Parameter(part, requires_grad=False))
+            self._managed.replace(self.model, name, nn.Parameter(part, requires_grad=False), keep=self._possible)
         else:
             replace_parameter(self.model, name, part)
 

@@ -4,6 +4,7 @@ they were in, ready to run, to train and to be saved."""
 import copy
 import re
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,31 @@ def put_back(name: str) -> None:
     as_usual = quantize_(model, config(model, **settings), distributed=True)
     assert as_usual is not None
     output(model, sample(model))
+
+
+def let_go() -> None:
+    """The parts that were replaced, as there is no room for them."""
+    from gptq_ao.pipeline import restorable
+
+    restorable.SHARE = 0.0
+    model = fsdp(llama())
+    parts = [weakref.ref(local(layer.mlp.up_proj.weight)) for layer in model.model.layers]
+    alive = []
+
+    def progress(number: int, of: int, name: str, seconds: float) -> None:
+        alive.append(sum(part() is not None for part in parts))
+        if number == of:
+            raise StopError
+
+    with pytest.raises((StopError, RankError)) as found:
+        quantize_(model, config(model), distributed=True, progress=progress)
+    if torch.distributed.get_rank() == 0:
+        assert alive[-1] == 0
+    assert "there was no room to keep the original ones" in " ".join(found.value.__notes__)
+
+
+def test_parts_are_let_go_if_there_is_no_room() -> None:
+    on_ranks(let_go)
 
 
 @pytest.mark.long
