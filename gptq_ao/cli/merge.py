@@ -26,6 +26,7 @@ OWN = (
     "stream",
     "dtype",
     "resume",
+    "output_sharding",
     "snapshot_every",
 )
 

@@ -47,6 +47,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     limits, place = limits_of(request.limits), device_of(request.device, ranks)
     from gptq_ao.checkpoint.files.find import find_checkpoint
     from gptq_ao.checkpoint.hub import check_login, upload
+    from gptq_ao.journal.journal import growing_in, journal_beside
     from gptq_ao.pipeline.quantize_checkpoint import journal_of
 
     if request.config.adapter_rank:
@@ -56,11 +57,11 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     if request.push_to_hub is not None and ranks.first:
         check_login()
     with stopped_gently(), ExitStack() as until_done:
-        journal, grown = None, out
+        journal, grown = None, growing_in(journal_beside(out)) / "model"
         if ranks.first:  # which alone writes
             how, every = "the same command with --resume", request.snapshot_every
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
-            grown = journal.growing() / "model"
+            journal.growing()
         source = find_checkpoint(model, whole=True)
         config = with_data(request, source)
         write = _stream if request.stream else _in_memory
@@ -122,6 +123,11 @@ def _check(request: Request) -> None:
         raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
     if request.format == "compressed-tensors" and request.config.act_order == "group":
         raise ConfigError("--format compressed-tensors holds no weights of --act-order group: write gptq or native")
+    if request.output_sharding == "rank" and not (request.stream and request.format == NATIVE):
+        raise ConfigError(
+            "--output-sharding rank is for --stream and --format native, where weights are written as they are solved: "
+            "give these, or leave it out"
+        )
 
 
 def with_data(request: Request, source: Path) -> "GPTQConfig":
@@ -224,6 +230,7 @@ def _stream(
     from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
 
     how = {"dtype": dtype_of(request.dtype), "trust_remote_code": request.trust_remote_code, **together}
+    how["output_sharding"] = request.output_sharding
     if journal is None:
         return quantize_checkpoint(source, grown, config, **how)
     how["resume"] = journal

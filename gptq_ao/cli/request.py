@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["Request", "with_request"]
 
 
+class OutputSharding(StrEnum):
+    """Who writes the shards, of processes that quantize together."""
+
+    first = "first"
+    rank = "rank"
+
+
 class OutFormat(StrEnum):
     """Of what `quantize` writes."""
 
@@ -42,6 +49,7 @@ class Request:
         push_to_hub: repository to upload the result to.
         resume: whether to go on with what a run has left.
         snapshot_every: stages from one snapshot of waiting activations to the next; 0: none.
+        output_sharding: see `quantize_checkpoint`.
     """
 
     config: "GPTQConfig"
@@ -60,6 +68,7 @@ class Request:
     trust_remote_code: bool
     resume: bool
     snapshot_every: int
+    output_sharding: str
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.
@@ -139,6 +148,10 @@ def _request(
     snapshot_every: Annotated[
         int, typer.Option(min=0, help="Stages after which waiting activations are kept, too; 0: never.")
     ] = 0,
+    output_sharding: Annotated[
+        OutputSharding,
+        typer.Option(help="Under torchrun: the first process writes the shards of OUT, or every rank some of them."),
+    ] = OutputSharding.first,
 ) -> Request:
     from gptq_ao.config import gptq_config
 
@@ -178,6 +191,7 @@ def _request(
         trust_remote_code,
         resume,
         snapshot_every,
+        output_sharding.value,
     )
 
 

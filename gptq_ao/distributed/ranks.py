@@ -87,6 +87,13 @@ class Ranks:
         """Whether this is the rank that writes, and that speaks to the user."""
         return self.rank == 0
 
+    @property
+    def members(self) -> list[int]:
+        """The numbers that torch.distributed has for them, in their order."""
+        if self.group is not None:
+            return dist.get_process_group_ranks(self.group)
+        return [dist.get_rank() if dist.is_available() and dist.is_initialized() else 0]
+
     def share(self, things: Sequence[T]) -> Sequence[T]:
         """This rank's, of things that all have: every `size`-th. There may be none."""
         return things[self.rank :: self.size]

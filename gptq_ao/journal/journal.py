@@ -41,12 +41,12 @@ from gptq_ao.journal.files import (
 )
 from gptq_ao.journal.lock import LOCK, Lock
 
-__all__ = ["LINES", "Journal", "journal_beside"]
+__all__ = ["LINES", "Journal", "growing_in", "journal_beside"]
 
 LINES = "journal.jsonl"
 KINDS = ("precision", "start", "stage", "snapshot", "written")
 FORMAT = {"format": "gptq_ao journal", "format_version": 1}
-_GROWING = "result"  # where a checkpoint grows, before it gets its name
+_GROWING = "result"
 
 Said = dict[str, Any]
 
@@ -201,7 +201,7 @@ class Journal:
 
     def growing(self) -> Path:
         """A directory for what is not complete. What is left in it is removed the next time."""
-        place = self.directory / _GROWING
+        place = growing_in(self.directory)
         with self._errors():
             place.mkdir(exist_ok=True)
         return place
@@ -326,6 +326,11 @@ class Journal:
         except OSError as e:
             what = "the disk is full" if e.errno == errno.ENOSPC else str(e)
             raise CheckpointError(f"the journal {self.directory} could not be written or read: {what}") from e
+
+
+def growing_in(journal: Path) -> Path:
+    """Where a checkpoint grows before it gets its name, of a journal's directory; see `Journal.growing`."""
+    return journal / _GROWING
 
 
 def journal_beside(out: Path) -> Path:

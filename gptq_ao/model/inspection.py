@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.errors import ConfigError, NoLinearError, NonFiniteError
+from gptq_ao.model.parts import local_part
 
 __all__ = ["check_unquantized", "check_values", "name_filter", "output_heads"]
 
@@ -51,8 +52,8 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _packed(leaf: str, t: Tensor) -> str | None:
-    if _CLASSES & {c.__name__ for c in type(t).__mro__} or t.is_quantized:
-        return type(t).__name__ if type(t) not in (Tensor, nn.Parameter) else str(t.dtype)
+    if _CLASSES & {c.__name__ for c in type(local_part(t)).__mro__} or t.is_quantized:
+        return type(local_part(t)).__name__ if type(t) not in (Tensor, nn.Parameter) else str(t.dtype)
     if isinstance(t, nn.UninitializedParameter | nn.UninitializedBuffer) or t.dim() < 2:
         return None
     # Codes are numbers of 8 bits, or several to a word of 32. (Other integers in a model are tables.)

@@ -4,7 +4,6 @@ A wrapper puts a name of its own before, or into, the names of the parameters. F
 transformers would load random weights from them.
 """
 
-import copy
 from collections.abc import Iterator
 
 from torch import nn
@@ -20,15 +19,16 @@ __all__ = ["is_hf_model", "same_forward", "unwrapped"]
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
 
 
-def same_forward(model: nn.Module) -> nn.Module:
+def same_forward(model: nn.Module, *, whole: bool = True) -> nn.Module:
     """The model without wrappers, wherever in it they are, that take the same arguments as what is inside:
     torch.compile, checkpoint_wrapper, DataParallel, DistributedDataParallel, Fabric.setup. Modules are shared with the
     model, which stays as it is; those around a wrapper are copies.
 
     Raises:
-        ConfigError: it is sharded over processes, see `check_whole`.
+        ConfigError: it is sharded over processes, see `check_whole`; not asked for if it need not be `whole`.
     """
-    check_whole(model)
+    if whole:
+        check_whole(model)
     return _bare(model, {})
 
 
@@ -70,8 +70,9 @@ def _bare(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         done[id(module)] = module  # a module may contain itself
         children = {name: None if m is None else _bare(m, done) for name, m in module._modules.items()}
         if any(m is not module._modules[name] for name, m in children.items()):
-            done[id(module)] = same = copy.copy(module)
-            same._modules = children
+            # Not `copy.copy`: of its modules, FSDP2 makes new ones instead.
+            done[id(module)] = same = object.__new__(type(module))
+            vars(same).update(vars(module), _modules=children)
     return done[id(module)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptq_ao.errors import ConfigError, PassError
 from gptq_ao.model.inspection import check_values
+from gptq_ao.model.parts import is_in_parts
 
 __all__ = ["ModelWeights", "Weights", "is_offloaded", "offload_hooks", "replace_parameter", "value_in_memory"]
 
@@ -106,7 +107,11 @@ class ModelWeights:
         """See `Weights`. It stays: it is the result."""
 
     def _execution_device(self, name: str) -> torch.device:
-        device = _tensor(self.model, name).device
+        value = _tensor(self.model, name)
+        if is_in_parts(value) and not value.is_meta:  # FSDP2 may keep its part in host memory
+            kind = value.device_mesh.device_type  # type: ignore[attr-defined]
+            return value.device if value.device.type == kind else torch.device(kind, torch.cuda.current_device())
+        device = value.device
         hook = _offloaded(self.model, name)[1] if device.type == "meta" else None
         return device if hook is None else torch.device(hook.execution_device)
 

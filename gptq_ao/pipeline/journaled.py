@@ -26,6 +26,7 @@ from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.journal.facts import versions
 from gptq_ao.journal.journal import Journal
 from gptq_ao.journal.snapshot import pack_batches, unpack_batch
+from gptq_ao.model.sharded import own_class
 from gptq_ao.model.weights import Weights
 from gptq_ao.passes.records import Layout, Part, Plan, Segment
 from gptq_ao.pipeline.solved_part import SolvedPart
@@ -41,6 +42,7 @@ __all__ = [
     "begin",
     "decided",
     "facts_of_files",
+    "facts_of_values",
     "notes_of_journal",
     "waiting_batches",
     "write_decisions",
@@ -65,7 +67,7 @@ def begin(job: Job, prepared: Prepared) -> None:
     # Where a node calls a function that has no name, torch writes its address.
     graph = re.sub(r" at 0x[0-9a-f]+", "", str(prepared.found.program.graph))
     selection = [(name, c.recipe) for name, c in prepared.selection.settings.items()]
-    source = {"contents of its parameters and buffers": _contents(job.weights)} if job.source is None else job.source
+    source = facts_of_values(job.weights) if job.source is None else job.source
     job.journal.begin(
         {
             "versions": versions(),
@@ -73,7 +75,7 @@ def begin(job: Job, prepared: Prepared) -> None:
             "settings": settings,
             "calibration data": {"batches": len(job.batches), "sha256": digest(job.batches)},
             "model": {
-                "class": type(job.model).__name__,
+                "class": own_class(job.model).__name__,
                 "names, dtypes and shapes": _digest(shapes),
                 "computation": _digest(graph),
                 "weights that are quantized, and how": _digest(selection),
@@ -81,6 +83,11 @@ def begin(job: Job, prepared: Prepared) -> None:
             },
         }
     )
+
+
+def facts_of_values(weights: Weights) -> dict[str, Any]:
+    """What tells a model from another by all of its values."""
+    return {"contents of its parameters and buffers": _contents(weights)}
 
 
 def facts_of_files(directory: Path) -> dict[str, Any]:

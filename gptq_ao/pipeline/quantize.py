@@ -26,7 +26,8 @@ from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarni
 from gptq_ao.journal.journal import Journal
 from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.inspection import check_unquantized
-from gptq_ao.model.sharded import check_whole
+from gptq_ao.model.parts import FsdpParameters
+from gptq_ao.model.sharded import check_gatherable, check_whole, shard_in
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.observe import uncompensated
@@ -35,11 +36,19 @@ from gptq_ao.passes.products.fused_sets import mixed_sets
 from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
 from gptq_ao.passes.records import Layout, Selection
 from gptq_ao.pipeline.agreement import check_agreement, with_all_ranks
-from gptq_ao.pipeline.journaled import begin, decided, notes_of_journal, waiting_batches, write_decisions
+from gptq_ao.pipeline.journaled import (
+    begin,
+    decided,
+    facts_of_values,
+    notes_of_journal,
+    waiting_batches,
+    write_decisions,
+)
 from gptq_ao.pipeline.precision import check_possible, choose_precision, with_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
+from gptq_ao.pipeline.sharded_weights import ShardedWeights
 from gptq_ao.pipeline.solve_together import round_matrix
 from gptq_ao.pipeline.training_code import left_behind, ranks_apart
 from gptq_ao.planning.job import FilterFn, Job
@@ -91,7 +100,8 @@ def quantize_(
         distributed: quantize together with all ranks of torch.distributed, which is initialized: each has the whole
             model and all batches, runs a share of the batches, solves a share of the weights, and ends with the same
             quantized model and the same report. What one rank raises, all raise, with its number. `device` and
-            `max_memory` are for each rank.
+            `max_memory` are for each rank. A model that `fully_shard` (FSDP2) or tensor parallelism has spread over
+            these ranks stays so: a weight is whole while it runs or is solved, and each rank ends with its part.
         process_group: those of this group, in place of all.
         journal: a directory, empty or missing, to keep what is finished in: the solved weights of each stage, as much
             as the quantized weights take, and the choice that `target_bits` is for. If there is the journal of such a
@@ -117,13 +127,20 @@ def quantize_(
         given = {} if filter_fn is None else {"filter_fn": filter_fn}
         torchao.quantization.quantize_(model, config, device=device, **given)
         return None
-    model = same_forward(model)
+    managed = FsdpParameters(model)
+    model = same_forward(model, whole=not distributed and process_group is None)
     parameters = WeakValueDictionary(model.named_parameters())
     on_gpu = next((p.device for p in model.parameters() if p.is_cuda), None)
     ranks = Ranks.of(distributed, process_group, on_gpu if device is None else torch.device(device))
     with own_precision(), ranks.together(), _opened(journal, snapshot_every, ranks) as opened:
+        check_gatherable(model, ranks.members)
         job = Job.of(ModelWeights(model), config, filter_fn, device, max_memory, progress, ranks)
-        report = quantize_weights(dataclasses.replace(job, journal=opened), origin_of(model))
+        job = dataclasses.replace(job, journal=opened)
+        if shard_in(model) is not None:
+            job = dataclasses.replace(job, weights=ShardedWeights(job, managed))
+            if any(ranks.tell(opened is not None)):  # what the journal asks for takes all ranks
+                job = dataclasses.replace(job, source=facts_of_values(job.weights))
+        report = quantize_weights(job, origin_of(model))
     behind = left_behind(parameters, model)
     if behind is None:
         return report
@@ -325,6 +342,8 @@ def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> Non
 
 
 def _check(job: Job, selection: Selection) -> None:
+    if isinstance(job.weights, ShardedWeights):
+        job.weights.check_cuts(selection)
     job.weights.check(selection.settings, lambda: result_size(job.model, selection))
     if job.journal is not None:
         settings = selection.settings

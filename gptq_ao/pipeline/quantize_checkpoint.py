@@ -18,8 +18,8 @@ from gptq_ao.checkpoint.native.write import CheckpointWriter
 from gptq_ao.checkpoint.origin import Origin
 from gptq_ao.checkpoint.source import Source, open_source
 from gptq_ao.config import GPTQConfig
-from gptq_ao.distributed.ranks import Ranks
-from gptq_ao.errors import CheckpointError
+from gptq_ao.distributed.ranks import ALONE, Ranks
+from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.journal.journal import Journal, journal_beside
 from gptq_ao.model.inspection import check_values
 from gptq_ao.pipeline.journaled import facts_of_files
@@ -53,6 +53,7 @@ def quantize_checkpoint(
     process_group: "ProcessGroup | None" = None,
     resume: bool | Journal = False,
     snapshot_every: int = 0,
+    output_sharding: str = "first",
 ) -> Report:
     """Quantize the Hugging Face model in the directory `source` and write it to the directory `out`, as `quantize_` and
     `save_quantized` would, tensor by tensor the same. At no time is the model in memory: only the weights that run or
@@ -61,6 +62,8 @@ def quantize_checkpoint(
     Args:
         config, filter_fn, progress, distributed, process_group: see `quantize_`. Each rank reads `source` by itself,
             and rank 0 writes `out`.
+        output_sharding: "rank": every rank writes shards of `out`, of about as many bytes; all see that directory.
+            "first": rank 0 writes all.
         device: where to compute; None: on the CPU.
         max_memory: see `quantize_`.
         dtype: of the model before quantization; None: as stored.
@@ -78,30 +81,39 @@ def quantize_checkpoint(
             full; another process writes there, or a run that did not end has left its work and `resume` is False.
             Nothing is left at `out`, whatever is raised; beside it, what was finished is.
     """
+    if output_sharding not in ("first", "rank"):
+        raise ConfigError(f'output_sharding is {output_sharding!r}: give "first" or "rank", who writes the shards')
     ranks = Ranks.of(distributed, process_group, None if device is None else torch.device(device))
     with ranks.together(), ExitStack() as until_done:
+        said = ranks.tell(output_sharding)
+        if len(set(said)) > 1:
+            raise ConfigError(f"the ranks were given different output_sharding, {said}: give the same on all")
         if not Path(source).is_dir():
             raise CheckpointError(f"{str(source)!r} is not a directory: download the model first (`hf download`)")
-        journal, writer = None, None
+        journal, writer, growing = None, None, None
         if ranks.first:
             journal = resume if isinstance(resume, Journal) else None
             if journal is None:
                 how = f"quantize_checkpoint(…, {str(out)!r}, …, resume=True)"
                 opening = journal_of(Path(out), resume=bool(resume), how=how, snapshot_every=snapshot_every)
                 journal = until_done.enter_context(opening)
-            writer = until_done.enter_context(CheckpointWriter(Path(out), max_shard_bytes, journal.growing()))
+            growing = journal.growing()
+        if ranks.first or output_sharding == "rank":
+            writing = ranks if output_sharding == "rank" else ALONE
+            writer = until_done.enter_context(CheckpointWriter(Path(out), max_shard_bytes, growing, writing))
         opened = open_source(Path(source), dtype, trust_remote_code=trust_remote_code)
         origin = Origin.at(Path(source), opened.ignored)
         weights = CheckpointWeights(opened, writer)
         job = Job.of(weights, config, filter_fn, device, max_memory, progress, ranks)
         job = dataclasses.replace(job, journal=journal, source=facts_of_files(Path(source)))
         report = quantize_weights(job, origin)
-        if writer is not None and journal is not None:
+        if writer is not None:
             writer.add_rest(weights.model, weights.get)
-            journal.written()
+            if journal is not None:
+                journal.written()
             writer.finish_checkpoint(weights.model, tokenizer, report, origin)
-            if not isinstance(resume, Journal):
-                journal.remove()
+        if journal is not None and not isinstance(resume, Journal):
+            journal.remove()
     return report
 
 
@@ -131,13 +143,13 @@ def journal_of(out: Path, *, resume: bool, how: str, snapshot_every: int) -> Jou
 
 
 class CheckpointWeights:
-    """The `Weights` of a model on disk: quantized ones in the new checkpoint, others in the source. Where another rank
-    writes the checkpoint, quantized ones are in memory until the last segment that needs them has run."""
+    """The `Weights` of a model on disk: quantized ones in the new checkpoint, others in the source. Those that another
+    rank writes are in memory until the last segment that needs them has run."""
 
     def __init__(self, source: Source, writer: CheckpointWriter | None) -> None:
         self.model: nn.Module = source.model
         self._source, self._writer = source, writer
-        self._kept: dict[str, Tensor] = {}  # without a writer
+        self._kept: dict[str, Tensor] = {}  # what another rank writes
         self._selected: frozenset[str] = frozenset()
 
     @property
@@ -173,10 +185,8 @@ class CheckpointWeights:
 
     def replace(self, name: str, new: Tensor) -> None:
         """See `Weights`. It goes to a file, and is read from there when a later segment needs it."""
-        if self._writer is None:
+        if self._writer is None or not self._writer.add_parameter(name, new):
             self._kept[name] = new.to("cpu")
-        else:
-            self._writer.add_parameter(name, new)
 
     def release(self, name: str) -> None:
         """See `Weights`."""

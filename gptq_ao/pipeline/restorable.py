@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_ao.model.parts import local_part
 from gptq_ao.model.weights import ModelWeights, offload_hooks
 from gptq_ao.planning.job import Job
 from gptq_ao.planning.memory import free_bytes
@@ -75,7 +76,7 @@ class RestorableWeights(ModelWeights):
         if parameter.is_meta:  # offloaded: its hook keeps the values anyway
             return
         device = parameter.device
-        self._kept[device] += parameter.nbytes
+        self._kept[device] += local_part(parameter).nbytes
         room = self._room.get(device.type)
         if room is None:
             room = int(SHARE * (free_bytes(device) or 0))

@@ -69,7 +69,7 @@ def all_gather_into_tensor(func: Any, types: Any, args: Any, kwargs: Any) -> Ten
     """
     weight, ranks, group = args
     stacked = weight.qdata.dim() > 3
-    if weight.transposed or (not stacked and weight.out_features % TILE_ROWS):
+    if not stacked and (weight.transposed or weight.out_features % TILE_ROWS):
         raise ConfigError(
             f"{weight!r} of {ranks} ranks cannot be gathered into one and stay packed: codes lie in tiles of "
             f"{TILE_ROWS} output features"

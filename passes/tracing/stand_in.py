@@ -5,6 +5,7 @@ them. Nothing is allocated, and nothing of the model is different afterwards.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ def first_names(model: nn.Module) -> dict[str, str]:
 @contextlib.contextmanager
 def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> Iterator[None]:
     """Within: every parameter and buffer is a fake tensor of `mode` on `device`, tied ones still tied; other tensors
-    that modules hold are there too; the wrappers with which Accelerate moves weights around a forward are off.
+    that modules hold are there too; the wrappers with which Accelerate moves weights around a forward are off, and the
+    hooks with which FSDP2 and tensor parallelism gather weights, or cut activations.
 
     Also undone on exit is what the forward itself stores on its modules (rotary tables, masks): under a trace these are
     fakes, which would break the next forward.
@@ -77,16 +79,27 @@ def stand_in(model: nn.Module, device: torch.device, mode: FakeTensorMode) -> It
     with _restored(model):
         for m in model.modules():
             m._buffers.update({name: fake(id(t), t) for name, t in m._buffers.items() if t is not None})
+            for hooks in (m._forward_pre_hooks, m._forward_hooks):
+                for number in [n for n, hook in hooks.items() if _home(hook).startswith("torch.distributed.")]:
+                    del hooks[number]
             own = vars(m)
             # Neither parameters nor buffers: constants of the graph, whose values count. So these are really moved.
             own.update({k: v.to(device) for k, v in own.items() if isinstance(v, Tensor) and v.device.type != "meta"})
             # Accelerate's wrapper would load the real weights. The forward below it takes the fakes.
             if "_hf_hook" in own and "_old_forward" in own:
                 own["forward"] = own["_old_forward"]
+            # Transformers' tensor parallelism, too, puts a function around a module's forward.
+            while _home(own.get("forward")).startswith("transformers.distributed."):
+                own["forward"] = inspect.getclosurevars(own["forward"]).nonlocals["original_forward"]
         for name, p in parameters.items():
             module, _, attribute = name.rpartition(".")
             model.get_submodule(module)._parameters[attribute] = p
         yield
+
+
+def _home(function: Any) -> str:
+    """The Python module that a function is defined in."""
+    return getattr(function, "__module__", None) or ""
 
 
 @contextlib.contextmanager

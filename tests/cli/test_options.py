@@ -138,6 +138,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("quantize", "MODEL", "OUT", "--method", "rtn", "--asym", "--format", "gptq"),
         "holds no asymmetric",
     ),
+    "sharding-in-memory": (
+        ("quantize", "MODEL", "OUT", "--method", "rtn", "--output-sharding", "rank"),
+        "--output-sharding rank is for --stream and --format native",
+    ),
+    "sharding-of-others": (
+        ("plan", "MODEL", "--stream", "--format", "gptq", "--output-sharding", "rank"),
+        "--output-sharding rank is for --stream and --format native",
+    ),
     "format-order": (
         ("quantize", "MODEL", "OUT", "--calibration", "FILE", "--act-order", "group", "--format", "compressed-tensors"),
         "holds no weights of --act-order group",

@@ -55,7 +55,7 @@ def alone(tmp_path: Path, text: str) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [["--stream"], []])
+@pytest.mark.parametrize("options", [["--stream"], [], ["--stream", "--output-sharding", "rank"]], ids=str)
 def test_two_processes(options: list[str], tmp_path: Path, text: str, alone: Path) -> None:
     out = tmp_path / "out"
     done = run([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *command(out, text, "--json", *options)])

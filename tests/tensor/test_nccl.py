@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed import test_sharded
 from tests.ranks import on_ranks
 from tests.tensor import test_distributed_checkpoint, test_fsdp, test_tensor_parallel
 from tests.training import test_load
@@ -33,6 +34,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "sequence parallel, compiled": (test_tensor_parallel.sequence_parallel,),
     "tensor parallel Llama": (test_tensor_parallel.whole_model,),
     "experts": (test_tensor_parallel.experts,),
+    "sharded already, FSDP2": (test_sharded.as_the_whole_model, "after a forward"),
+    "sharded already, FSDP2, offloaded": (test_sharded.as_the_whole_model, "offloaded"),
+    "sharded already, experts": (test_sharded.as_the_whole_model, "stack"),
+    "sharded already, tensor parallel": (test_sharded.as_the_whole_model, "tensor parallel"),
+    "sharded already, put back": (test_sharded.put_back, "default"),
+    "sharded already, adapters": (test_sharded.trains, False, {}),
     "only rank 0 has it": (test_load.from_rank0, "sharded", {"dtype": BF16}, "torch"),
     "only rank 0 has it, meta": (test_load.from_rank0, "meta", {}, "gptq_ao"),
 }

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["sync_directory", "sync_tree"]
+__all__ = ["sync_directory", "sync_file", "sync_tree"]
 
 
 def sync_tree(directory: Path) -> None:
@@ -14,17 +14,18 @@ def sync_tree(directory: Path) -> None:
     """
     for folder, _, files in os.walk(directory):
         for name in files:
-            _sync(Path(folder) / name)
+            sync_file(Path(folder) / name)
         sync_directory(Path(folder))
 
 
 def sync_directory(directory: Path) -> None:
     """The names in it are on the disk when the call returns."""
     if os.name != "nt":  # which cannot
-        _sync(directory)
+        sync_file(directory)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Its contents are on the disk when the call returns."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

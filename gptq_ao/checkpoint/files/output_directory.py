@@ -21,7 +21,9 @@ from gptq_ao.checkpoint.files.durable import sync_tree
 from gptq_ao.checkpoint.files.model_config import config_of
 from gptq_ao.checkpoint.files.paths import INDEX
 from gptq_ao.checkpoint.files.shards import ShardWriter
+from gptq_ao.checkpoint.files.shared import shared_directory
 from gptq_ao.checkpoint.files.side_files import copy_side_files
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import CheckpointError
 
 __all__ = ["OutputDirectory", "as_json", "check_empty"]
@@ -33,28 +35,34 @@ class OutputDirectory:
     Args:
         within: where to put the temporary directory, on the same disk, if what it is made of will be removed when it
             has its name, so that it has to be on the disk by then; None: beside `directory`.
+        ranks: that write shards into it. The first makes it, and gives it its name.
 
     Raises:
-        CheckpointError: the directory holds something, or cannot be written.
+        CheckpointError: the directory holds something, or cannot be written; not all ranks see it.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int, within: Path | None = None) -> None:
-        check_empty(directory)
+    def __init__(self, directory: Path, max_shard_bytes: int, within: Path | None = None, ranks: Ranks = ALONE) -> None:
         # Without links and ".": it is its name that a finished directory gets.
-        self.directory = directory = directory.resolve()
+        self.directory, self._ranks, self._durable = directory.resolve(), ranks, within is not None
+        made = None
+        if ranks.first:
+            check_empty(directory)
+            with self._disk_errors():
+                self.directory.parent.mkdir(parents=True, exist_ok=True)
+                # On the same disk, as in the same parent: a rename there is one step, with nothing to copy.
+                place = within or self.directory.parent
+                made = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}-", dir=place))
         with self._disk_errors():
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            # On the same disk, as in the same parent: a rename there is one step, with nothing to copy.
-            place, self._durable = within or directory.parent, within is not None
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=place))
-        self._shards = ShardWriter(self._temporary, max_shard_bytes)
+            self._temporary = shared_directory(made, self.directory.parent, ranks)
+        self._shards = ShardWriter(self._temporary, max_shard_bytes, ranks)
 
     def __enter__(self) -> "OutputDirectory":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None) -> None:
         # After success it has its new name, and there is nothing to remove.
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._ranks.first:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def check_space(self, need: int) -> None:
         """

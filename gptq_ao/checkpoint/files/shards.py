@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_ao.checkpoint.files.durable import sync_file
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import CheckpointError
 
 __all__ = ["DTYPE_OF", "NAME_OF", "ShardWriter", "StoredTensor", "read_header"]
@@ -85,11 +87,11 @@ class ShardWriter:
     """Writes tensors into shards of at most `limit` bytes, unless a single tensor is larger.
 
     A shard is held in memory until it is full. `model-00001.safetensors` is written first; `finish` gives the files
-    their usual names, in which the last number is that of the shards.
+    their usual names, in which the last number is that of the shards. Several ranks may write shards of one checkpoint.
     """
 
-    def __init__(self, directory: Path, limit: int) -> None:
-        self.directory, self.limit = directory, limit
+    def __init__(self, directory: Path, limit: int, ranks: Ranks = ALONE) -> None:
+        self.directory, self.limit, self._ranks = directory, limit, ranks
         # Tensors of the shard that is being filled.
         self._pending: dict[str, Tensor] = {}
         self._size = 0
@@ -122,14 +124,21 @@ class ShardWriter:
         return self._headers[number][name].read()
 
     def finish(self) -> dict[str, str]:
-        """Write what is left. Returns tensor → file."""
+        """Write what is left. Returns tensor → file, of all ranks, whose files are there."""
         # A model without tensors has one shard, an empty one.
-        if self._pending or not self._placed:
+        if self._pending or (not self._placed and self._ranks.first):
             self._flush()
-        files = {n: f"model-{n:05}-of-{self._count:05}.safetensors" for n in range(1, self._count + 1)}
+        counts = self._ranks.tell(self._count)
+        before, of = sum(counts[: self._ranks.rank]), sum(counts)
+        files = {n: f"model-{before + n:05}-of-{of:05}.safetensors" for n in range(1, self._count + 1)}
         for number, file in files.items():
             self._path(number).rename(self.directory / file)
-        return {name: files[number] for name, number in self._placed.items()}
+            if self._ranks.size > 1:  # each on its own machine
+                sync_file(self.directory / file)
+        placed: dict[str, str] = {}
+        for theirs in self._ranks.tell({name: files[number] for name, number in self._placed.items()}):
+            placed |= theirs
+        return placed
 
     def _flush(self) -> None:
         self._count += 1
@@ -138,4 +147,5 @@ class ShardWriter:
         self._pending, self._size = {}, 0
 
     def _path(self, number: int) -> Path:
-        return self.directory / f"model-{number:05}.safetensors"
+        whose = f"rank-{self._ranks.rank}-" if self._ranks.size > 1 else ""
+        return self.directory / f"{whose}model-{number:05}.safetensors"

@@ -42,6 +42,7 @@ __all__ = [
     "QuantizedEntry",
     "check_version",
     "entry_json",
+    "entry_of",
     "format_version",
     "parse_entries",
     "read_manifest",
@@ -134,6 +135,12 @@ def entry_json(entry: QuantizedEntry) -> dict[str, Any]:
     """An entry as the file has it."""
     # A field that is None was unknown to version 1: left out, the entry is as it was there.
     return {field: value for field, value in asdict(entry).items() if value is not None}
+
+
+def entry_of(said: Mapping[str, Any]) -> QuantizedEntry:
+    """The inverse."""
+    fields: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in said.items()}
+    return QuantizedEntry(**fields)
 
 
 def format_version(quantized: Mapping[str, QuantizedEntry], ignored: Collection[str] = ()) -> int:

@@ -13,10 +13,11 @@ from gptq_ao.checkpoint.files.paths import MANIFEST
 from gptq_ao.checkpoint.files.shards import NAME_OF
 from gptq_ao.checkpoint.model_card import CARD, model_card
 from gptq_ao.checkpoint.native.format import NATIVE
-from gptq_ao.checkpoint.native.manifest import QuantizedEntry, entry_json, format_version
+from gptq_ao.checkpoint.native.manifest import QuantizedEntry, entry_json, entry_of, format_version
 from gptq_ao.checkpoint.native.read import native_config
 from gptq_ao.checkpoint.native.tensors import encode_native, from_stored, stored_entry
 from gptq_ao.checkpoint.origin import Origin
+from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import CheckpointError
 from gptq_ao.model.state import state_names
 from gptq_ao.report import Report
@@ -35,10 +36,12 @@ def stored_bytes(contents: Mapping[str, Tensor | QuantizedEntry]) -> int:
 
 
 class CheckpointWriter(OutputDirectory):
-    """A checkpoint in the native format while it is written; see `OutputDirectory`."""
+    """A checkpoint in the native format while it is written; see `OutputDirectory`. If several ranks write it, all add
+    the same in the same order, and each stores what it has the turn for."""
 
-    def __init__(self, directory: Path, max_shard_bytes: int, within: Path | None = None) -> None:
-        super().__init__(directory, max_shard_bytes, within)
+    def __init__(self, directory: Path, max_shard_bytes: int, within: Path | None = None, ranks: Ranks = ALONE) -> None:
+        super().__init__(directory, max_shard_bytes, within, ranks)
+        self._stored = [0] * ranks.size  # bytes, by rank
         self._entries: dict[str, QuantizedEntry] = {}
         self._dense: dict[str, dict[str, Any]] = {}
         self._tied: dict[str, str] = {}
@@ -50,8 +53,20 @@ class CheckpointWriter(OutputDirectory):
     def __contains__(self, name: str) -> bool:
         return name in self._entries or name in self._dense
 
-    def add_parameter(self, name: str, value: Tensor) -> None:
-        """Store a parameter or buffer, quantized or not, of any shape."""
+    def add_parameter(self, name: str, value: Tensor) -> bool:
+        """Store a parameter or buffer, quantized or not, of any shape. Returns whether this rank does."""
+        turn = self._turn(value.nbytes)
+        if turn:
+            self._add_parameter(name, value)
+        return turn
+
+    def _turn(self, size: int) -> bool:
+        """Whether this rank has the turn for so many bytes: whichever has stored least."""
+        rank = self._stored.index(min(self._stored))
+        self._stored[rank] += size
+        return rank == self._ranks.rank
+
+    def _add_parameter(self, name: str, value: Tensor) -> None:
         if isinstance(value, GroupTensor):
             self._entries[name] = stored_entry(value)
             parts = {f"{name}.{part}": t for part, t in encode_native(value).items()}
@@ -63,10 +78,12 @@ class CheckpointWriter(OutputDirectory):
 
     def add_rest(self, model: nn.Module, get: Callable[[str], Tensor]) -> None:
         """Store what `model` has and was not added: each tensor by its first name, and which other names it has."""
+        added = {name for names in self._ranks.tell([*self._entries, *self._dense]) for name in names}
+        state = model.state_dict(keep_vars=True)
         # Tied parameters are one tensor with several names: stored under the first, the manifest has the others.
         for first, *others in state_names(model):
-            if first not in self:
-                self.add_parameter(first, get(first))
+            if first not in added and self._turn(state[first].nbytes):
+                self._add_parameter(first, get(first))
             self._tied |= dict.fromkeys(others, first)
 
     def weight(self, name: str) -> GroupTensor:
@@ -81,11 +98,17 @@ class CheckpointWriter(OutputDirectory):
         Args:
             origin: where the model came from, for what else there is.
         """
-        for name, value in () if origin is None else origin.tensors():
-            self._ignored[name] = _header(name, value)
-            self.add({name: value})
+        if origin is not None and self._ranks.first:
+            for name, value in origin.tensors():
+                self._ignored[name] = _header(name, value)
+                self.add({name: value})
         # Only now is it known how many shards there are, which is part of their names.
         placed = self.finish_shards()
+        for entries, dense in self._ranks.tell([{n: entry_json(e) for n, e in self._entries.items()}, self._dense]):
+            self._entries |= {name: entry_of(said) for name, said in entries.items()}
+            self._dense |= dense
+        if not self._ranks.first:
+            return
         entries = {name: entry_json(e) for name, e in self._entries.items()}
         version = format_version(self._entries, self._ignored)
         manifest = {
