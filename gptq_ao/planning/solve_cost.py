@@ -61,7 +61,6 @@ def solve_cost(
     fp64 = k <= LARGEST_FP64
     rounds = recipe.adapter_rounds if recipe.adapter_rank else 1
     again = rounds > 1
-    parts = _parts(N, k) if cuda else 0
     # What is alive at once in each of the steps that follow one another; the largest is the peak.
     peak = max(
         # factor: H in reverse order and its Cholesky factor, then two copies of the factor
@@ -69,8 +68,8 @@ def solve_cost(
         # corrected_target: the factor, H damped and its Cholesky factor; W, what is wrong with it, its transpose and T
         compensated * (widened + 3 * square + 4 * weights),
         # solve and refine: the weights in fp32, the target, what an adapter leaves of it and the factor stay
-        widened + (1 + again) * weights + square + _solve(N, k, recipe) + parts,
-        (recipe.refine_sweeps > 0) * (widened + (1 + again) * weights + square + _refine(N, k, recipe) + parts),
+        widened + (1 + again) * weights + square + _solve(N, k, recipe, cuda),
+        (recipe.refine_sweeps > 0) * (widened + (1 + again) * weights + square + _refine(N, k, recipe, cuda)),
         (recipe.adapter_rank > 0) * (widened + (2 + again) * weights + square + result + _correct(n, k)),
         # the errors that are reported
         weights + square + result + _energy(n, k),
@@ -108,7 +107,7 @@ def _grids(recipe: Recipe) -> int:
     return recipe.scale_candidates * (1 if recipe.sym and not recipe.signed else 2)
 
 
-def _solve(n: int, k: int, recipe: Recipe) -> int:
+def _solve(n: int, k: int, recipe: Recipe, cuda: bool) -> int:
     """`solve`: first the inverses of blocks, in fp64. Then W in solving order and the codes; inside the loop
     besides them the inverses, a range X of columns (and the one before it), and what a group takes; at the end the
     codes in both orders."""
@@ -121,19 +120,22 @@ def _solve(n: int, k: int, recipe: Recipe) -> int:
     choose = 4 * columns * n + 19 * grids * n + 4 * (block + 4) * grids * at_once
     # The block three times; its scales and zero points, where columns have different ones.
     rounding = (5 if recipe.act_order == "static" else 3) * 4 * block * n
-    loop = inverses + 4 * n * span + max(choose, rounding, 2 * 4 * columns * n)
+    parts = _parts(n, k) if cuda and k > OUTER else 0  # of a range that others come before
+    loop = inverses + 4 * n * span + max(choose, rounding, 2 * 4 * columns * n, parts)
     codes = result_bytes(n, k, recipe)
     return max(5 * inverses + 8 * block * block, 4 * n * k + codes + loop, n * k + codes)
 
 
-def _refine(n: int, k: int, recipe: Recipe) -> int:
+def _refine(n: int, k: int, recipe: Recipe, cuda: bool) -> int:
     """`refine`: codes before and after, target and error in fp32, the Hessian, a range of gradients (and the one
     before it), and what a group or a block of it takes."""
     columns = group_columns(k, recipe.group_size)
     permuted = 4 * n * k if recipe.permutes else 0
     matrices = (3 if permuted else 2) * 4 * k * k  # while it is made
     change = 4 * n * columns  # of the error of a group
-    loop = 4 * n * _span(k, columns) + change + max(3 * 4 * columns * n, 6 * 4 * min(columns, MAX_COLUMNS) * n)
+    parts = _parts(n, k) if cuda else 0
+    loop = 4 * n * _span(k, columns) + change
+    loop += max(3 * 4 * columns * n, 6 * 4 * min(columns, MAX_COLUMNS) * n, parts)
     codes = result_bytes(n, k, recipe)
     return codes + permuted + max(matrices, 4 * k * k + 2 * 4 * n * k + codes + loop)
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gptq_ao.kernels.columns import MAX_COLUMNS, score_grids
+from gptq_ao.kernels.columns import MAX_COLUMNS
+from gptq_ao.kernels.groups import round_group
 from gptq_ao.planning.footprint import Work
 from gptq_ao.recipe import Recipe
 from gptq_ao.solver.factor import factor
@@ -15,6 +16,8 @@ from gptq_ao.solver.hessian import Hessian
 from gptq_ao.solver.solve import solve
 
 __all__ = ["Speed", "measure_speed"]
+
+CANDIDATES = 16  # of a scale, with either sign
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,22 @@ def measure_speed(device: torch.device, dtypes: Iterable[torch.dtype]) -> Speed:
     eye = torch.eye(columns, dtype=torch.float32, device=device)
     f = factor(Hessian(eye, columns), Recipe(4, columns, act_order="static"))
     weight = torch.ones(16, columns, dtype=torch.float32, device=device)
-    grids = torch.ones(32, 64 if device.type == "cpu" else 8192, dtype=torch.float32, device=device)
-    block = torch.ones(columns, grids.shape[1], dtype=torch.float32, device=device)
+    rows = 64 if device.type == "cpu" else 8192
+    block = torch.ones(columns, rows, dtype=torch.float32, device=device)
+    codes, scale, zero_point = (
+        torch.empty(*shape, rows, dtype=dtype, device=device)
+        for shape, dtype in (((columns,), torch.uint8), ((), torch.float16), ((), torch.uint8))
+    )
+
+    def rounded() -> None:
+        left = block.clone()
+        round_group(block, eye, f.pivots, left, codes, scale, zero_point, 4, sym=True, signed=True, count=CANDIDATES)
+
     return Speed(
         flops,
         2 * large.nbytes / _shortest(lambda: large + 1, device),
         _shortest(lambda: solve(weight, f), device) / columns,
-        _shortest(lambda: score_grids(block, eye, f.pivots, grids, grids, 4), device) / (columns * grids.numel()),
+        _shortest(rounded, device) / (columns * rows * (2 * CANDIDATES + 1)),
     )
 
 
