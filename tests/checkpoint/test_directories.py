@@ -163,7 +163,7 @@ def test_settings_of_single_weights(format: str, tmp_path: Path) -> None:
         assert setting("model.layers.1.mlp.down_proj") == {"bits": 8, "group_size": -1}
         assert setting("lm_head") == {"bits": 8, "group_size": 32}
     else:
-        assert sorted(q["ignore"]) == sorted(attention)
+        assert sorted(q["ignore"]) == sorted([*attention, "model.layers.0.self_attn.qkv_proj"])
         by_target = {t: g["weights"] for g in q["config_groups"].values() for t in g["targets"]}
         assert list(by_target)[-1] == "Linear"
         assert by_target["Linear"]["group_size"] == 32
