@@ -83,8 +83,8 @@ def answers(engine: str, folder: Path) -> dict[str, dict[str, Any]]:
     if not python.exists():
         pytest.skip(f"{python} is not there: make engines")
     pairs = READ_BY_TRANSFORMERS if engine == "transformers" else PAIRS
-    names = [str(pair.id) for pair in pairs]
-    command = [str(python), str(Path(__file__).with_name(f"run_{engine}.py")), json.dumps(prompts()), str(STEPS), *names]
+    names, script = [str(pair.id) for pair in pairs], Path(__file__).with_name(f"run_{engine}.py")
+    command = [str(python), str(script), json.dumps(prompts()), str(STEPS), *names]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # gptq_ao is not there
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     lines = [json.loads(x.removeprefix("RESULT")) for x in done.stdout.splitlines() if x.startswith("RESULT")]
