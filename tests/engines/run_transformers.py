@@ -17,7 +17,7 @@ def run(directory: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         tokens, logprobs = [], []
         for prompt in prompts:
-            ids, settings = torch.tensor([prompt]), {"max_new_tokens": steps, "min_new_tokens": steps}
+            ids, settings = torch.tensor([prompt]), {"max_new_tokens": steps, "eos_token_id": None}
             with torch.no_grad():
                 whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
                 scores = model(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)

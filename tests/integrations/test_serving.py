@@ -149,10 +149,31 @@ def compressed_decision(config: dict[str, Any], name: str, linear: bool, parts: 
     if ignored == {True}:
         return None
     schemes = {t: g["weights"] for g in config["config_groups"].values() for t in g["targets"]}
-    targets = [t for t in schemes if t == name]
+    targets = [t for t in schemes if t == name or (t.startswith("re:") and re.match(t[3:], name))]
     targets += [t for t in schemes if t == parts[0]] if mapped and all(p in schemes for p in parts) else []
     targets += ["Linear"] if linear else []
     return (schemes[targets[0]]["num_bits"], schemes[targets[0]].get("group_size", -1)) if targets else None
+
+
+def transformers_decision(config: dict[str, Any]) -> Setting:
+    """transformers 5.23's `get_experts_scheme`, one for all experts."""
+    groups = list(config["config_groups"].values())
+    named = [g for g in groups if any(t.startswith("re:") and "experts" in t for t in g["targets"])]
+    weights = [*named, *groups][0]["weights"]
+    return weights["num_bits"], weights.get("group_size", -1)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "rules",
+    [{}, {"re:.*experts.*": {"bits": 8}}, {"re:.*self_attn.*": {"bits": 8}}, {"re:.*1.self_attn.*": {"sym": False}}],
+)
+def test_transformers_finds_the_scheme_of_experts(name: str, rules: dict[str, Any], tmp_path: Path) -> None:
+    """Most weights have it, or few do."""
+    config, tensors = saved(tmp_path / "a", name, "compressed-tensors", rules=rules)
+    experts = [part for module, part in held(tensors).items() if ".experts." in module]
+    assert len(experts) == 24
+    assert all(fits(transformers_decision(config), part) for part in experts)
 
 
 MIXED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,6 +6,7 @@ Layers that engines fuse are named as such too, since not all of them know what 
 older readers refuse its newer values, and it means nothing to a weight whose columns are in their natural order.
 """
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -30,16 +31,21 @@ def compressed_config_of(model: ExportedModel) -> dict[str, Any]:
     quantized = {module: (w.bits, w.symmetric, sizes[module]) for module, w in weights.items()}
     usual = Counter(quantized.values()).most_common(1)[0][0]
     settings: dict[str, Setting | None] = {**dict.fromkeys(model.plain), **quantized}
+    whole = wholes(settings)
     # Experts are looked for one by one.
-    settings |= {n: s for n, s in wholes(settings).items() if expert_stack(n) is None}
-    targets: dict[Setting, list[str]] = {}
+    settings |= {name: setting for name, setting in whole.items() if expert_stack(name) is None}
+    several = len(set(quantized.values())) > 1
+    targets: dict[Setting, dict[str, None]] = {}
     for module, setting in settings.items():
-        if setting is not None and setting != usual:
-            targets.setdefault(setting, []).append(module)
+        stack = expert_stack(module)
+        # transformers takes the first scheme for that of the experts, unless a pattern names some.
+        pattern = rf"re:^{re.escape(stack)}\." if several and stack is not None and stack in whole else None
+        if setting is not None and (setting != usual or pattern is not None):
+            targets.setdefault(setting, {})[pattern or module] = None
     heads = [module for module in quantized if quantized[module] == usual and module.rpartition(".")[2] == HEAD]
     # Inserted last, so that it comes after the schemes with names.
-    targets[usual] = ["Linear", *heads]
-    schemes = {f"group_{i}": _scheme(setting, names) for i, (setting, names) in enumerate(targets.items())}
+    targets[usual] = dict.fromkeys(["Linear", *heads, *targets.pop(usual, {})])
+    schemes = {f"group_{i}": _scheme(setting, list(names)) for i, (setting, names) in enumerate(targets.items())}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
