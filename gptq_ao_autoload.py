@@ -15,12 +15,13 @@ from typing import Any
 
 __all__ = ["METHODS", "watch", "when_imported"]
 
-METHODS = ("gptq_ao", "gptq", "compressed-tensors")  # `quant_method` of the checkpoints that gptq_ao loads
+METHODS = ("gptq_ao", "gptq", "compressed-tensors")  # names of the quantizations that gptq_ao loads
 _LOADER = "gptq_ao.integrations.transformers"
 
 
 def watch() -> None:
-    """From now on `from_pretrained` of transformers imports gptq_ao when it meets a checkpoint for it."""
+    """From now on transformers imports gptq_ao when it meets a checkpoint for it: in `from_pretrained`, or before, when
+    a program has a `quantization_config` parsed (lm-eval)."""
     when_imported("transformers.quantizers.auto", _look_first)
 
 
@@ -32,6 +33,16 @@ def _look_first() -> None:
     if module is None:
         return when_imported("transformers.modeling_utils", _look_first)
     own = module.get_hf_quantizer
+    if own.__module__ == __name__:
+        return None  # by an earlier call of `watch`
+    parser: Any = sys.modules["transformers.quantizers.auto"].AutoQuantizationConfig
+    own_parse = parser.from_dict
+
+    def parse(stored: Any) -> Any:
+        if _LOADER in sys.modules or not _names_ours(stored):
+            return own_parse(stored)
+        import_module(_LOADER)  # has its own parser, which calls this one
+        return parser.from_dict(stored)
 
     def choose(config: Any, *args: Any, **kwargs: Any) -> Any:
         if _LOADER in sys.modules or not _is_ours(config):
@@ -40,18 +51,24 @@ def _look_first() -> None:
         chosen = sys.modules["transformers.modeling_utils"].get_hf_quantizer
         return chosen(config, *args, **kwargs)
 
+    parser.from_dict = staticmethod(parse)
     module.get_hf_quantizer = choose
     return None
 
 
 def _is_ours(config: Any) -> bool:
     for each in (config, config.get_text_config(decoder=True)):
-        stored = getattr(each, "quantization_config", None) or {}
-        stored = stored if isinstance(stored, dict) else vars(stored)
         # Early compressed-tensors has another name for it, and no method.
-        if stored.get("quant_method") in METHODS or hasattr(each, "compression_config"):
+        if _names_ours(getattr(each, "quantization_config", None)) or hasattr(each, "compression_config"):
             return True
     return False
+
+
+def _names_ours(stored: Any) -> bool:
+    """Whether a `quantization_config` is that of a checkpoint which gptq_ao loads."""
+    fields = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
+    # Native ones have no method: see gptq_ao/checkpoint/native/read.py.
+    return fields.get("quant_method") in METHODS or fields.get("format") == "gptq_ao"
 
 
 def when_imported(module: str, then: Callable[[], object]) -> None:

@@ -16,6 +16,7 @@ from gptq_ao.planning.job import whole_model
 from gptq_ao.planning.plan import QuantizationPlan, plan
 from gptq_ao.report import Report
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
+from gptq_ao_autoload import watch as _watch
 from gptq_ao_autoload import when_imported as _when_imported
 
 if _typing.TYPE_CHECKING:
@@ -23,6 +24,7 @@ if _typing.TYPE_CHECKING:
 
 _register_with_torchao()
 # transformers takes long to import, and not everyone needs it. Whoever does imports this module of it with any model.
+_watch()  # where it is no entry point, or those are turned off
 _when_imported("transformers.modeling_utils", lambda: _import("gptq_ao.integrations.transformers"))
 _when_imported("peft", lambda: _import("gptq_ao.integrations.peft").register())
 _when_imported(

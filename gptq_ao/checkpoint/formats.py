@@ -11,7 +11,7 @@ from typing import Any
 from gptq_ao.checkpoint.compressed_tensors.format import COMPRESSED_TENSORS
 from gptq_ao.checkpoint.exchange.format import Format, QuantizedWeight, Readable
 from gptq_ao.checkpoint.exchange.packed_weight import Rounding
-from gptq_ao.checkpoint.files.directory import has_manifest, quantization_config, stored_tensors
+from gptq_ao.checkpoint.files.directory import has_manifest, method_of, quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.shards import StoredTensor
 from gptq_ao.checkpoint.gptq.format import GPTQ, GPTQ_V2
 from gptq_ao.checkpoint.native.format import NATIVE
@@ -67,7 +67,7 @@ def format_in(config: Mapping[str, Any], where: object) -> Format:
         CheckpointError: it is one that cannot be read.
     """
     # "gptq" names its version here. compressed-tensors has "format" for something else, which is no name of a format.
-    method, version = config.get("quant_method"), config.get("checkpoint_format") or config.get("format")
+    method, version = method_of(config), config.get("checkpoint_format") or config.get("format")
     formats = [f for f in FORMATS.values() if f.quant_method == method]
     if not formats:
         known = ", ".join(dict.fromkeys(f.quant_method for f in FORMATS.values()))

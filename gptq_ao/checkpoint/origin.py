@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gptq_ao.checkpoint.exchange.engine_names import expert_stack
 from gptq_ao.checkpoint.exchange.format import Readable
 from gptq_ao.checkpoint.files.directory import has_manifest, quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.side_files import side_files
@@ -63,7 +64,8 @@ class Origin:
     @property
     def matrices(self) -> list[str]:
         """Those tensors that are saved as they are and could be taken for weights that are quantized."""
-        return [name for name, t in self.ignored.items() if len(t.shape) == 2]
+        stacks = {n for n in self.ignored if expert_stack(n) == n.rpartition(".")[0]}
+        return [n for n, t in self.ignored.items() if len(t.shape) == 2 or (len(t.shape) == 3 and n in stacks)]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of what is saved as it is, one at a time, dense (if a checkpoint has it quantized, its

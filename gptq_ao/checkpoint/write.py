@@ -53,7 +53,7 @@ def write_foreign(
         files = _add_others(output, origin)
         texts = {} if format.config_file is None else {format.config_file: as_json(config)}
         if has_config(model):
-            texts |= {CARD: model_card(model, format, weights, report)}
+            texts |= {CARD: model_card(model, format, weights, report, origin)}
         else:
             # A model that is not of Hugging Face writes no config.json, and readers look for the settings there.
             texts |= {"config.json": as_json({"quantization_config": config})}
@@ -89,7 +89,7 @@ def write_dense(
             tensor = reverted.pop(name)
             output.add({name: _copy(tensor.dequantize() if isinstance(tensor, GroupTensor) else tensor)})
         files = _add_others(output, origin)
-        texts = {CARD: model_card(model, None, weights, report)} if has_config(model) else {}
+        texts = {CARD: model_card(model, None, weights, report, origin)} if has_config(model) else {}
         output.finish(model, tokenizer, output.finish_shards(), None, texts, files)
 
 

@@ -10,11 +10,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gptq_ao.checkpoint.files.directory import method_of
 from gptq_ao.errors import ConfigError
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
 from gptq_ao.model.limits import check_counts
 
-__all__ = ["checked_choice", "merge_with"]
+__all__ = ["checked_choice", "merge_with", "native_too"]
 
 SETTINGS = ("bits", "group_size", "sym", "desc_act")  # of both, if they have them: what the files hold
 
@@ -38,6 +39,22 @@ def merge_with(merge: Callable[..., Any], parse: Callable[[Any], Any]) -> Callab
         return merge(quantization_config, quantization_config_from_args)
 
     return merged
+
+
+def native_too(ask: Callable[[Any], Any], answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """In place of functions of transformers that stop at a `quantization_config` without "quant_method", as that of the
+    native format is.
+
+    Args:
+        ask: transformers' own.
+        answer: what is called with a config of that format.
+    """
+
+    @functools.wraps(ask)
+    def asked(config: Any) -> Any:
+        return (answer if isinstance(config, dict) and method_of(config) == "gptq_ao" else ask)(config)
+
+    return asked
 
 
 def checked_choice(choose: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,12 +87,12 @@ def _check(stored: Mapping[str, Any], given: Any) -> None:
     name = type(given).__name__
     if isinstance(given, GptqAoConfig):
         raise ConfigError(
-            f"the checkpoint is quantized already (quant_method {stored['quant_method']!r}): leave quantization_config "
+            f"the checkpoint is quantized already (quant_method {method_of(stored)!r}): leave quantization_config "
             "out to load it, or quantize the original model"
         )
     settings = given if isinstance(given, dict) else vars(given)
-    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method", stored["quant_method"]))
-    differ = {"quant_method": (method, stored["quant_method"])} if method != stored["quant_method"] else {}
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method", method_of(stored)))
+    differ = {"quant_method": (method, method_of(stored))} if method != method_of(stored) else {}
     # What nobody has chosen contradicts nothing.
     defaults = {} if isinstance(given, dict) else inspect.signature(type(given).__init__).parameters
     for key in SETTINGS:

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
+from gptq_ao.checkpoint.files.directory import method_of
 from gptq_ao.checkpoint.formats import FORMATS, QuantizedFiles, format_in, open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
 from gptq_ao.checkpoint.origin import origin_of
@@ -43,7 +44,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     @property
     def quant_method(self) -> str:
-        return str(self.content["quant_method"])
+        return str(method_of(self.content))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

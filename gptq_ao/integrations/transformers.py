@@ -4,9 +4,10 @@ Safetensors only, no remote code.
 """
 
 import contextlib
+import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.quantizers import auto
 
+from gptq_ao.checkpoint.files.directory import method_of
 from gptq_ao.checkpoint.files.find import find_checkpoint, local_directory
 from gptq_ao.checkpoint.files.paths import check_weight_map
 from gptq_ao.checkpoint.formats import FORMATS, format_of
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.errors import CheckpointError, ConfigError
-from gptq_ao.integrations.given_config import checked_choice, merge_with
+from gptq_ao.integrations.given_config import checked_choice, merge_with, native_too
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer, TorchAoQuantizer
 from gptq_ao.integrations.saving import saving_quantized
 from gptq_ao.model.architecture import model_class, read_config
@@ -46,10 +48,11 @@ def register() -> None:
     Importing this module does that; importing gptq_ao imports it as soon as transformers' models are there.
     """
     hub: Any = auto.AutoHfQuantizer
-    hub.merge_quantization_configs = staticmethod(
-        merge_with(hub.merge_quantization_configs, auto.AutoQuantizationConfig.from_dict)
-    )
-    modeling_utils.get_hf_quantizer = checked_choice(modeling_utils.get_hf_quantizer)
+    parser: Any = auto.AutoQuantizationConfig
+    hub.supports_quant_method = staticmethod(native_too(hub.supports_quant_method, lambda config: True))
+    parser.from_dict = staticmethod(native_too(parser.from_dict, CheckpointConfig.from_dict))
+    hub.merge_quantization_configs = staticmethod(merge_with(hub.merge_quantization_configs, parser.from_dict))
+    modeling_utils.get_hf_quantizer = checked_choice(_stacks_here(modeling_utils.get_hf_quantizer))
     saved_model: Any = modeling_utils.PreTrainedModel
     saved_model.save_pretrained = saving_quantized(saved_model.save_pretrained)
     auto.AUTO_QUANTIZER_MAPPING["torchao"] = TorchAoQuantizer
@@ -61,6 +64,34 @@ def register() -> None:
         # transformers has a loader but it would only raise: a package it needs is not installed.
         elif any(importlib.util.find_spec(package) is None for package in format.needs):
             load_with_gptq_ao(format.quant_method)
+
+
+def _stacks_here(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of transformers' `get_hf_quantizer`: GPTQ checkpoints of models whose experts transformers stacks are
+    loaded here, even where its own loader has what it needs, since that leaves the stacks at random."""
+
+    @functools.wraps(choose)
+    def chosen(config: Any, *args: Any, **kwargs: Any) -> Any:
+        stored = getattr(config, "quantization_config", None)
+        method = method_of(stored) if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        before = set(_replaced)
+        if method == "gptq" and _stacks(config):
+            load_with_gptq_ao("gptq")
+        try:
+            return choose(config, *args, **kwargs)
+        finally:
+            load_with_transformers(*(set(_replaced) - before))
+
+    return chosen
+
+
+def _stacks(config: Any) -> bool:
+    """Whether what lies in the files one by one ("experts.*.w1") is one parameter of the model."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    types = {config.model_type, config.get_text_config(decoder=True).model_type}
+    conversions = [c for t in types for c in get_checkpoint_conversion_mapping(t) or ()]
+    return any("*." in source for c in conversions for source in c.source_patterns)
 
 
 def load_with_gptq_ao(*quant_methods: str) -> None:

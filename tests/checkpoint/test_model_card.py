@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import transformers
+import yaml
 from torch import nn
 
-from gptq_ao import gptq_config, quantize_, save_quantized
+from gptq_ao import gptq_config, quantize_, quantize_checkpoint, save_quantized
+from gptq_ao.checkpoint.convert import convert_checkpoint
 from gptq_ao.checkpoint.model_card import model_card
 
 from ..models import tiny_llama, token_batches
@@ -70,6 +72,63 @@ def test_a_class_that_no_auto_class_builds() -> None:
     encoder = transformers.T5EncoderModel(t5().config)
     assert isinstance(encoder, nn.Module)
     assert "AutoModelForTextEncoding" in loading(model_card(encoder, None, []))
+
+
+def metadata(directory: Path) -> dict[str, Any]:
+    return next(yaml.safe_load_all((directory / "README.md").read_text()))
+
+
+def with_card(directory: Path, text: str) -> Path:
+    tiny_llama(layers=1).save_pretrained(directory)
+    (directory / "README.md").write_text(text, encoding="utf-8")
+    return directory
+
+
+LICENSED = {"license": "other", "license_name": "ours", "license_link": "LICENSE", "language": ["de", "en"]}
+
+
+@pytest.mark.parametrize("way", ["quantize_", "quantize_checkpoint"])
+def test_license_and_original_stay(way: str, tmp_path: Path) -> None:
+    """From the original, and through all formats. What the original was trained from is not what this was made of."""
+    text = yaml.safe_dump({**LICENSED, "base_model": "someone/ancestor", "tags": ["x"], "metrics": [{"a": 1}]})
+    directory = with_card(tmp_path / "a", f"---\n{text}---\n# It\n")
+    config = gptq_config(4, 32, method="rtn")
+    if way == "quantize_":
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        quantize_(model, config)
+        save_quantized(model, tmp_path / "b")
+    else:
+        quantize_checkpoint(directory, tmp_path / "b", config)
+    expected = {"library_name": "transformers", **LICENSED, "tags": ["gptq_ao"]}
+    assert metadata(tmp_path / "b") == expected
+    # As it would be, if the original had been found on the hub.
+    card = tmp_path / "b" / "README.md"
+    card.write_text(card.read_text().replace("license:", "base_model: some/model\nlicense:", 1))
+    places = ["b", "c", "d", "e", "f"]
+    for source, out, format in zip(places, places[1:], ("gptq", "compressed-tensors", "native", "dense"), strict=False):
+        convert_checkpoint(tmp_path / source, tmp_path / out, format)
+        found = metadata(tmp_path / out)
+        assert {**found, "tags": None} == {**expected, "base_model": "some/model", "tags": None}
+        assert "quantized from some/model" in (tmp_path / out / "README.md").read_text()
+
+
+CARDS = {
+    "empty": "",
+    "no metadata": "# It",
+    "damaged": "---\nlicense: [\n---\n",
+    "never ends": "---\nlicense: mit\n",
+    "a list": "---\n- license\n---\n",
+    "a table in the text": "x\n---\nlicense: mit\n---\n",
+    "code": "---\nlicense: !!python/object/apply:os.getcwd []\n---\n",
+    "too long": "---\nlicense: mit\n---\n" + "x" * 2**20,
+}
+
+
+@pytest.mark.parametrize("text", CARDS.values(), ids=CARDS)
+def test_a_card_without_metadata_says_nothing(text: str, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(with_card(tmp_path / "a", text))
+    save_quantized(model, tmp_path / "b", format="dense")
+    assert metadata(tmp_path / "b") == {"library_name": "transformers", "tags": ["gptq_ao"]}
 
 
 def test_weights_that_need_an_adapter_say_so() -> None:

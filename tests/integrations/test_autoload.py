@@ -1,5 +1,6 @@
 """Programs that never import gptq_ao: `import torch` calls our entry point, and `from_pretrained` finds our loader."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import gptq_ao_autoload
-from gptq_ao import gptq_config, quantize_, save_quantized
+from gptq_ao import gptq_config, load_quantized, quantize_, quantize_checkpoint, save_quantized
+from gptq_ao.checkpoint.convert import convert_checkpoint
 from gptq_ao.checkpoint.formats import FORMATS
 from tests.ranks import some
 
+from ..checkpoint.test_directories import assert_same_weights, quantized
 from ..models import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +128,73 @@ print(type(model.model.layers[0].mlp.up_proj.weight).__name__, sys.argv[1])
     assert run(code, path, "program", "7", TORCH_DEVICE_BACKEND_AUTOLOAD="0").split() == ["Int4GroupTensor", "7"]
 
 
+def test_without_gptq_ao_transformers_stops(tmp_path: Path) -> None:
+    """Instead of initializing what it takes for missing. Whoever has written the files, whatever is in them: matrices,
+    stacks of experts, codes of a byte each; as the class that was saved, or another one."""
+    directories = []
+    for name, bits in (("llama", 4), ("llama", 8), ("mixtral", 4)):
+        here = tmp_path / f"{name}-{bits}"
+        save_quantized(quantized(name, bits=bits), here / "saved")
+        load_quantized(here / "saved").save_pretrained(here / "by transformers")  # type: ignore[operator]
+        AutoModelForCausalLM.from_pretrained(here / "saved").save_pretrained(here / "again")
+        directories += [here / "saved", here / "by transformers", here / "again"]
+    tiny_llama(layers=1).save_pretrained(tmp_path / "dense")
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "streamed", gptq_config(method="rtn", group_size=32))
+    convert_checkpoint(tmp_path / "llama-4" / "saved", tmp_path / "gptq", "gptq")
+    convert_checkpoint(tmp_path / "gptq", tmp_path / "converted", "native")
+    directories += [tmp_path / "streamed", tmp_path / "converted"]
+    code = """
+import sys
+sys.modules["gptq_ao"] = sys.modules["gptq_ao_autoload"] = None
+from transformers import AutoModel, AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    for kind in (AutoModelForCausalLM, AutoModel):
+        for options in ({}, {"ignore_mismatched_sizes": True}):
+            try:
+                kind.from_pretrained(directory, **options)
+            except ValueError as e:
+                print(e)
+"""
+    printed = run(code, "", *map(str, directories), TORCH_DEVICE_BACKEND_AUTOLOAD="0").splitlines()
+    assert len(printed) == 4 * len(directories) == 4 * 11
+    assert all("has no `quant_method` attribute" in line for line in printed)
+
+
+def test_files_that_name_a_method_are_still_read(tmp_path: Path) -> None:
+    """As earlier versions wrote them, with a manifest and without."""
+    model = quantized()
+    save_quantized(model, tmp_path / "a")
+    load_quantized(tmp_path / "a").save_pretrained(tmp_path / "b")  # type: ignore[operator]
+    for directory in (tmp_path / "a", tmp_path / "b"):
+        config = json.loads((directory / "config.json").read_text())
+        del config["quantization_config"]["format"]
+        config["quantization_config"]["quant_method"] = "gptq_ao"
+        (directory / "config.json").write_text(json.dumps(config))
+        assert_same_weights(model, load_quantized(directory))
+        assert_same_weights(model, AutoModelForCausalLM.from_pretrained(directory))
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_a_config_that_is_parsed_before_the_model_is_loaded(switch: str, installed: str, tmp_path: Path) -> None:
+    """As lm-eval does it, before transformers' models are imported: with the entry point, or with the import."""
+    for format in FORMATS:
+        save_quantized(quantized(), tmp_path / format, format=format)
+    code = f"""
+{"import gptq_ao" if switch == "0" else ""}
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoQuantizationConfig
+for directory in sys.argv[1:]:
+    stored = AutoConfig.from_pretrained(directory).quantization_config
+    assert isinstance(stored, dict)
+    parsed = AutoQuantizationConfig.from_dict(stored)
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=parsed)
+    print(parsed.quant_method, type(model.model.layers[0].mlp.up_proj.weight).__name__)
+"""
+    printed = run(code, installed, *(str(tmp_path / f) for f in FORMATS), TORCH_DEVICE_BACKEND_AUTOLOAD=switch)
+    assert printed.splitlines() == [f"{format.quant_method} Int4GroupTensor" for format in FORMATS.values()]
+
+
 class Text:
     """A config, as far as `choose` looks at it."""
 
@@ -142,6 +213,8 @@ class Text:
         (Text(quantization_config={"quant_method": "bitsandbytes"}), False),
         (Text(quantization_config={"quant_method": "gptq"}), True),
         (Text(quantization_config=Text(quant_method="gptq_ao")), True),
+        (Text(quantization_config={"format": "gptq_ao"}), True),
+        (Text(quantization_config={"format": "pack-quantized"}), False),
         (Text(text=Text(quantization_config={"quant_method": "compressed-tensors"})), True),
         (Text(compression_config={"format": "pack-quantized"}), True),
     ],

@@ -59,7 +59,7 @@ def compressed_problems(config: dict[str, Any], tensors: dict[str, Tensor]) -> l
         # The arguments of a scheme are a closed set: a key that a reader does not know is an error there.
         if set(group["weights"]) - {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"}:
             found.append("unknown keys")
-    (weights,) = [g["weights"] for g in config["config_groups"].values() if g["targets"] == ["Linear"]]
+    (weights,) = [g["weights"] for g in config["config_groups"].values() if "Linear" in g["targets"]]
     bits = weights["num_bits"]
     for m in modules(tensors, "weight_packed"):
         n, k = tensors[f"{m}.weight_shape"].tolist()
@@ -87,6 +87,148 @@ def mixed(tensors: dict[str, Tensor], part: str, is_skipped: Any) -> list[str]:
         if any(f"{parent}.{o}" in quantized for o in others):
             found.append(f"{dense} is dense, what it is fused with is not")
     return found
+
+
+Setting = tuple[int, int] | None  # bits and group size (−1: one scale per row); None: dense
+
+
+def held(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int, int] | None]:
+    """Module → bits, number of groups and of input features that the files hold, going by shapes; None: dense."""
+    found: dict[str, tuple[int, int, int] | None] = {}
+    for name, t in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "weight" and t.dim() == 2:
+            found[module] = None
+        elif part == "qweight":
+            k = len(tensors[f"{module}.g_idx"])
+            found[module] = (t.shape[0] * 32 // k, len(tensors[f"{module}.scales"]), k)
+        elif part == "weight_packed":
+            k = int(tensors[f"{module}.weight_shape"][1])
+            found[module] = (t.shape[1] * 32 // k, tensors[f"{module}.weight_scale"].shape[1], k)
+    return found
+
+
+def fits(setting: Setting, part: tuple[int, int, int] | None) -> bool:
+    if setting is None or part is None:
+        return setting is part
+    bits, groups, k = part
+    return setting == (bits, k // groups) or (setting == (bits, -1) and groups == 1)
+
+
+def engine_modules(modules: Any) -> dict[str, list[str]]:
+    """Module of an engine → its parts in the files. Embeddings and norms are looked up under no setting."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        fused = next((f for f, names in FUSED.items() if leaf in names), leaf)
+        whole = module.partition(".experts.")[0] + ".experts" if ".experts." in module else f"{parent}.{fused}"
+        if not leaf.startswith(("embed", "norm")):
+            found.setdefault(whole.removeprefix("."), []).append(module)
+    return found
+
+
+def gptq_decision(config: dict[str, Any], name: str, linear: bool) -> Setting:
+    """vLLM 0.32's `get_dynamic_override`, which SGLang's is too: `re.match`, the first pattern counts."""
+    for pattern, values in config.get("dynamic", {}).items():
+        if re.match(pattern[2:], name):
+            return None if pattern[0] == "-" else (values["bits"], values["group_size"])
+    # The output head, which is no linear layer.
+    return (config["bits"], config["group_size"]) if linear or config["lm_head"] else None
+
+
+def compressed_decision(config: dict[str, Any], name: str, linear: bool, parts: list[str], mapped: bool) -> Setting:
+    """vLLM 0.32's `should_ignore_layer` and `find_matched_target`; SGLang 0.5.23's are the same without `mapped`, as it
+    does not know what Llama's fused layers are made of. Experts are asked for as three parts of the first."""
+    if name.endswith(".experts"):
+        found = {compressed_decision(config, p, linear, [p], mapped) for p in parts if ".experts.0." in p}
+        assert len(found) == 1, "All MoE projections need to have same quantization scheme but found multiple"
+        return found.pop()
+    names = parts if mapped else [name]
+    ignored = {n in config["ignore"] for n in names}
+    assert len(ignored) == 1, f"Found different quantization schemes for the shards of {name}"
+    if ignored == {True}:
+        return None
+    schemes = {t: g["weights"] for g in config["config_groups"].values() for t in g["targets"]}
+    targets = [t for t in schemes if t == name or (t.startswith("re:") and re.match(t[3:], name))]
+    targets += [t for t in schemes if t == parts[0]] if mapped and all(p in schemes for p in parts) else []
+    targets += ["Linear"] if linear else []
+    return (schemes[targets[0]]["num_bits"], schemes[targets[0]].get("group_size", -1)) if targets else None
+
+
+def transformers_decision(config: dict[str, Any]) -> Setting:
+    """transformers 5.23's `get_experts_scheme`, one for all experts."""
+    groups = list(config["config_groups"].values())
+    named = [g for g in groups if any(t.startswith("re:") and "experts" in t for t in g["targets"])]
+    weights = [*named, *groups][0]["weights"]
+    return weights["num_bits"], weights.get("group_size", -1)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "rules",
+    [{}, {"re:.*experts.*": {"bits": 8}}, {"re:.*self_attn.*": {"bits": 8}}, {"re:.*1.self_attn.*": {"sym": False}}],
+)
+def test_transformers_finds_the_scheme_of_experts(name: str, rules: dict[str, Any], tmp_path: Path) -> None:
+    """Most weights have it, or few do."""
+    config, tensors = saved(tmp_path / "a", name, "compressed-tensors", rules=rules)
+    experts = [part for module, part in held(tensors).items() if ".experts." in module]
+    assert len(experts) == 24
+    assert all(fits(transformers_decision(config), part) for part in experts)
+
+
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a dense block": ("llama", {"re:.*layers.0.*": None}),
+    "dense attention, other gate and up": (
+        "llama",
+        {"re:.*layers.0.self_attn.*": None, "re:.*1.mlp.(g|u).*": {"bits": 8}},
+    ),
+    "a head": ("llama", {"lm_head": {"bits": 4}, "re:.*layers.0.mlp.*": None}),
+    "a head with settings of its own": ("llama", {"lm_head": {"bits": 8, "group_size": -1}}),
+    "a head and most others": ("llama", {"re:lm_head|.*(mlp|o_proj).*": {"bits": 8}}),
+    **{
+        f"{what} of {name}": (name, {f"re:.*layers.{layer}.*experts.*": setting})
+        for name in ("mixtral", "qwen3_moe")
+        for what, layer, setting in (
+            ("dense experts", 0, None),
+            ("all experts, dense", ".", None),
+            ("experts with other settings", 1, {"bits": 8, "group_size": -1}),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("case", MIXED)
+def test_engines_find_what_is_there(case: str, format: str, tmp_path: Path) -> None:
+    """Every module of an engine gets the setting that its parts have in the files: layers that it fuses, experts, which
+    are one module for it, the output head, which is no linear layer, and what is dense."""
+    name, rules = MIXED[case]
+    config, tensors = saved(tmp_path / "a", name, format, rules=rules)
+    found = held(tensors)
+    seen = set()
+    for module, parts in engine_modules(found).items():
+        linear = module != "lm_head"
+        if format == "gptq":
+            decisions = [gptq_decision(config, module, linear)]
+        else:
+            decisions = [compressed_decision(config, module, linear, parts, mapped) for mapped in (True, False)]
+        assert all(fits(d, found[p]) for d in decisions for p in parts), module
+        seen |= {*decisions}
+    assert len(seen) >= 2
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_experts_that_differ_are_named_one_by_one(format: str, tmp_path: Path) -> None:
+    """No engine serves them; other readers do."""
+    rules = {"re:.*layers.1.*down_proj": {"bits": 8}}
+    config, tensors = saved(tmp_path / "a", "mixtral", format, rules=rules)
+    named = (
+        config["dynamic"] if format == "gptq" else [t for g in config["config_groups"].values() for t in g["targets"]]
+    )
+    for module, part in held(tensors).items():
+        if ".experts." in module:
+            assert part is not None
+            assert (part[0] == 8) == any(re.match(n.removeprefix("+:"), module) for n in named)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTQConfig
 from transformers.quantizers import auto
 
 from gptq_ao import GptqAoConfig, gptq_config, load_quantized, quantize_, save_quantized
@@ -86,7 +86,8 @@ def test_quantize_on_load(tmp_path: Path) -> None:
     assert assert_same_weights(expected, model) == 14
     model.save_pretrained(tmp_path / "q")
     content = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
-    assert content["quant_method"] == "gptq_ao"
+    assert content["format"] == "gptq_ao"
+    assert "quant_method" not in content
     assert "calibration" not in json.dumps(content)
     assert assert_same_weights(expected, AutoModelForCausalLM.from_pretrained(tmp_path / "q")) == 14
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=GptqAoConfig(8, 32))
@@ -114,6 +115,22 @@ def test_who_loads_what_can_be_changed_and_changed_back(tmp_path: Path) -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"].__name__ == "GptqHfQuantizer"
     with pytest.raises(ConfigError, match=r"quant_method is 'awq': give one of gptq, compressed-tensors"):
         integration.load_with_gptq_ao("awq")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("given", [{}, {"quantization_config": GPTQConfig(bits=4)}])
+def test_experts_are_loaded_here_whoever_else_could(name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    """Where gptqmodel and optimum are installed, transformers' own loader is in charge, and knows no stacks."""
+    integration.load_with_transformers("gptq")
+    for format in ("gptq", "gptq_v2"):
+        save_quantized(quantized(name), tmp_path / format, format=format)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / format, **given)
+        assert assert_same_weights(quantized(name), loaded) >= 8
+    # What it can load stays its own.
+    assert auto.AUTO_QUANTIZER_MAPPING["gptq"].__name__ == "GptqHfQuantizer"
+    save_quantized(quantized(), tmp_path / "dense", format="gptq")
+    with pytest.raises(ImportError, match=r"optimum|gptqmodel"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
 
 
 def test_damaged_files_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Format:
 
     Attributes:
         name: as `save_quantized` calls it.
-        quant_method: as config.json calls it. Several formats may share one, and then a reader.
+        quant_method: as config.json calls it, and transformers. Several formats may share one, and then a reader.
         parts: last parts of the names of a weight's tensors.
         read: from the quantization_config and the tensors of a directory to its quantized weights. It raises
             CheckpointError where the two contradict each other, and reads nothing but shapes and what it needs to know

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_ao.checkpoint.exchange.engine_names import expert_stack
 from gptq_ao.checkpoint.exchange.grouped_weight import GroupedWeight
 from gptq_ao.codes.bit_stream import codes_to_words
 from gptq_ao.errors import CheckpointError
@@ -24,7 +25,8 @@ class ExportedModel:
 
     Attributes:
         tensors: name → tensor, in the order of the files; quantized weights are still one tensor each.
-        plain: modules with a matrix that is not quantized, embeddings apart: linear layers, output heads, routers.
+        plain: modules with a matrix that is not quantized, embeddings apart: linear layers, output heads, routers,
+            experts.
     """
 
     tensors: Mapping[str, Tensor]
@@ -40,9 +42,19 @@ class ExportedModel:
         """Module → its quantized weight [out, in], in a model with the names of a hub checkpoint."""
         return {name.removesuffix(".weight"): t for name, t in self.quantized.items()}
 
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """Module → group size of its quantized weight; −1: one scale per row. Of experts, which are one product for an
+        engine, some may have no more features than others have in a group: that is then no reason to differ."""
+        rows = {m: w.group_size == w.in_features for m, w in self.modules.items()}
+        finer = {expert_stack(m) for m, row in rows.items() if not row} - {None}
+        return {m: -1 if rows[m] and expert_stack(m) not in finer else w.group_size for m, w in self.modules.items()}
+
     def and_plain(self, names: Iterable[str]) -> "ExportedModel":
         """With more matrices that are not quantized: engines that use them must not look for quantized ones."""
-        return replace(self, plain=(*self.plain, *(n.removesuffix(".weight") for n in names if n.endswith(".weight"))))
+        pairs = [(name, name.rpartition(".")[0]) for name in names]
+        more = [module for name, module in pairs if name.endswith(".weight") or expert_stack(name) == module]
+        return replace(self, plain=tuple(dict.fromkeys((*self.plain, *more))))
 
 
 def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel:
@@ -77,22 +89,32 @@ def export_model(model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel
             f"{first!r} is not the weight of a linear layer, nor a stack that transformers stores as such: only the "
             'formats "native" and "dense" have a place for it'
         )
-    # Tensors that were only renamed are the same objects, so the new name of each is found by identity.
-    name_of = {id(t): n for n, t in parts.items()}
-    plain = [name_of.get(id(state.get(n)), n) for n in _plain(model)]
     return ExportedModel(
         {**quantized, **{n: t for n, t in parts.items() if n not in quantized}},
-        tuple(n.removesuffix(".weight") for n in plain),
+        tuple(dict.fromkeys(_plain(model, state, parts))),
     )
 
 
-def _plain(model: nn.Module) -> Iterator[str]:
+def _plain(model: nn.Module, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Iterator[str]:
+    """Modules with a matrix that is not quantized, by their names in `parts`."""
+    # Tensors that were only renamed are the same objects, so the new name of each is found by identity.
+    name_of = {id(t): n for n, t in parts.items()}
     # With duplicates: an output head that is tied to the embedding counts as a head as well.
     for name, p in model.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")
         matrix = leaf == "weight" and p.dim() == 2 and not isinstance(p, GroupTensor)
-        if matrix and not isinstance(model.get_submodule(module), nn.Embedding):
-            yield name
+        # What is not there any more was taken apart.
+        there = name not in state or id(state[name]) in name_of
+        if matrix and there and not isinstance(model.get_submodule(module), nn.Embedding):
+            yield name_of.get(id(state.get(name)), name).removesuffix(".weight")
+    same = {id(t) for t in state.values()}
+    for name, t in parts.items():
+        module, _, leaf = name.rpartition(".")
+        if isinstance(t, GroupTensor):
+            continue
+        # A part of what was taken apart (an expert), or a stack that the files have as it is.
+        if (leaf == "weight" and t.dim() == 2 and id(t) not in same) or (t.dim() == 3 and expert_stack(name) == module):
+            yield module
 
 
 def revert_conversions(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What lies in a Hugging Face directory: its configs and the headers of its shards. Nothing in it is trusted."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ from gptq_ao.checkpoint.files.paths import INDEX, MANIFEST, SINGLE_FILE, check_w
 from gptq_ao.checkpoint.files.shards import StoredTensor, read_header
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["check_quantized", "has_manifest", "quantization_config", "read_json", "stored_tensors", "weight_files"]
+__all__ = [
+    "check_quantized",
+    "has_manifest",
+    "method_of",
+    "quantization_config",
+    "read_json",
+    "stored_tensors",
+    "weight_files",
+]
 
 # So that a hostile file cannot fill the host's memory.
 MAX_JSON_BYTES = 256 * 2**20
@@ -81,6 +90,11 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
         # config.json wins where the two differ in something else.
         return {**aside, **found}
     return found
+
+
+def method_of(config: Mapping[str, Any]) -> Any:
+    """Which method a quantization_config names, in the native format by another key (see `native/read.py`)."""
+    return config.get("quant_method", "gptq_ao" if config.get("format") == "gptq_ao" else None)
 
 
 def check_quantized(directory: Path) -> None:

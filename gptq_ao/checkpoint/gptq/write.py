@@ -2,22 +2,20 @@
 
 One setting is the checkpoint's, that of most weights; modules with another one, and linear layers that stay as they
 are, are listed under `dynamic`, where GPTQModel and vLLM look. Engines that fuse layers look there for the name of the
-fused one, so a pattern for q_proj, k_proj and v_proj also matches qkv_proj.
+fused one, so a pattern for q_proj, k_proj and v_proj also matches qkv_proj, and one for the experts of a layer their
+stack.
 """
 
 import re
 from collections import Counter
 from typing import Any
 
+from gptq_ao.checkpoint.exchange.engine_names import FUSED, HEAD, expert_stack, wholes
 from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, refuse
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.version import VERSION
 
 __all__ = ["gptq_config_of"]
-
-_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-_FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-_HEAD = "lm_head"
 
 
 def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
@@ -31,25 +29,31 @@ def gptq_config_of(model: ExportedModel, format: str) -> dict[str, Any]:
     """
     modules = model.modules
     refuse(modules, lambda w: _why_not(w, format), format)
-    settings = {module: (w.bits, _group_size(w)) for module, w in modules.items()}
+    quantized = {module: (modules[module].bits, size) for module, size in model.group_sizes.items()}
     # The most frequent setting is the checkpoint's, which leaves the fewest exceptions.
-    (bits, group_size), _ = Counter(settings.values()).most_common(1)[0]
+    usual, _ = Counter(quantized.values()).most_common(1)[0]
+    settings: dict[str, tuple[int, int] | None] = {**dict.fromkeys(model.plain), **quantized}
+    whole = wholes(settings)
     dynamic: dict[str, dict[str, int]] = {}
-    for module in model.plain:
-        # The output head has a setting of its own below.
-        if module.rpartition(".")[2] != _HEAD:
-            # "-:" is "not quantized", "+:" is "with these settings".
-            dynamic[f"-:{_pattern(module)}"] = {}
     for module, setting in settings.items():
-        if setting != (bits, group_size):
-            dynamic[f"+:{_pattern(module)}"] = {"bits": setting[0], "group_size": setting[1]}
+        # The output head has a setting of its own below.
+        if setting == usual or (setting is None and module.rpartition(".")[2] == HEAD):
+            continue
+        stack = expert_stack(module)
+        # Of experts that are alike one pattern, for the stack and what is in it.
+        pattern = _pattern(module) if stack is None or stack not in whole else rf"^{re.escape(stack)}(\.|$)"
+        # "-:" is "not quantized", "+:" is "with these settings".
+        if setting is None:
+            dynamic[f"-:{pattern}"] = {}
+        else:
+            dynamic[f"+:{pattern}"] = {"bits": setting[0], "group_size": setting[1]}
     return {
         "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group_size,
+        "bits": usual[0],
+        "group_size": usual[1],
         "desc_act": any(w.perm is not None for w in modules.values()),
         "sym": all(w.symmetric for w in modules.values()),
-        "lm_head": _HEAD in modules,
+        "lm_head": HEAD in modules,
         "checkpoint_format": format,
         "pack_dtype": "int32",
         **({"dynamic": dynamic} if dynamic else {}),
@@ -66,12 +70,8 @@ def _why_not(weight: GroupTensor, format: str) -> str | None:
     return None
 
 
-def _group_size(weight: GroupTensor) -> int:
-    return -1 if weight.group_size == weight.in_features else weight.group_size
-
-
 def _pattern(module: str) -> str:
     parent, dot, leaf = module.rpartition(".")
     # Engines that fuse these layers look up the fused name only.
-    leaves = f"({re.escape(leaf)}|{_FUSED[leaf]})" if leaf in _FUSED else re.escape(leaf)
+    leaves = f"({re.escape(leaf)}|{FUSED[leaf]})" if leaf in FUSED else re.escape(leaf)
     return f"^{re.escape(parent + dot)}{leaves}$"

@@ -1,8 +1,12 @@
 """The native format (see `tensors.py`) in a directory that transformers wrote: config.json is the manifest.
 
-    "quantization_config": {"quant_method": "gptq_ao", "format_version": 1, "weights": {NAME: {"bits": 4, …}}}
+    "quantization_config": {"format": "gptq_ao", "format_version": 1, "weights": {NAME: {"bits": 4, …}}}
 
 with the entries of `manifest.py`. Names are those of the model's parameters.
+
+There is no "quant_method", and that is what makes transformers stop where gptq_ao is not installed. Of a method that it
+does not know it only warns; it would then take all quantized weights for missing ones, and go on with random numbers.
+Files that have one ("gptq_ao") are read too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -68,7 +72,7 @@ def native_config(entries: Mapping[str, Any], version: int) -> dict[str, Any]:
         entries: the "quantized" of the manifest.
         version: its format version.
     """
-    return {"quant_method": "gptq_ao", "format_version": version, "weights": dict(entries)}
+    return {"format": "gptq_ao", "format_version": version, "weights": dict(entries)}
 
 
 def native_weights(

@@ -126,7 +126,7 @@ class CheckpointWriter(OutputDirectory):
         if has_config(model):
             weights = [(e.bits, e.spec.group_size) for e in self._entries.values()]
             # The card first: the manifest stays the last, as it says that everything else is there.
-            texts = {CARD: model_card(model, NATIVE, weights, report), **texts}
+            texts = {CARD: model_card(model, NATIVE, weights, report, origin), **texts}
         self.finish(model, tokenizer, placed, native_config(entries, version), texts, files)
 
 

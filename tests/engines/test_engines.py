@@ -1,0 +1,133 @@
+"""`make engines`: engines load what is written here, and compute what this package computes. Each has an environment of
+its own, without gptq_ao: `vllm/` (vLLM on a CPU) and `transformers/` (with compressed-tensors) in $GPTQ_AO_ENGINES.
+
+They compute in fp16 (transformers in fp32), the reference, which is this package with the same files, in fp32. Prints a
+table (-s).
+"""
+
+import functools
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from gptq_ao import load_quantized
+from gptq_ao.integrations.transformers import load_model
+
+from .checkpoints import CASES, TINY_LM, Case, write
+
+pytestmark = pytest.mark.engines
+
+ENGINES = Path(os.environ.get("GPTQ_AO_ENGINES", Path(__file__).parents[2] / ".engines"))
+TEXTS = ("def add(a, b):\n", "import torch\n", "class Shape:\n    def ", "for i in range(", "return x", "# A list of ")
+STEPS = 24
+MEAN, LARGEST = 0.002, 0.05  # of the differences of a log-probability: fp16 in vLLM gave .0006 and .022
+
+NO_KERNEL = "Failed to find a kernel that can implement the WNA16 linear layer"
+NO_MARLIN = "Marlin does not support weight_bits = uint8b128"
+NO_EXPERTS = "No WNA16 MoE backend supports the deployment configuration"
+# What is refused on this CPU: case → format → in which words.
+VLLM_REFUSES: dict[str, dict[str, str]] = {
+    "4 bits, asymmetric": {"gptq_v2": "Unsupported quantization config: bits=4, sym=False"},
+    "8 bits": {"gptq": NO_MARLIN, "compressed-tensors": NO_KERNEL},
+    "4 and 8 bits": {"gptq": NO_MARLIN, "compressed-tensors": NO_KERNEL},
+    "3 bits": {"gptq": "Unsupported quantization config: bits=3, sym=True", "compressed-tensors": NO_KERNEL},
+    "2 bits": {"gptq": "Unsupported quantization config: bits=2, sym=True", "compressed-tensors": NO_KERNEL},
+    "4 bits, experts": {"gptq": NO_EXPERTS, "compressed-tensors": NO_EXPERTS},
+    "experts of 8 bits": {"gptq": NO_EXPERTS, "compressed-tensors": NO_EXPERTS},
+    "activation order": {"gptq": "GPTQ group activation ordering (desc_act=True) is no longer supported"},
+    "native": {"native": "Attempted to load nested weight"},
+}
+TRANSFORMERS_REFUSES: dict[str, dict[str, str]] = {
+    "4 bits, asymmetric": {"compressed-tensors": "You set `ignore_mismatched_sizes` to `False`"},
+    # Of a model with a compressed-tensors config it takes all experts for packed ones.
+    "dense experts": {"compressed-tensors": "We encountered some issues during automatic conversion of the weights"},
+    "native": {"native": "has no `quant_method` attribute"},
+}
+PAIRS = [pytest.param(case, format, id=name) for case in CASES for format, name in case.directories.items()]
+# transformers' own loader of GPTQ needs other packages: see `make conformance`.
+READ_BY_TRANSFORMERS = [p for p in PAIRS if p.values[1] in ("dense", "compressed-tensors", "native")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("checkpoints")
+    for case in CASES:
+        write(case, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[str]]:
+    """Lines of the table, printed at the end."""
+    lines = ["| checkpoint | | engine | tokens as here | difference of a log-probability, mean and largest |"]
+    lines.append("|---|---|---|---|---|")
+    yield lines
+    print("\n" + "\n".join(lines))
+
+
+@functools.cache
+def prompts() -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LM)
+    return [tokenizer(text).input_ids for text in TEXTS]
+
+
+@functools.cache
+def answers(engine: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Directory → what the engine says, which loads one after the other in one process."""
+    python = ENGINES / engine / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{python} is not there: make engines")
+    pairs = READ_BY_TRANSFORMERS if engine == "transformers" else PAIRS
+    names, script = [str(pair.id) for pair in pairs], Path(__file__).with_name(f"run_{engine}.py")
+    command = [str(python), str(script), json.dumps(prompts()), str(STEPS), *names]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # gptq_ao is not there
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+    lines = [json.loads(x.removeprefix("RESULT")) for x in done.stdout.splitlines() if x.startswith("RESULT")]
+    assert len(lines) == len(names), done.stderr[-2000:]
+    return dict(zip(names, lines, strict=True))
+
+
+def check(
+    engine: str, case: Case, format: str, folder: Path, refuses: dict[str, dict[str, str]], rows: list[str]
+) -> None:
+    name = case.directories[format]
+    answer = answers(engine, folder)[name]
+    row = f"| {case.name}, {case.model} | {format} | {engine} |"
+    words = refuses.get(case.name, {}).get(format)
+    if words is not None:
+        rows.append(f"{row} refused: {words} | |")
+        assert words in answer.get("error", "it was loaded")
+        return
+    assert "error" not in answer, answer["error"]
+    model: Any = (load_model(str(folder / name)) if format == "dense" else load_quantized(folder / name)).float()
+    differences, behind = [], []
+    for prompt, tokens, logprobs in zip(prompts(), answer["tokens"], answer["logprobs"], strict=True):
+        with torch.no_grad():
+            scores = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        own = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        differences.append((own - torch.tensor(logprobs)).abs())
+        behind.append(scores.max(-1).values - own)
+    difference, gap = torch.cat(differences), torch.cat(behind)
+    mean, largest, equal = difference.mean().item(), difference.max().item(), int((gap == 0).sum())
+    rows.append(f"{row} {equal}/{len(gap)} | {mean:.5f}, {largest:.4f} |")
+    assert mean < MEAN
+    assert largest < LARGEST
+    # Of two tokens that are closer than twice the error of one, either may be the best.
+    assert gap.max() <= 2 * largest
+
+
+@pytest.mark.parametrize(("case", "format"), PAIRS)
+def test_vllm(case: Case, format: str, folder: Path, rows: list[str]) -> None:
+    check("vllm", case, format, folder, VLLM_REFUSES, rows)
+
+
+@pytest.mark.parametrize(("case", "format"), READ_BY_TRANSFORMERS)
+def test_transformers(case: Case, format: str, folder: Path, rows: list[str]) -> None:
+    check("transformers", case, format, folder, TRANSFORMERS_REFUSES, rows)
