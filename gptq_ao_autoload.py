@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["METHODS", "watch", "when_imported"]
 
-METHODS = ("gptq_ao", "gptq", "compressed-tensors")  # `quant_method` of the checkpoints that gptq_ao loads
+METHODS = ("gptq_ao", "gptq", "compressed-tensors", "awq")  # `quant_method` of the checkpoints that gptq_ao loads
 _LOADER = "gptq_ao.integrations.transformers"
 
 

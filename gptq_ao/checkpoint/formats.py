@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptq_ao.checkpoint.awq.format import AWQ
 from gptq_ao.checkpoint.compressed_tensors.format import COMPRESSED_TENSORS
 from gptq_ao.checkpoint.exchange.format import Format, QuantizedWeight, Readable
 from gptq_ao.checkpoint.exchange.packed_weight import Rounding
@@ -19,7 +20,7 @@ from gptq_ao.errors import CheckpointError, ConfigError
 
 __all__ = ["DENSE", "FORMATS", "QuantizedFiles", "format_in", "format_of", "open_quantized", "target_format"]
 
-FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS)}
+FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS, AWQ)}
 DENSE = "dense"  # not a format: a directory without quantized weights
 
 
@@ -106,6 +107,8 @@ def open_quantized(directory: Path) -> QuantizedFiles:
     dense = {name: t for name, t in stored.items() if not _is_part(name, stored, format)}
     weights: dict[str, QuantizedWeight] = {}
     try:
+        if format.check_dense is not None:
+            format.check_dense(dense)
         for weight in format.read(config, {name: t for name, t in stored.items() if name not in dense}, rounding):
             if weight.name in dense or weight.name in weights:
                 raise CheckpointError(f"{weight.name!r} is there twice, dense and quantized")

@@ -40,8 +40,8 @@ def save_quantized(
     wrapper.
 
     Args:
-        format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
-            "compressed-tensors", for other libraries; "dense", the weights that the quantized ones stand for.
+        format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2",
+            "compressed-tensors" or "awq", for other libraries; "dense", the weights that the quantized ones stand for.
         tokenizer: one to save with the model.
         report: what `quantize_` returned, for the model card.
         max_shard_bytes: size of the files.

@@ -75,7 +75,8 @@ def convert(
     source: Checkpoint,
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
     format: Annotated[
-        str, typer.Option(help="What to write: native, gptq, gptq_v2, compressed-tensors, or dense (not quantized).")
+        str,
+        typer.Option(help="What to write: native, gptq, gptq_v2, compressed-tensors, awq, or dense (not quantized)."),
     ],
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,

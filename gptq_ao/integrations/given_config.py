@@ -76,8 +76,9 @@ def _check(stored: Mapping[str, Any], given: Any) -> None:
     settings = given if isinstance(given, dict) else vars(given)
     method = getattr(settings.get("quant_method"), "value", settings.get("quant_method", stored["quant_method"]))
     differ = {"quant_method": (method, stored["quant_method"])} if method != stored["quant_method"] else {}
-    # What nobody has chosen contradicts nothing.
-    defaults = {} if isinstance(given, dict) else inspect.signature(type(given).__init__).parameters
+    # What nobody has chosen contradicts nothing. A class may leave settings to the one that it is made of.
+    kinds = () if isinstance(given, dict) else reversed(type(given).__mro__)
+    defaults = {n: p for kind in kinds for n, p in inspect.signature(kind.__init__).parameters.items()}
     for key in SETTINGS:
         default = getattr(defaults.get(key), "default", None)
         if key in settings and key in stored and settings[key] not in (stored[key], default):

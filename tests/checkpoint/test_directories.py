@@ -90,7 +90,7 @@ def assert_same_files(a: Path, b: Path) -> None:
         assert torch.equal(t, second[name]), name
 
 
-FORMATS = ["native", "gptq", "gptq_v2", "compressed-tensors"]
+FORMATS = ["native", "gptq", "gptq_v2", "compressed-tensors", "awq"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -101,8 +101,8 @@ def test_everyone_who_lists_formats_knows_a_new_one(toy: None, tmp_path: Path) -
     assert {(x["bits"], x["group_size"]) for x in facts["quantized"]} == {(8, 32)}
     with pytest.raises(ConfigError, match=r"format is 'gguf': give one of native, .*, toy, dense$"):
         save_quantized(quantized(), tmp_path / "b", format="gguf")
-    (tmp_path / "a" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(CheckpointError, match=r"quantized with 'awq', which cannot be read, only .*, toys$"):
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(CheckpointError, match=r"quantized with 'hqq', which cannot be read, only .*, toys$"):
         load_quantized(tmp_path / "a")
 
 

@@ -112,8 +112,8 @@ def test_who_loads_what_can_be_changed_and_changed_back(tmp_path: Path) -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is GptqAoQuantizer
     integration.load_with_transformers("gptq")
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"].__name__ == "GptqHfQuantizer"
-    with pytest.raises(ConfigError, match=r"quant_method is 'awq': give one of gptq, compressed-tensors"):
-        integration.load_with_gptq_ao("awq")
+    with pytest.raises(ConfigError, match=r"quant_method is 'gguf': give one of gptq, compressed-tensors, awq"):
+        integration.load_with_gptq_ao("gguf")
 
 
 def test_damaged_files_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
