@@ -18,10 +18,12 @@ from gptq_ao.checkpoint.gptq.format import GPTQ, GPTQ_V2
 from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.errors import CheckpointError, ConfigError
 
-__all__ = ["DENSE", "FORMATS", "QuantizedFiles", "format_in", "format_of", "open_quantized", "target_format"]
+__all__ = ["DENSE", "FORMATS", "GGUF", "QuantizedFiles", "format_in", "format_of", "open_quantized", "target_format"]
 
 FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS, AWQ)}
-DENSE = "dense"  # not a format: a directory without quantized weights
+# Not formats of a directory: one without quantized weights, and one file, which is only written.
+DENSE = "dense"
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,15 @@ class QuantizedFiles:
 
 
 def target_format(name: str) -> Format | None:
-    """What `save_quantized` calls so; None for "dense".
+    """What `save_quantized` calls so; None for "dense" and "gguf".
 
     Raises:
         ConfigError: there is no such format.
     """
-    if name == DENSE:
+    if name in (DENSE, GGUF):
         return None
     if name not in FORMATS:
-        raise ConfigError(f"format is {name!r}: give one of {', '.join((*FORMATS, DENSE))}")
+        raise ConfigError(f"format is {name!r}: give one of {', '.join((*FORMATS, DENSE, GGUF))}")
     return FORMATS[name]
 
 

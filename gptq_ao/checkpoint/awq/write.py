@@ -30,7 +30,7 @@ def awq_config_of(model: ExportedModel) -> dict[str, Any]:
         within = next((m for m in modules if plain in m), None)
         if within is not None:
             raise CheckpointError(
-                f"'awq' cannot hold the weight of {within!r}: {plain!r} is not quantized, and readers of AWQ would take "
+                f"'awq' cannot hold the weight of {within!r}: {plain!r} is not quantized, and readers of AWQ take "
                 "every module whose name contains that for such. Write gptq_v2 or compressed-tensors"
             )
     return {
