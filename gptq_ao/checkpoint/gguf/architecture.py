@@ -19,6 +19,7 @@ __all__ = ["Architecture", "architecture_of"]
 
 # `model_type` of transformers → architecture of llama.cpp, of models that were compared.
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES |= {"qwen3_moe": "qwen3moe"}
 _WITH_ROPE_FACTORS = ("llama",)  # architectures that read a divisor for each frequency
 
 
@@ -30,7 +31,7 @@ class Architecture:
         numbers: key, behind the architecture's name → int, float or str.
         extra: tensors that are no parameters, by their names in GGUF.
         notes: what is not as in transformers, a sentence each.
-        tensor_names, processor, heads: how tensors are named and their rows ordered; see the methods.
+        tensor_names, processor: how tensors are named and their rows ordered; see the methods.
     """
 
     name: str
@@ -40,10 +41,11 @@ class Architecture:
     tensor_names: Any
     processor: Any
 
-    def tensor_name(self, name: str) -> str | None:
-        """Of a parameter with the name that it has in a hub checkpoint; None if there is none."""
-        found: str | None = self.tensor_names.get_name(name, try_suffixes=(".weight", ".bias"))
-        return found
+    def tensor_name(self, name: str) -> tuple[str | None, bool]:
+        """Of a parameter with the name that it has in a hub checkpoint (None if there is none); and whether the tensor
+        is a stack, of all parameters of that name, in the order of their numbers."""
+        of_all = self.processor.preprocess_name(name)  # without the number of an expert
+        return self.tensor_names.get_name(of_all, try_suffixes=(".weight", ".bias")), of_all != name
 
     def row_order(self, name: str, rows: int) -> Tensor | None:
         """Which row of the parameter each row of the tensor `name` of GGUF is: int64 [rows]; None: they are the same.
@@ -79,6 +81,8 @@ def architecture_of(model: Any) -> Architecture:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Those that transformers does not read, where heads have another size than llama.cpp takes them to have.
     numbers |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head)
+    if getattr(config, "moe_intermediate_size", None) is not None:
+        numbers["expert_feed_forward_length"] = config.moe_intermediate_size
     extra, scaling = _scaled_rope(config, rope, head, name)
     notes, window = [], getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
@@ -100,7 +104,7 @@ def architecture_of(model: Any) -> Architecture:
 
 def _check(config: Any, kind: str) -> None:
     """What is a setting of a config and fixed in llama.cpp."""
-    fixed = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+    fixed = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "norm_topk_prob": True}
     given = {**(getattr(config, "rope_parameters", None) or {}), **config.to_dict()}
     for key, value in fixed.items():
         if given.get(key, value) != value:

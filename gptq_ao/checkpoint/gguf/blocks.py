@@ -58,8 +58,12 @@ def why_no_blocks(weight: GroupTensor) -> str | None:
     return None
 
 
-def to_blocks(weight: GroupTensor) -> Blocks:
-    """A weight that GGUF can hold, on the CPU."""
+def to_blocks(weight: GroupTensor, kind: str) -> Blocks:
+    """A weight that GGUF can hold, on the CPU.
+
+    Args:
+        kind: that of the weight, or the asymmetric one of its bits.
+    """
     codes, scale, zero_point = (t.cpu() for t in (weight.codes(), weight.scale, weight.zero_point))
     if weight.perm is not None:  # back to the order of the input features
         codes = torch.empty_like(codes).index_copy_(1, weight.perm.cpu().long(), codes)
@@ -68,11 +72,11 @@ def to_blocks(weight: GroupTensor) -> Blocks:
     # [N, blocks, …] from here on.
     codes = codes.unflatten(1, (-1, BLOCK))
     scale, zero_point = scale[:, group].unsqueeze(-1), zero_point[:, group].unsqueeze(-1)
-    if weight.bits == 8:
+    if kind == "Q8_0":
         # As int8: 128 less is another highest bit.
         return Blocks(_row(scale, codes ^ 128), 0.0)
     halves = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-    if weight.symmetric:
+    if kind == "Q4_0":
         return Blocks(_row(scale, halves), 0.0)
     offset = _offset(scale, zero_point)
     return Blocks(_row(scale, offset, halves), _moved(scale, zero_point, offset))

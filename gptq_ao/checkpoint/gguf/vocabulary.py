@@ -3,7 +3,6 @@ as SentencePiece does)."""
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,8 @@ _SPLITS = {
 }
 # A tokenizer without merges has to have some for llama.cpp. This one is never done: nothing makes its first half.
 _NO_MERGES = ["ĀĀ Ā"]
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_SPACE = "▁"
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     if texts and max(texts) >= size:
         raise _refused(tokenizer, f"it has a token of number {max(texts)}, and the model {size} tokens")
     pieces = bool(model.get("byte_fallback"))  # SentencePiece's; others have a character for each byte
-    split = "default" if pieces else _split(tokenizer, content)
+    steps = {place: _steps(content.get(place)) for place in ("normalizer", "pre_tokenizer")}
+    split = _check_pieces(tokenizer, steps) if pieces else _split(tokenizer, model, steps)
     ranks = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+    scores = _scores(ranks) if pieces else {}
 
     def kind(number: int) -> int:
         types = gguf.TokenType
@@ -77,8 +79,6 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
             return int(types.CONTROL if added[number]["special"] else types.USER_DEFINED)
         return int(types.BYTE if pieces and re.fullmatch("<0x[0-9A-F]{2}>", texts[number]) else types.NORMAL)
 
-    scores = _scores(ranks) if pieces else {}
-
     def add(writer: Any) -> None:
         writer.add_tokenizer_model("llama" if pieces else "gpt2")
         writer.add_tokenizer_pre(split)
@@ -87,51 +87,77 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
         if pieces:
             # A token that no merge makes comes after all that one does.
             writer.add_token_scores([float(scores.get(texts.get(i, ""), -len(ranks) - 1)) for i in range(size)])
-            writer.add_add_space_prefix(_adds_space(content))
-        special = _special(gguf, tokenizer, load_merges=bool(ranks) and not pieces)
-        special.merges = special.merges or ([] if pieces else _NO_MERGES)
-        special.add_to_gguf(writer, quiet=True)
+            writer.add_add_space_prefix(any(_prepends(s) for place in steps.values() for s in place))
+        else:
+            writer.add_token_merges([" ".join(pair) for pair in ranks] or _NO_MERGES)
+        _add_special(writer, tokenizer)
 
-    inexact = pieces and not _by_score(ranks, scores, model["vocab"])
-    note = "its merges are not in the order of scores, as SentencePiece's are: llama.cpp may split text in another way"
-    return Vocabulary(add, (note,) if inexact else ())
-
-
-def _split(tokenizer: Any, content: Mapping[str, Any]) -> str:
-    """llama.cpp's name for what is done before the merges."""
-    first = content.get("pre_tokenizer") or {}
-    steps = first.get("pretokenizers", [first])
-    if not content["model"]["merges"] and any(s.get("type") == "ByteLevel" for s in steps):
-        return "gpt-2"  # a token for each byte, however text is split
-    patterns = [s["pattern"].get("Regex") for s in steps if s.get("type") == "Split"]
-    patterns += [None for s in steps if s.get("type") == "ByteLevel" and s.get("use_regex", True)]
-    whole = bool(content["model"].get("ignore_merges"))
-    kinds = {s.get("type") for s in steps}
-    found = _SPLITS.get(patterns[0]) if len(patterns) == 1 and kinds <= {"Split", "ByteLevel"} else None
-    prefix = any(s.get("add_prefix_space") for s in steps if s.get("type") == "ByteLevel")
-    if found is None or found[1] != whole or "ByteLevel" not in kinds or prefix:
-        raise _refused(
-            tokenizer,
-            "it splits text before the merges in a way that is none of "
-            f"{', '.join(name for name, _ in _SPLITS.values())}, which llama.cpp has code for",
+    notes = []
+    if pieces and not _by_score(ranks, scores, model["vocab"]):
+        notes.append(
+            "the tokenizer's merges are not in the order of scores, as those of SentencePiece are: llama.cpp may split "
+            "text in another way"
         )
-    return found[0]
+    if not pieces and steps["normalizer"]:
+        notes.append("the tokenizer brings text into Unicode's form NFC first, which llama.cpp does not")
+    return Vocabulary(add, tuple(notes))
 
 
-def _special(gguf: Any, tokenizer: Any, load_merges: bool) -> Any:
-    """Merges, chat template and special tokens, as the package gguf reads them from files."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        special = gguf.SpecialVocab(folder, load_merges=load_merges)
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """Of a normalizer or a pre-tokenizer, which may be a sequence of some."""
+    part = part or {}
+    return [s for s in part.get("normalizers", part.get("pretokenizers", [part])) if s]
+
+
+def _split(tokenizer: Any, model: Mapping[str, Any], steps: Mapping[str, list[dict[str, Any]]]) -> str:
+    """llama.cpp's name for what is done before the merges."""
+    levels = [s for s in steps["pre_tokenizer"] if s["type"] == "ByteLevel"]
+    patterns = [s["pattern"].get("Regex") for s in steps["pre_tokenizer"] if s["type"] == "Split"]
+    patterns += [None for s in levels if s.get("use_regex", True)]
+    others = [s["type"] for s in steps["normalizer"] if s["type"] != "NFC"]
+    others += [s["type"] for s in steps["pre_tokenizer"] if s["type"] not in ("Split", "ByteLevel")]
+    if len(levels) == 1 and not others and not levels[0].get("add_prefix_space"):
+        if not model["merges"]:
+            return "gpt-2"  # a token for each byte, however text is split
+        name, whole = _SPLITS.get(patterns[0], ("", False)) if len(patterns) == 1 else ("", False)
+        if name and whole == bool(model.get("ignore_merges")):
+            return name
+    raise _refused(
+        tokenizer,
+        "what it does before the merges is none of "
+        f"{', '.join(name for name, _ in _SPLITS.values())}, which llama.cpp has code for",
+    )
+
+
+def _check_pieces(tokenizer: Any, steps: Mapping[str, list[dict[str, Any]]]) -> str:
+    """llama.cpp's name for what is done before the merges: spaces become a letter, and nothing else."""
+    for step in (s for place in steps.values() for s in place):
+        spaces = step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE
+        whole = step["type"] == "Metaspace" and step.get("replacement") == _SPACE and not step.get("split", True)
+        if not (spaces or whole or (step["type"] == "Prepend" and step["prepend"] == _SPACE)):
+            raise _refused(tokenizer, f"before the merges it does {step}, which llama.cpp does not")
+    return "default"
+
+
+def _prepends(step: Mapping[str, Any]) -> bool:
+    """Whether text gets a space in front."""
+    metaspace = step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+    return step["type"] == "Prepend" or metaspace
+
+
+def _add_special(writer: Any, tokenizer: Any) -> None:
     ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in _SPECIAL}
-    special.special_token_ids = {kind: number for kind, number in ids.items() if number is not None}
+    for kind, number in ids.items():
+        if number is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
     # By what it does: files say it in many ways, and llama.cpp has a default for each kind of tokenizer.
     around = tokenizer("").input_ids
-    special.add_special_token = {
-        "bos": bool(around) and around[0] == ids["bos"],
-        "eos": len(around) > (ids["bos"] == ids["eos"]) and around[-1] == ids["eos"],
-    }
-    return special
+    writer.add_add_bos_token(bool(around) and around[0] == ids["bos"])
+    writer.add_add_eos_token(len(around) > (ids["bos"] == ids["eos"]) and around[-1] == ids["eos"])
+    template = getattr(tokenizer, "chat_template", None)
+    if template:
+        named = isinstance(template, dict)
+        writer.add_chat_template([{"name": n, "template": t} for n, t in template.items()] if named else template)
 
 
 def _scores(ranks: list[Any]) -> dict[str, int]:
@@ -150,16 +176,6 @@ def _by_score(ranks: list[Any], scores: Mapping[str, int], vocabulary: Mapping[s
     halves = ((t[:i], t[i:]) for t in scores for i in range(1, len(t)))
     return order == sorted(order, reverse=True) and all(
         half in pairs for half in halves if half[0] in vocabulary and half[1] in vocabulary
-    )
-
-
-def _adds_space(content: Mapping[str, Any]) -> bool:
-    """Whether text gets a space in front."""
-    normalizer, first = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
-    steps = [*normalizer.get("normalizers", [normalizer]), *first.get("pretokenizers", [first])]
-    return any(
-        s.get("type") == "Prepend" or (s.get("type") == "Metaspace" and s.get("prepend_scheme", "always") != "never")
-        for s in steps
     )
 
 

@@ -96,39 +96,49 @@ def _entries(model: nn.Module, architecture: Architecture) -> Iterator[_Entry]:
     get = ModelWeights(model).get
     exported = export_model(model, {first: get(first) for first, *_ in state_names(model)})
     refuse(exported.quantized, why_no_blocks, "gguf")
+    stacks: dict[str, list[tuple[list[int], Tensor]]] = {}  # by name, with the numbers in the names of their parts
     for name, tensor in exported.tensors.items():
-        known = architecture.tensor_name(name)
+        known, stacked = architecture.tensor_name(name)
         if known is None:
             raise CheckpointError(f"'gguf' cannot hold {name!r}: llama.cpp's {architecture.name!r} has no such tensor")
         if not isinstance(tensor, GroupTensor) and tensor.dtype not in _DENSE:
             raise CheckpointError(f"'gguf' cannot hold {name!r}: it is of the type {tensor.dtype}")
-        yield _entry(known, tensor, architecture.row_order(known, len(tensor)))
+        if stacked:
+            stacks.setdefault(known, []).append(([int(n) for n in name.split(".") if n.isdigit()], tensor))
+        else:
+            yield _entry(known, [tensor], tuple(tensor.shape), architecture.row_order(known, len(tensor)))
+    for name, numbered in stacks.items():
+        parts = [tensor for _, tensor in sorted(numbered, key=lambda part: part[0])]
+        yield _entry(name, parts, (len(parts), *parts[0].shape), None)
     for name, tensor in architecture.extra.items():
-        yield _entry(name, tensor, None)
+        yield _entry(name, [tensor], tuple(tensor.shape), None)
 
 
-def _entry(name: str, tensor: Tensor, order: Tensor | None) -> _Entry:
+def _entry(name: str, parts: list[Tensor], shape: tuple[int, ...], order: Tensor | None) -> _Entry:
     """
     Args:
-        order: which row of the tensor each one of the file is; None: the same.
+        parts: what is in the file one after the other, of one shape.
+        order: which row of a part each one of the file is; None: the same.
     """
-    if isinstance(tensor, GroupTensor):
-        weight = tensor
+    weights = [part for part in parts if isinstance(part, GroupTensor)]
+    if weights:
+        # "Q4_1" if a part is: one that happens to be symmetric is held by that as well.
+        kind = max(block_kind(weight) for weight in weights)
 
         def blocks() -> tuple[Tensor, float]:
-            made = to_blocks(weight)
-            return made.data if order is None else made.data[order], made.moved
+            made = [to_blocks(weight, kind) for weight in weights]
+            return torch.cat([b.data if order is None else b.data[order] for b in made]), max(b.moved for b in made)
 
-        return _Entry(name, block_kind(weight), tuple(weight.shape), blocks)
+        return _Entry(name, kind, shape, blocks)
     # llama.cpp adds and multiplies vectors in fp32 only, which holds the others exactly.
-    dtype = torch.float32 if tensor.dim() < 2 else tensor.dtype
+    dtype = torch.float32 if len(shape) < 2 else parts[0].dtype
 
     def values() -> tuple[Tensor, float]:
-        own = tensor.detach().cpu().to(dtype)
+        own = torch.cat([part.detach().cpu().to(dtype) for part in parts])
         own = own if order is None else own[order]
         return own.contiguous().view(torch.uint8), 0.0
 
-    return _Entry(name, _DENSE[dtype], tuple(tensor.shape), values)
+    return _Entry(name, _DENSE[dtype], shape, values)
 
 
 def _tokenizer_of(origin: Origin | None) -> Any:
