@@ -38,7 +38,25 @@ def bytes_with_merges(split: str | None, *, whole: bool = False, bos: bool = Fal
 def pieces() -> PreTrainedTokenizerFast:
     """As one that was converted from SentencePiece: a token for every byte, and all merges that make a token, in the
     order of scores."""
-    words = ["▁d", "ef", "▁def", "re", "▁re", "tu", "rn", "turn", "▁return", "▁a", "dd", "▁add", "in", "  ", "▁▁", "as"]
+    words = [
+        "▁d",
+        "ef",
+        "def",
+        "▁def",
+        "re",
+        "▁re",
+        "tu",
+        "rn",
+        "turn",
+        "▁return",
+        "▁a",
+        "dd",
+        "▁add",
+        "in",
+        "  ",
+        "▁▁",
+        "as",
+    ]
     letters = sorted({c for c in TEXT.replace(" ", "▁") if ord(c) < 0x3000} | set("▁abcdefghijklmnopqrstuvwxyz"))
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
     vocabulary += [c for c in letters if c not in "\n\r\t"]

@@ -112,7 +112,7 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 def _split(tokenizer: Any, model: Mapping[str, Any], steps: Mapping[str, list[dict[str, Any]]]) -> str:
     """llama.cpp's name for what is done before the merges."""
     levels = [s for s in steps["pre_tokenizer"] if s["type"] == "ByteLevel"]
-    patterns = [s["pattern"].get("Regex") for s in steps["pre_tokenizer"] if s["type"] == "Split"]
+    patterns: list[str | None] = [s["pattern"].get("Regex", "") for s in steps["pre_tokenizer"] if s["type"] == "Split"]
     patterns += [None for s in levels if s.get("use_regex", True)]
     others = [s["type"] for s in steps["normalizer"] if s["type"] != "NFC"]
     others += [s["type"] for s in steps["pre_tokenizer"] if s["type"] not in ("Split", "ByteLevel")]
@@ -173,7 +173,7 @@ def _by_score(ranks: list[Any], scores: Mapping[str, int], vocabulary: Mapping[s
     that make a token are there, one after the other."""
     order = [scores[left + right] for left, right in ranks]
     pairs = {(left, right) for left, right in ranks}
-    halves = ((t[:i], t[i:]) for t in scores for i in range(1, len(t)))
+    halves = ((t[:i], t[i:]) for t in vocabulary for i in range(1, len(t)))
     return order == sorted(order, reverse=True) and all(
         half in pairs for half in halves if half[0] in vocabulary and half[1] in vocabulary
     )

@@ -1,5 +1,6 @@
 """Write a quantized model as a GGUF file, weight by weight."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def write_gguf(model: nn.Module, path: Path, tokenizer: Any, report: Report | No
             kind = gguf.GGMLQuantizationType[entry.kind]
             writer.add_tensor_info(entry.name, shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, size, kind)
         file.check_space(sum(torch.Size(shape).numel() for shape in sizes))
-        with file.errors():
+        with file.errors(), contextlib.closing(writer):
             writer.write_header_to_file(file.temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -87,7 +88,6 @@ def write_gguf(model: nn.Module, path: Path, tokenizer: Any, report: Report | No
                 writer.write_tensor_data(data.numpy())
                 if distance:
                     moved[entry.name] = distance
-            writer.close()
         file.finish()
     _tell(model, path, (*architecture.notes, *vocabulary.notes), moved, origin)
 
