@@ -52,7 +52,9 @@ conformance: $(STAMP)
 	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	-$(PEERS)/bin/python -m pip install --quiet compressed-tensors transformers accelerate
 	-$(PEERS)/bin/python -m pip install --quiet --no-build-isolation gptqmodel
+	-$(PEERS)/bin/python -m pip install --quiet --only-binary :all: xllamacpp
 	$(BIN)/python -m tests.checkpoint.peers $(CURDIR)/$(PEERS)/bin/python
+	$(BIN)/python -m tests.checkpoint.llama_cpp $(CURDIR)/$(PEERS)/bin/python
 
 # Runs the examples of training with the codebases that they are for, in an environment of their own. Optional.
 TRAINERS := .venv-trainers

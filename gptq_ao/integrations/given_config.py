@@ -77,7 +77,7 @@ def _check(stored: Mapping[str, Any], given: Any) -> None:
     method = getattr(settings.get("quant_method"), "value", settings.get("quant_method", stored["quant_method"]))
     differ = {"quant_method": (method, stored["quant_method"])} if method != stored["quant_method"] else {}
     # What nobody has chosen contradicts nothing. A class may leave settings to the one that it is made of.
-    kinds = () if isinstance(given, dict) else reversed(type(given).__mro__)
+    kinds: Any = () if isinstance(given, dict) else reversed(type(given).__mro__)
     defaults = {n: p for kind in kinds for n, p in inspect.signature(kind.__init__).parameters.items()}
     for key in SETTINGS:
         default = getattr(defaults.get(key), "default", None)

@@ -41,7 +41,7 @@ def awq_llama(directory: Path, seed: int = 0, **config: Any) -> tuple[Path, Any]
     tensors = {name: t for name, t in model.state_dict().items() if "_proj" not in name}
     for i, (name, module) in enumerate(model.named_modules()):
         if isinstance(module, nn.Linear) and "_proj" in name:
-            made = parts(*module.weight.shape, 32, seed + i)
+            made = parts(module.out_features, module.in_features, 32, seed + i)
             tensors |= prefixed(name, awq_tensors(*made))
             module.weight.data = dense(*made, torch.arange(module.in_features) // 32)
     return write(directory, tensors, {**CONFIG, "modules_to_not_convert": ["lm_head"], **config}, model.config), model

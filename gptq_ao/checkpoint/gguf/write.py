@@ -67,7 +67,7 @@ def write_gguf(model: nn.Module, path: Path, tokenizer: Any, report: Report | No
         )
     architecture = architecture_of(model)
     entries = [*_entries(model, architecture)]
-    known = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    known = model.get_input_embeddings().weight  # type: ignore[operator]
     vocabulary = vocabulary_of(tokenizer if tokenizer is not None else _tokenizer_of(origin), len(known))
     writer = gguf.GGUFWriter(None, architecture.name)
     _describe(writer, gguf, model, architecture, vocabulary, report, {e.kind for e in entries})
