@@ -461,10 +461,20 @@ def test_nothing_is_left_of_a_file_that_cannot_be_finished(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_the_package_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("gguf", r"written with the package gguf, .*: pip install 'gptq_ao\[gguf\]'"),
+        (
+            "transformers.modeling_gguf_pytorch_utils",
+            r"by the tables with which transformers reads them .* pip install",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(package: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = built()
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match=r"written with the package gguf, .*: pip install 'gptq_ao\[gguf\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=message):
         saved(model, tmp_path / "m.gguf")
 
 

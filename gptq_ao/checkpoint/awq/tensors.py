@@ -14,6 +14,7 @@ eight: its kernel takes two codes out of a word at a time.
 Source: the packing code of AutoAWQ 0.2.
 """
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -41,8 +42,8 @@ def decode_awq(tensors: Mapping[str, Tensor]) -> GroupedWeight:
         CheckpointError: a scale is not finite.
     """
     scale, rounded = as_half(tensors["scales"].T)
-    codes, zero_point = (_fields(words_to_codes(tensors[p], AWQ_BITS, len(scale)), _PLACE).T for p in _PACKED)
-    words = codes_to_words(codes.contiguous(), AWQ_BITS)
+    zero_point = _fields(words_to_codes(tensors["qzeros"], AWQ_BITS, len(scale)), _PLACE).T
+    words = _along_inputs(tensors["qweight"])
     return GroupedWeight(AWQ_BITS, words, len(tensors["qweight"]), scale, zero_point, None, rounded)
 
 
@@ -51,6 +52,17 @@ def encode_awq(weight: GroupedWeight) -> dict[str, Tensor]:
     fields = (_fields(t.T, _ORDER).contiguous() for t in (weight.codes, weight.zero_point))
     packed = {part: codes_to_words(t, AWQ_BITS) for part, t in zip(_PACKED, fields, strict=True)}
     return {**packed, "scales": weight.scale.T.contiguous()}
+
+
+def _along_inputs(qweight: Tensor) -> Tensor:
+    """From words of eight output features, int32 [K, N/8], to words of eight input features, [N, ⌈K/8⌉]."""
+    rest = -len(qweight) % PER_WORD
+    rows = torch.nn.functional.pad(qweight, (0, 0, 0, rest)).unflatten(0, (-1, PER_WORD))
+    words = []  # of each output feature of eight
+    for place in _PLACE:
+        codes = ((row >> AWQ_BITS * place).bitwise_and_(2**AWQ_BITS - 1) for row in rows.unbind(1))
+        words.append(functools.reduce(torch.Tensor.bitwise_or_, (c << AWQ_BITS * i for i, c in enumerate(codes))))
+    return torch.stack(words, dim=-1).flatten(1).T
 
 
 def _fields(codes: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_ao.checkpoint.gguf.package import gguf_package
+from gptq_ao.checkpoint.gguf.package import gguf_package, transformers_reader
 from gptq_ao.errors import CheckpointError
 
 __all__ = ["Architecture", "architecture_of"]
@@ -61,22 +61,19 @@ def architecture_of(model: Any) -> Architecture:
 
     Raises:
         CheckpointError: it is none of those above, or computes something that llama.cpp does not.
-        ConfigError: the package gguf is missing.
+        ConfigError: the package gguf is missing, or the version of transformers has no tables of GGUF.
     """
-    gguf = gguf_package()
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
+    gguf, reader = gguf_package(), transformers_reader()
     config, kind = model.config, type(model).__name__
     name = _ARCHITECTURES.get(config.model_type)
-    if name is None or not type(model).__name__.endswith("ForCausalLM"):
+    if name is None or not kind.endswith("ForCausalLM"):
         raise CheckpointError(
             f"a {kind} (model_type {config.model_type!r}) cannot be written as GGUF: language models of the types "
             f"{', '.join(_ARCHITECTURES)} can, which give the same results in llama.cpp"
         )
     _check(config, kind)
     rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    known = GGUF_CONFIG_MAPPING[config.model_type]
+    known = reader.GGUF_TO_TRANSFORMERS_MAPPING["config"][config.model_type]
     numbers = {key: getattr(config, own, rope.get(own)) for key, own in known.items() if own is not None}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Those that transformers does not read, where heads have another size than llama.cpp takes them to have.
@@ -98,7 +95,7 @@ def architecture_of(model: Any) -> Architecture:
         extra,
         tuple(notes),
         gguf.get_tensor_name_map(arch, config.num_hidden_layers),
-        TENSOR_PROCESSORS.get(name, TensorProcessor)(config=config.to_dict()),
+        reader.TENSOR_PROCESSORS.get(name, reader.TensorProcessor)(config=config.to_dict()),
     )
 
 
