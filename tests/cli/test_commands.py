@@ -126,10 +126,10 @@ def test_inspect_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_convert_and_inspect(
     quantized: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Native → GPTQ → AWQ → compressed-tensors → native: the same weights, the tokenizer along."""
+    """Native → GPTQ → compressed-tensors → native: the same weights, the tokenizer along."""
     before = run(monkeypatch, "inspect", str(quantized[0]), "--json")
     previous, seen = quantized[0], "native"
-    for format in ("gptq", "awq", "compressed-tensors", "native"):
+    for format in ("gptq", "compressed-tensors", "native"):
         out = tmp_path / format
         facts = run(monkeypatch, "convert", str(previous), str(out), "--format", format, "--json")
         assert (facts["from"], facts["to"]) == (seen, format)

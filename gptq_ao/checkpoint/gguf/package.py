@@ -31,6 +31,6 @@ def transformers_reader() -> Any:
         return import_module("transformers.modeling_gguf_pytorch_utils")
     except ImportError as e:
         raise ConfigError(
-            "GGUF files are written by the tables with which transformers reads them (modeling_gguf_pytorch_utils), and "
-            f"the version that is installed lacks those ({e}). Version 5.23 has them: pip install transformers==5.23.0"
+            "GGUF files are written by the tables with which transformers reads them (modeling_gguf_pytorch_utils), "
+            f"which the installed version lacks ({e}). Version 5.23 has them: pip install transformers==5.23.0"
         ) from e
