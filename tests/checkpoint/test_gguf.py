@@ -28,6 +28,7 @@ from gptq_ao.checkpoint.convert import convert_checkpoint
 from gptq_ao.checkpoint.gguf.blocks import block_kind, to_blocks, why_no_blocks
 from gptq_ao.errors import CheckpointError, ConfigError, RoundedScalesWarning
 from gptq_ao.tensor import GroupTensor, tensor_class
+from gptq_ao.version import VERSION
 
 from ..models import seeded, tiny_llama, token_batches
 from .llama_cpp import MODELS, SMALL
@@ -218,6 +219,16 @@ def test_asymmetric_offsets_are_rounded_with_a_word(tmp_path: Path) -> None:
     assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "Q4_1"
     off = (read(tensors["blk.0.ffn_up.weight"]) - weight.dequantize(torch.float32)).abs()
     assert 0 < (off / weight.scale.float().abs().repeat_interleave(32, 1)).max() <= worst * 1.05 + 32 * 2**-23
+
+
+def test_how_it_was_made_is_in_the_file(tmp_path: Path) -> None:
+    model = seeded(AutoModelForCausalLM.from_config(MODELS["Llama"](), dtype=torch.float32))
+    report = quantize_(model, gptq_config(group_size=32, method="rtn"))
+    tokenizer = TOKENIZERS["a token for each byte"]()
+    save_quantized(model, tmp_path / "m.gguf", format="gguf", tokenizer=tokenizer, report=report)
+    keys, _ = contents(tmp_path / "m.gguf")
+    assert keys["general.description"] == "; ".join(f"{key}: {value}" for key, value in report.recipe.items()) != ""
+    assert keys["general.quantized_by"] == f"gptq_ao {VERSION}"
 
 
 def test_experts_of_which_one_happens_to_be_symmetric(tmp_path: Path) -> None:
