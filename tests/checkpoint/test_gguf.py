@@ -224,6 +224,7 @@ def test_asymmetric_offsets_are_rounded_with_a_word(tmp_path: Path) -> None:
 def test_how_it_was_made_is_in_the_file(tmp_path: Path) -> None:
     model = seeded(AutoModelForCausalLM.from_config(MODELS["Llama"](), dtype=torch.float32))
     report = quantize_(model, gptq_config(group_size=32, method="rtn"))
+    assert report is not None
     tokenizer = TOKENIZERS["a token for each byte"]()
     save_quantized(model, tmp_path / "m.gguf", format="gguf", tokenizer=tokenizer, report=report)
     keys, _ = contents(tmp_path / "m.gguf")
