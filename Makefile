@@ -52,7 +52,9 @@ conformance: $(STAMP)
 	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	-$(PEERS)/bin/python -m pip install --quiet compressed-tensors transformers accelerate
 	-$(PEERS)/bin/python -m pip install --quiet --no-build-isolation gptqmodel
+	-$(PEERS)/bin/python -m pip install --quiet --only-binary :all: xllamacpp
 	$(BIN)/python -m tests.checkpoint.peers $(CURDIR)/$(PEERS)/bin/python
+	$(BIN)/python -m tests.checkpoint.llama_cpp $(CURDIR)/$(PEERS)/bin/python
 
 # Has engines load checkpoints and compares what they compute, each in an environment of its own, without gptq_ao.
 # Optional: 5 GB in $(ENGINES), a quarter of an hour on two cores. vLLM's other requirements are for images and sound.

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["METHODS", "watch", "when_imported"]
 
-METHODS = ("gptq_ao", "gptq", "compressed-tensors")  # names of the quantizations that gptq_ao loads
+METHODS = ("gptq_ao", "gptq", "compressed-tensors", "awq")  # names of the quantizations that gptq_ao loads
 _LOADER = "gptq_ao.integrations.transformers"
 
 

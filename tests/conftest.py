@@ -14,7 +14,7 @@ def loaders() -> Iterator[None]:
     from gptq_ao.integrations.hf_quantizer import GptqAoQuantizer
     from gptq_ao.integrations.transformers import load_with_gptq_ao, load_with_transformers
 
-    before = {m: AUTO_QUANTIZER_MAPPING[m] for m in ("gptq", "compressed-tensors")}
+    before = {m: AUTO_QUANTIZER_MAPPING[m] for m in ("gptq", "compressed-tensors", "awq")}
     yield
     for method, quantizer in before.items():
         (load_with_gptq_ao if quantizer is GptqAoQuantizer else load_with_transformers)(method)

@@ -15,7 +15,7 @@ def convert_checkpoint(
     source: Path, out: Path, format: str, *, report: Report | None = None, trust_remote_code: bool = False
 ) -> str:
     """Read `source`, a directory or the id of a model on the hub, and write the directory `out`, with all files that
-    are not weights.
+    are not weights; or, as GGUF, the file `out`.
 
     Args:
         format: name of the new format, as `save_quantized` takes it.

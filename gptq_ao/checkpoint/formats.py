@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptq_ao.checkpoint.awq.format import AWQ
 from gptq_ao.checkpoint.compressed_tensors.format import COMPRESSED_TENSORS
 from gptq_ao.checkpoint.exchange.format import Format, QuantizedWeight, Readable
 from gptq_ao.checkpoint.exchange.packed_weight import Rounding
@@ -17,10 +18,12 @@ from gptq_ao.checkpoint.gptq.format import GPTQ, GPTQ_V2
 from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.errors import CheckpointError, ConfigError
 
-__all__ = ["DENSE", "FORMATS", "QuantizedFiles", "format_in", "format_of", "open_quantized", "target_format"]
+__all__ = ["DENSE", "FORMATS", "GGUF", "QuantizedFiles", "format_in", "format_of", "open_quantized", "target_format"]
 
-FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS)}
-DENSE = "dense"  # not a format: a directory without quantized weights
+FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS, AWQ)}
+# Not formats of a directory: one without quantized weights, and one file, which is only written.
+DENSE = "dense"
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,15 @@ class QuantizedFiles:
 
 
 def target_format(name: str) -> Format | None:
-    """What `save_quantized` calls so; None for "dense".
+    """What `save_quantized` calls so; None for "dense" and "gguf".
 
     Raises:
         ConfigError: there is no such format.
     """
-    if name == DENSE:
+    if name in (DENSE, GGUF):
         return None
     if name not in FORMATS:
-        raise ConfigError(f"format is {name!r}: give one of {', '.join((*FORMATS, DENSE))}")
+        raise ConfigError(f"format is {name!r}: give one of {', '.join((*FORMATS, DENSE, GGUF))}")
     return FORMATS[name]
 
 
@@ -106,6 +109,8 @@ def open_quantized(directory: Path) -> QuantizedFiles:
     dense = {name: t for name, t in stored.items() if not _is_part(name, stored, format)}
     weights: dict[str, QuantizedWeight] = {}
     try:
+        if format.check_dense is not None:
+            format.check_dense(dense)
         for weight in format.read(config, {name: t for name, t in stored.items() if name not in dense}, rounding):
             if weight.name in dense or weight.name in weights:
                 raise CheckpointError(f"{weight.name!r} is there twice, dense and quantized")

@@ -31,7 +31,8 @@ def load_quantized(
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a quantized checkpoint, whose format the directory tells: the native one, GPTQ or compressed-tensors.
+    """Load a quantized checkpoint, whose format the directory tells: the native one, GPTQ, compressed-tensors or
+    AWQ.
 
     `load_quantized(directory)` builds the Hugging Face model of the directory's config.
     `load_quantized(model, directory)` replaces all parameters and buffers of a model you built (it may be on the meta

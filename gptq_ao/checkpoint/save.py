@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from gptq_ao.checkpoint.formats import target_format
+from gptq_ao.checkpoint.formats import GGUF, target_format
+from gptq_ao.checkpoint.gguf.write import write_gguf
 from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.checkpoint.native.write import CheckpointWriter, stored_bytes
 from gptq_ao.checkpoint.origin import origin_of
@@ -40,16 +41,21 @@ def save_quantized(
     wrapper.
 
     Args:
-        format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2" or
-            "compressed-tensors", for other libraries; "dense", the weights that the quantized ones stand for.
+        format: "native", which holds whatever `quantize_` makes; "gptq" (version 1, symmetric weights), "gptq_v2",
+            "compressed-tensors" or "awq", for other libraries; "dense", the weights that the quantized ones stand for;
+            "gguf", one file for llama.cpp, whose path `directory` is then.
         tokenizer: one to save with the model.
         report: what `quantize_` returned, for the model card.
-        max_shard_bytes: size of the files.
+        max_shard_bytes: size of the files; a GGUF file is one, of any size.
 
     Raises:
         CheckpointError: the format cannot hold the model, the directory holds something, the disk is full, or the model
             has adapters, is sharded over processes, or has state that is not a tensor. Nothing is left at `directory`.
-        ConfigError: there is no such format; a parameter is on the meta device, without values.
+        ConfigError: there is no such format; a parameter is on the meta device, without values; the package gguf is
+            missing, or the path is not that of a GGUF file.
+
+    Warns:
+        RoundedScalesWarning: in a GGUF file, offsets of asymmetric weights had to be rounded.
     """
     target = target_format(format)
     model = unwrapped(model)
@@ -62,6 +68,8 @@ def save_quantized(
     origin = origin_of(model)
     if origin is not None and origin.unread:
         warnings.warn(origin.doubt(model), stacklevel=2)
+    if format == GGUF:
+        return write_gguf(model, Path(directory), tokenizer, report, origin)
     if target is None:
         return write_dense(model, Path(directory), tokenizer, max_shard_bytes, report, origin)
     if target is not NATIVE:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from gptq_ao.cli.options import AsJson, TrustRemoteCode, show
+from gptq_ao.errors import ConfigError
 
 __all__ = ["convert", "inspect"]
 
@@ -73,17 +74,25 @@ def _inspect_foreign(path: Path, as_json: bool) -> None:
 
 def convert(
     source: Checkpoint,
-    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; or, of GGUF, a file OUT.gguf.")],
     format: Annotated[
-        str, typer.Option(help="What to write: native, gptq, gptq_v2, compressed-tensors, or dense (not quantized).")
-    ],
+        str | None,
+        typer.Option(
+            help="What to write: native, gptq, gptq_v2, compressed-tensors, awq, dense (not quantized), or gguf.",
+            show_default="gguf, of a file OUT.gguf",
+        ),
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a quantized checkpoint in another format. The weights stay what they are: nothing is quantized again."""
     from gptq_ao.checkpoint.convert import convert_checkpoint
+    from gptq_ao.checkpoint.formats import GGUF
 
+    format = format or (GGUF if out.suffix == ".gguf" else None)
+    if format is None:
+        raise ConfigError(f"--format is missing: it is known of a file OUT.gguf only, and {out} is no such name")
     found = convert_checkpoint(source, out, format, trust_remote_code=trust_remote_code)
-    size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.glob("*.safetensors")))
     facts = {"source": str(source), "out": str(out), "from": found, "to": format, "bytes": size}
     show(facts, f"{source}, {found}, written to {out} as {format}: {size / 2**20:.1f} MiB", as_json)

@@ -34,6 +34,7 @@ class OutFormat(StrEnum):
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
     compressed_tensors = "compressed-tensors"
+    awq = "awq"
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ def _check(stored: Mapping[str, Any], given: Any) -> None:
     settings = given if isinstance(given, dict) else vars(given)
     method = getattr(settings.get("quant_method"), "value", settings.get("quant_method", method_of(stored)))
     differ = {"quant_method": (method, method_of(stored))} if method != method_of(stored) else {}
-    # What nobody has chosen contradicts nothing.
-    defaults = {} if isinstance(given, dict) else inspect.signature(type(given).__init__).parameters
+    # What nobody has chosen contradicts nothing. A class may leave settings to the one that it is made of.
+    kinds: Any = () if isinstance(given, dict) else reversed(type(given).__mro__)
+    defaults = {n: p for kind in kinds for n, p in inspect.signature(kind.__init__).parameters.items()}
     for key in SETTINGS:
         default = getattr(defaults.get(key), "default", None)
         if key in settings and key in stored and settings[key] not in (stored[key], default):

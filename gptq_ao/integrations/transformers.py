@@ -95,8 +95,8 @@ def _stacks(config: Any) -> bool:
 
 
 def load_with_gptq_ao(*quant_methods: str) -> None:
-    """`from_pretrained` loads checkpoints of these methods, "gptq" or "compressed-tensors", into the tensors of this
-    package, from now on and in this process.
+    """`from_pretrained` loads checkpoints of these methods, "gptq", "compressed-tensors" or "awq", into the tensors of
+    this package, from now on and in this process.
 
     Raises:
         ConfigError: it is another method.
@@ -110,8 +110,8 @@ def load_with_gptq_ao(*quant_methods: str) -> None:
 
 
 def load_with_transformers(*quant_methods: str) -> None:
-    """The reverse of `load_with_gptq_ao`: transformers' own loaders, which need gptqmodel and optimum, or
-    compressed-tensors.
+    """The reverse of `load_with_gptq_ao`: transformers' own loaders, which need gptqmodel (with optimum or
+    accelerate), or compressed-tensors.
 
     Raises:
         ConfigError: it is another method.

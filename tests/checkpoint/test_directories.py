@@ -90,7 +90,7 @@ def assert_same_files(a: Path, b: Path) -> None:
         assert torch.equal(t, second[name]), name
 
 
-FORMATS = ["native", "gptq", "gptq_v2", "compressed-tensors"]
+FORMATS = ["native", "gptq", "gptq_v2", "compressed-tensors", "awq"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -208,8 +208,8 @@ def test_what_has_no_place_in_other_formats(tmp_path: Path) -> None:
     for model, format, message in cases:
         with pytest.raises(CheckpointError, match=message):
             save_quantized(model, tmp_path / "out", format=format)
-    with pytest.raises(ConfigError, match=r"format is 'gguf': give one of native, gptq, gptq_v2"):
-        save_quantized(narrow, tmp_path / "out", format="gguf")
+    with pytest.raises(ConfigError, match=r"format is 'ggml': give one of native, gptq, gptq_v2"):
+        save_quantized(narrow, tmp_path / "out", format="ggml")
     assert list(tmp_path.iterdir()) == []
     save_quantized(narrow, tmp_path / "narrow", format="compressed-tensors")
     again = load_quantized(nn.Sequential(nn.Linear(64, 40)), tmp_path / "narrow")

@@ -99,16 +99,16 @@ def test_everyone_who_lists_formats_knows_a_new_one(toy: None, tmp_path: Path) -
     facts = json.loads(CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "a"), "--json"]).stdout)
     assert (facts["format"], len(facts["quantized"])) == ("toy", 14)
     assert {(x["bits"], x["group_size"]) for x in facts["quantized"]} == {(8, 32)}
-    with pytest.raises(ConfigError, match=r"format is 'gguf': give one of native, .*, toy, dense$"):
-        save_quantized(quantized(), tmp_path / "b", format="gguf")
-    (tmp_path / "a" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(CheckpointError, match=r"quantized with 'awq', which cannot be read, only .*, toys$"):
+    with pytest.raises(ConfigError, match=r"format is 'ggml': give one of native, .*, toy, dense, gguf$"):
+        save_quantized(quantized(), tmp_path / "b", format="ggml")
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(CheckpointError, match=r"quantized with 'hqq', which cannot be read, only .*, toys$"):
         load_quantized(tmp_path / "a")
 
 
 def test_a_format_that_does_not_exist_is_refused_before_a_model_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"format is 'gguf': give one of"):
-        convert_checkpoint(tmp_path / "gone", tmp_path / "out", "gguf")
+    with pytest.raises(ConfigError, match=r"format is 'ggml': give one of"):
+        convert_checkpoint(tmp_path / "gone", tmp_path / "out", "ggml")
 
 
 @pytest.mark.parametrize("format", formats.FORMATS.values(), ids=formats.FORMATS)

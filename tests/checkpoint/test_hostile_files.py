@@ -32,7 +32,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small checkpoint of each format, in one file."""
     made = {}
     model = quantized()
-    for format in ("gptq", "compressed-tensors", "native"):
+    for format in ("gptq", "compressed-tensors", "native", "awq"):
         made[format] = tmp_path_factory.mktemp("hostile") / format
         save_quantized(model, made[format], format=format)
         if format == "native":  # as transformers writes it: config.json is the manifest
@@ -96,6 +96,26 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         r"contradict each other",
     ),
     "ct-inf": ("compressed-tensors", put(f"{Q}.weight_scale", lambda t: t.fill_(float("inf"))), r"is not finite"),
+    "awq-missing": ("awq", lambda t: t.pop(f"{Q}.qzeros"), rf"module '{Q}' has .* and lacks 'qzeros'"),
+    "awq-float-codes": ("awq", put(f"{Q}.qweight", lambda t: t.float()), r"are not a quantized weight"),
+    "awq-wide-codes": ("awq", put(f"{Q}.qweight", lambda t: t.long()), r"are not a quantized weight"),
+    "awq-flat-codes": ("awq", put(f"{Q}.qweight", lambda t: t.flatten()), r"are not a quantized weight"),
+    "awq-integer-scales": ("awq", put(f"{Q}.scales", lambda t: t.int()), r"are not a quantized weight"),
+    "awq-rows": ("awq", put(f"{Q}.qweight", lambda t: t[:-1]), r"the tensors of '.*q_proj' contradict each other"),
+    "awq-columns": ("awq", put(f"{Q}.qweight", lambda t: t[:, 1:]), r"contradict each other"),
+    "awq-scales": ("awq", put(f"{Q}.scales", lambda t: t[:, :-1]), r"contradict each other"),
+    "awq-groups": ("awq", put(f"{Q}.scales", lambda t: t[:1]), r"contradict each other"),
+    "awq-zero-points": ("awq", put(f"{Q}.qzeros", lambda t: t[:1]), r"contradict each other"),
+    "awq-no-rows": ("awq", put(f"{Q}.qweight", lambda t: t[:0]), r"contradict each other"),
+    "awq-transposed": ("awq", put(f"{Q}.qweight", lambda t: t.T), r"contradict each other"),
+    "awq-nan": ("awq", put(f"{Q}.scales", lambda t: t.fill_(float("nan"))), r"a scale is not finite"),
+    "awq-twice": ("awq", lambda t: t.update({f"{Q}.weight": torch.zeros(64, 64)}), r"there twice, dense and"),
+    "awq-gone": ("awq", lambda t: [t.pop(n) for n in list(t) if n.startswith(Q)], rf"it lacks '{Q}.weight'"),
+    "awq-activations": (
+        "awq",
+        lambda t: t.update({"model.layers.0.mlp.act.scales": torch.ones(64).half()}),
+        r"scales activations: 'model.layers.0.mlp.act.scales', \[64\], is what .* the unquantized model has no place",
+    ),
     "native-missing": ("native", lambda t: t.pop(f"{Q}.weight.scale"), r"tensor '.*weight.scale' is missing"),
     "native-shape": ("native", put(f"{Q}.weight.codes", lambda t: t[:-1]), r"tensor '.*codes' is .*config.json says"),
     "native-unknown": (
@@ -120,7 +140,7 @@ def test_tensors_that_lie(case: str, originals: dict[str, Path], tmp_path: Path)
 
 
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "method": (lambda q: q.update(quant_method="awq"), r"is quantized with 'awq', which cannot be read"),
+    "method": (lambda q: q.update(quant_method="hqq"), r"is quantized with 'hqq', which cannot be read"),
     "no-method": (lambda q: q.pop("quant_method"), r"is quantized with None"),
     "bits-lie": (lambda q: q.update(bits=8), r"the config \(\[8\] bits, groups of \[32\]\) and the tensors"),
     "bits-not": (lambda q: q.update(bits="4"), r"'bits' is '4', not a number"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -101,3 +102,21 @@ def write(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, A
 
 def prefixed(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{module}.{name}": t for name, t in tensors.items()}
+
+
+def awq_tensors(codes: Tensor, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor]:
+    """codes [N, K]; scale and zero_point [N, G]. AutoAWQ's loop, number by number: field i of word j is the output
+    feature 8j + (0, 2, 4, 6, 1, 3, 5, 7)[i]."""
+
+    def interleaved(rows: np.ndarray) -> Tensor:
+        words = np.zeros((len(rows), rows.shape[1] // 8), dtype=np.uint32)
+        for word in range(words.shape[1]):
+            for field, feature in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                words[:, word] |= rows[:, 8 * word + feature].astype(np.uint32) << np.uint32(4 * field)
+        return torch.from_numpy(words.view(np.int32))
+
+    return {
+        "qweight": interleaved(codes.numpy().T),
+        "qzeros": interleaved(zero_point.numpy().T),
+        "scales": scale.T.contiguous(),
+    }

@@ -134,6 +134,15 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "memory": (("quantize", "MODEL", "OUT", "--method", "rtn", "--max-memory", "8"), "'8' is not DEVICE=AMOUNT"),
     "memory-unit": (("quantize", "MODEL", "OUT", "--method", "rtn", "--max-memory", "cpu=8Q"), "8Q"),
     "format": (("quantize", "MODEL", "OUT", "--method", "rtn", "--format", "gguf"), "'gguf' is not one of"),
+    "format-awq-bits": (
+        ("quantize", "MODEL", "OUT", "--method", "rtn", "--bits", "8", "--format", "awq"),
+        "--format awq holds weights of 4 bits only",
+    ),
+    "format-awq-mixed": (("plan", "MODEL", "--target-bits", "4.5", "--format", "awq"), "holds weights of 4 bits only"),
+    "format-awq-order": (
+        ("plan", "MODEL", "--act-order", "group", "--format", "awq"),
+        "--format awq holds no weights of",
+    ),
     "format-asym": (
         ("quantize", "MODEL", "OUT", "--method", "rtn", "--asym", "--format", "gptq"),
         "holds no asymmetric",

@@ -113,8 +113,8 @@ def test_who_loads_what_can_be_changed_and_changed_back(tmp_path: Path) -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is GptqAoQuantizer
     integration.load_with_transformers("gptq")
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"].__name__ == "GptqHfQuantizer"
-    with pytest.raises(ConfigError, match=r"quant_method is 'awq': give one of gptq, compressed-tensors"):
-        integration.load_with_gptq_ao("awq")
+    with pytest.raises(ConfigError, match=r"quant_method is 'gguf': give one of gptq, compressed-tensors, awq"):
+        integration.load_with_gptq_ao("gguf")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

@@ -67,6 +67,8 @@ class Format:
         config_file: a second file with the quantization_config, for older readers.
         hub_names: whether tensors are named `module.part`, in the modules that a hub checkpoint has; else
             `parameter.part`, in those of the model.
+        check_dense: raises CheckpointError where the tensors that are no part of a weight, by name, say that there is
+            more than quantized weights; None: they never do.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Format:
     needs: tuple[str, ...] = ()
     config_file: str | None = None
     hub_names: bool = True
+    check_dense: Callable[[Mapping[str, StoredTensor]], None] | None = None
 
     def export(self, model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel:
         """Name a model's tensors as the format does.

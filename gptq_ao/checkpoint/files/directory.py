@@ -22,7 +22,7 @@ __all__ = [
 # So that a hostile file cannot fill the host's memory.
 MAX_JSON_BYTES = 256 * 2**20
 _KEYS = ("quantization_config", "compression_config")  # the second in early versions of compressed-tensors
-_SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where GPTQ's settings were before config.json had them
+_SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where settings were before config.json had them
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +78,8 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
         if found is None and not any(n.endswith(".qweight") for n in stored_tensors(directory)):
             continue  # dense weights were saved over quantized ones
         if found is None:
-            return {"quant_method": "gptq", **aside}
+            # Of the two methods that had such files, AWQ has versions of this name.
+            return {"quant_method": "awq" if "version" in aside else "gptq", **aside}
         if "gptq_ao" in str(found.get("meta")) and _saved_by_transformers(directory):
             continue  # it was there before
         # Settings that decide what the codes mean: with the wrong one weights would load, as wrong numbers.

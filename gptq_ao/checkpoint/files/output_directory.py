@@ -26,7 +26,7 @@ from gptq_ao.checkpoint.files.side_files import copy_side_files
 from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["OutputDirectory", "as_json", "check_empty"]
+__all__ = ["OutputDirectory", "as_json", "check_empty", "check_space", "disk_errors"]
 
 
 class OutputDirectory:
@@ -47,12 +47,12 @@ class OutputDirectory:
         made = None
         if ranks.first:
             check_empty(directory)
-            with self._disk_errors():
+            with disk_errors(self.directory):
                 self.directory.parent.mkdir(parents=True, exist_ok=True)
                 # On the same disk, as in the same parent: a rename there is one step, with nothing to copy.
                 place = within or self.directory.parent
                 made = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}-", dir=place))
-        with self._disk_errors():
+        with disk_errors(self.directory):
             self._temporary = shared_directory(made, self.directory.parent, ranks)
         self._shards = ShardWriter(self._temporary, max_shard_bytes, ranks)
 
@@ -69,13 +69,11 @@ class OutputDirectory:
         Raises:
             CheckpointError: the disk has fewer free bytes.
         """
-        free = shutil.disk_usage(self.directory.parent).free
-        if need > free:
-            raise CheckpointError(f"the disk of {self.directory} is full: {need} bytes needed, {free} free")
+        check_space(self.directory, need)
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over tensors on the CPU, name → tensor; the caller must not change them any more."""
-        with self._disk_errors():
+        with disk_errors(self.directory):
             self._shards.add(tensors)
 
     def get(self, name: str) -> Tensor:
@@ -84,7 +82,7 @@ class OutputDirectory:
 
     def finish_shards(self) -> dict[str, str]:
         """Returns tensor → file. After that, no tensor can be added."""
-        with self._disk_errors():
+        with disk_errors(self.directory):
             return self._shards.finish()
 
     def finish(
@@ -105,7 +103,7 @@ class OutputDirectory:
             files: what is copied, unless there is one of that name: path → source.
         """
         parts: tuple[Any, ...] = (config_of(model, quantization), getattr(model, "generation_config", None), tokenizer)
-        with self._disk_errors():
+        with disk_errors(self.directory):
             for part in parts:
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(str(self._temporary))
@@ -120,15 +118,27 @@ class OutputDirectory:
             # The very last step: a directory that has its name is complete.
             self._temporary.replace(self.directory)
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as e:
-            # safetensors (in Rust) does not raise an OSError: its message tells that the disk is full. 28 is ENOSPC.
-            full = getattr(e, "errno", None) == errno.ENOSPC or "StorageFull" in str(e) or "code: 28" in str(e)
-            what = "the disk is full" if full else str(e)
-            raise CheckpointError(f"{self.directory} could not be written, nothing is left of it: {what}") from e
+
+def check_space(path: Path, need: int) -> None:
+    """
+    Raises:
+        CheckpointError: the disk that `path` will be on has fewer free bytes.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise CheckpointError(f"the disk of {path} is full: {need} bytes needed, {free} free")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Within it, what the disk refuses is a CheckpointError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        # safetensors (in Rust) does not raise an OSError: its message tells that the disk is full. 28 is ENOSPC.
+        full = getattr(e, "errno", None) == errno.ENOSPC or "StorageFull" in str(e) or "code: 28" in str(e)
+        what = "the disk is full" if full else str(e)
+        raise CheckpointError(f"{path} could not be written, nothing is left of it: {what}") from e
 
 
 def check_empty(directory: Path) -> None:

@@ -1,0 +1,1 @@
+"""AWQ's format of version "gemm", as AutoAWQ and its successors write it."""
