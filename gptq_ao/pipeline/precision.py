@@ -32,7 +32,6 @@ from gptq_ao.passes.expected_harm import expected_harm
 from gptq_ao.passes.products.fused_sets import fused_sets
 from gptq_ao.passes.records import Excluded, Selection, SharedInput
 from gptq_ao.pipeline.allocate import allocate
-from gptq_ao.pipeline.expert_hessians import ExpertHessian, ExpertHessians
 from gptq_ao.pipeline.run_plan import static_value
 from gptq_ao.pipeline.solve_together import solve_together
 from gptq_ao.pipeline.solved_part import SolvedPart
@@ -41,6 +40,7 @@ from gptq_ao.planning.job import Job
 from gptq_ao.planning.memory import allot
 from gptq_ao.planning.prepare import Prepared, with_selection
 from gptq_ao.report import Choice, Decision, Unit
+from gptq_ao.solver.expert_hessians import ExpertHessian, ExpertHessians
 
 __all__ = ["check_possible", "choose_precision", "with_precision"]
 

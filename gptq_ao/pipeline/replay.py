@@ -37,7 +37,6 @@ from gptq_ao.passes.replay.find_products import ProductFinder
 from gptq_ao.passes.replay.padding import Padding
 from gptq_ao.passes.replay.products import Parameters, Use, Watch
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
-from gptq_ao.pipeline.expert_hessians import ExpertHessians
 from gptq_ao.pipeline.paused_forwards import Forward, ModuleState, forwards
 from gptq_ao.pipeline.restorable import RestorableWeights
 from gptq_ao.pipeline.run_plan import grids_of, rewrite
@@ -45,6 +44,7 @@ from gptq_ao.pipeline.solve_together import join_parts, solve_together
 from gptq_ao.pipeline.solved_part import SolvedPart
 from gptq_ao.planning.job import Job
 from gptq_ao.report import Clock, WeightReport
+from gptq_ao.solver.expert_hessians import ExpertHessians
 from gptq_ao.solver.hessian import Hessian, HessianObserver
 
 __all__ = ["Replayed", "find_products", "replay"]

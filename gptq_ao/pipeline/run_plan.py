@@ -16,7 +16,6 @@ from gptq_ao.model.weights import Weights
 from gptq_ao.passes.calibrate import calibrate, run_only
 from gptq_ao.passes.follow_original import last_reads
 from gptq_ao.passes.records import Layout, Part, Plan, Portion, Program, Segment, Selection, SharedInput, Stage, twin_of
-from gptq_ao.pipeline.expert_hessians import ExpertHessian, ExpertHessians
 from gptq_ao.pipeline.journaled import JournaledStages
 from gptq_ao.pipeline.solve_together import join_parts, round_matrix, solve_together
 from gptq_ao.pipeline.solved_part import SolvedPart
@@ -24,6 +23,7 @@ from gptq_ao.pipeline.spread import each_expert
 from gptq_ao.planning.job import Job
 from gptq_ao.planning.prepare import Calibrated
 from gptq_ao.report import WeightReport
+from gptq_ao.solver.expert_hessians import ExpertHessian, ExpertHessians
 from gptq_ao.solver.hessian import Hessian
 from gptq_ao.tensor import GroupTensor, tensor_class
 
