@@ -94,7 +94,7 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
 
 
 def method_of(config: Mapping[str, Any]) -> Any:
-    """Which method a quantization_config names, in the native format by another key (see `checkpoint/native/read.py`)."""
+    """Which method a quantization_config names, in the native format by another key (`checkpoint/native/read.py`)."""
     return config.get("quant_method", "gptq_ao" if config.get("format") == "gptq_ao" else None)
 
 
