@@ -89,8 +89,8 @@ def _stacks(config: Any) -> bool:
     """Whether what lies in the files one by one ("experts.*.w1") is one parameter of the model."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    types = {config.model_type, config.get_text_config(decoder=True).model_type}
-    conversions = [c for t in types for c in get_checkpoint_conversion_mapping(t) or ()]
+    types = {config.model_type, getattr(config.get_text_config(decoder=True), "model_type", None)}
+    conversions = [c for t in types if t for c in get_checkpoint_conversion_mapping(t) or ()]
     return any("*." in source for c in conversions for source in c.source_patterns)
 
 

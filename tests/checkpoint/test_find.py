@@ -54,7 +54,8 @@ def from_pretrained(*args: Any, **kwargs: Any) -> nn.Module:
 def test_a_folder_of_a_directory_and_of_a_hub_cache(
     load: Callable[..., nn.Module], format: str, subfolder: str, tmp_path: Path
 ) -> None:
-    first, second = quantized(), quantized(bits=8)
+    other: dict[str, Any] = {"group_size": 16} if format == "awq" else {"bits": 8}
+    first, second = quantized(), quantized(**other)
     save_quantized(first, tmp_path / "first" / subfolder, format=format, max_shard_bytes=60_000)
     save_quantized(second, tmp_path / "second" / subfolder, format=format)
     hub_cache(tmp_path / "hub", "org/name", (COMMIT, tmp_path / "first"), (OTHER, tmp_path / "second"))
