@@ -76,9 +76,9 @@ def fit_codes(
         target, error, change: [B, N].
     """
     if in_gluon(gradient):
-        from gptq_ao.kernels.gluon import refinement as in_gluon_
+        from gptq_ao.kernels.gluon.refinement import fit_codes as fit_in_gluon
 
-        in_gluon_.fit_codes(H, gradient, codes, scale, zero_point, target, error, change, bits)
+        fit_in_gluon(H, gradient, codes, scale, zero_point, target, error, change, bits)
         return
     if H.is_cuda:
         from gptq_ao.kernels.triton import refinement
