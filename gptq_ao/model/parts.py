@@ -70,15 +70,11 @@ def in_parts(whole: Tensor, like: Any) -> Tensor:
     part = part.clone()  # not a view of all of it
     if type(part) is not type(whole):
         raise PassError(f"{whole!r} does not stay packed in the parts {like.placements}")
-    made: Tensor = DTensor.from_local(
-        part.to(local_part(like).device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
+    made = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
-    return made
+    # Which is on the mesh's kind of device now; parts that FSDP2 offloads are not.
+    return made.to(local_part(like).device)
 
 
 class FsdpParameters:

@@ -65,8 +65,9 @@ def solve_cost(
     peak = max(
         # factor: H in reverse order and its Cholesky factor, then two copies of the factor
         widened + 2 * (2 if fp64 else 1) * square,
-        # corrected_target: the factor, H damped and its Cholesky factor; W, what is wrong with it, its transpose and T
-        compensated * (widened + 3 * square + 4 * weights),
+        # corrected_target: the factor, H damped and its Cholesky factor; W, what is wrong with it, its copy and T; on a
+        # GPU, while that is solved, the two parts of what is solved in place of T
+        compensated * (widened + 3 * square + (5 if cuda else 4) * weights),
         # solve and refine: the weights in fp32, the target, what an adapter leaves of it and the factor stay
         widened + (1 + again) * weights + square + _solve(N, k, recipe, cuda),
         (recipe.refine_sweeps > 0) * (widened + (1 + again) * weights + square + _refine(N, k, recipe, cuda)),

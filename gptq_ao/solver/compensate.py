@@ -18,6 +18,7 @@ from torch import Tensor
 from gptq_ao.errors import SolverError
 from gptq_ao.solver.fp32 import ieee_fp32
 from gptq_ao.solver.hessian import Hessian
+from gptq_ao.solver.normal_equations import solve_with_factor
 
 __all__ = ["compensation_factor", "corrected_target"]
 
@@ -81,5 +82,4 @@ def corrected_target(
         wrong.add_(residual, alpha=OF_RESIDUAL)
     if lower is None:
         lower = compensation_factor(hessian)
-    with ieee_fp32():
-        return weight + torch.cholesky_solve(wrong.T, lower).T
+    return weight + solve_with_factor(wrong, lower)
