@@ -1,7 +1,8 @@
 """What the operators run on a CUDA device: the Triton kernels where they compute this, else `reference.py`.
 
     few rows of x    one kernel that reads packed codes (`triton/linear.py`)
-    many             dequantize a part of the weight, multiply by it, and so on: a part at a time bounds the memory
+    many             4 bits on Hopper: another one (`gluon/many_rows.py`); else dequantize a part of the weight,
+                     multiply by it, and so on: a part at a time bounds the memory
 
 For rows that are sorted by expert, see `cuda_experts.py`.
 
@@ -19,9 +20,9 @@ from torch import Tensor
 from gptq_ao.codes.tiles import TILE_ROWS
 from gptq_ao.kernels import reference
 from gptq_ao.kernels.packed import Packed
-from gptq_ao.kernels.tuning import heuristics, measured
+from gptq_ao.kernels.tuning import heuristics, many_rows, measured
 
-__all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows"]
+__all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows", "reads_many_rows"]
 
 SCRATCH = 256 * 2**20  # bytes of dense weight at a time
 TESTED = {(9, 0)}  # compute capabilities; for others kernels were at most compiled
@@ -43,7 +44,12 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     rows = x.numel() // (experts * in_features)
     if perm is not None:
         x = x[..., perm]
-    launch = _launch(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
+    launch = None
+    if not stacked and rows >= many_rows.FEWEST_ROWS and qdata.data_ptr() % 16 == 0:
+        in_tiles = -(-rows // 128) * 128  # so that there are few configurations to choose
+        launch = _launch_many(in_tiles, out_features, in_features, bits, group_size, x.dtype, device)
+    if launch is None:
+        launch = _launch(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
     if launch is not None and packed.is_contiguous() and (bias is None or bias.dtype == x.dtype):
         return launch(x.contiguous(), packed, None if bias is None else bias.contiguous())
     packed = packed._replace(perm=None)  # x is in the order of the codes
@@ -105,6 +111,14 @@ def max_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: in
     return most if heuristics.choose(1, 16, in_features, bits, group_size, 1, 1, capability) else 0
 
 
+def reads_many_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, in_features: int) -> bool:
+    """Whether `linear` reads packed codes for any number of rows from `many_rows.FEWEST_ROWS` on, if out_features are a
+    multiple of 8."""
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available():
+        return False
+    return many_rows.computes(bits, group_size, 8, in_features) and _usable_many(device)
+
+
 def bucket(rows: int) -> int:
     """The number of rows whose configuration serves for `rows`, so that there are few: a power of two from 8 on."""
     return 8 if rows <= 8 else 1 << (rows - 1).bit_length()
@@ -114,6 +128,7 @@ def forget() -> None:
     """Forget which configurations were chosen, and what the tuning file said."""
     _tuned.cache_clear()
     _launch.cache_clear()
+    _launch_many.cache_clear()
     _launch_dequantize.cache_clear()
 
 
@@ -144,6 +159,21 @@ def _launch(
     return prepared(config, bits, group_size, out_features, in_features, experts, dtype, device)
 
 
+@functools.cache
+def _launch_many(
+    rows: int, out_features: int, in_features: int, bits: int, group_size: int, dtype: torch.dtype, device: int
+) -> Callable[..., Tensor] | None:
+    """The kernel for many rows, ready to be launched; None if it does not compute this."""
+    place = torch.device("cuda", device)
+    if not reads_many_rows(place, dtype, bits, group_size, in_features) or out_features % 8:
+        return None
+    from gptq_ao.kernels.gluon.launch_many_rows import prepared
+
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    config = many_rows.choose(rows, out_features, in_features, sms)
+    return prepared(config, group_size, out_features, in_features, dtype, device)
+
+
 def _config(
     rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, device: torch.device
 ) -> heuristics.LinearConfig | None:
@@ -171,3 +201,13 @@ def _usable(device: torch.device, bits: int) -> bool:
     from gptq_ao.kernels.triton.self_check import agree
 
     return agree(device, bits)
+
+
+@functools.cache
+def _usable_many(device: torch.device) -> bool:
+    """Whether the kernel for many rows, which has Hopper's instructions, can be trusted on this device."""
+    if torch.cuda.get_device_capability(device) != (9, 0) or not _usable(device, 4):
+        return False
+    from gptq_ao.kernels.triton.self_check import many_rows_agree
+
+    return many_rows_agree(device)

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from gptq_ao.kernels import cpu, cuda, cuda_experts, reference
 from gptq_ao.kernels.derivatives import register_derivatives
 from gptq_ao.kernels.packed import Packed
+from gptq_ao.kernels.tuning import many_rows
 
 __all__ = ["dequantize", "grouped_linear", "grouped_linear_backward", "kernel_name", "linear"]
 
@@ -118,6 +119,8 @@ def kernel_name(
         rows, name = cpu.max_rows(dtype, bits, group_size), "cpu int4"
     elif device.type == "cuda":
         rows, name = cuda.max_rows(device, dtype, bits, group_size, in_features), "triton"
+        if not stacked and cuda.reads_many_rows(device, dtype, bits, group_size, in_features):
+            return f"triton up to {many_rows.FEWEST_ROWS - 1} rows, gluon for more"
     each = " per expert" if stacked else ""
     return f"{name} up to {rows} rows{each}, else dequantize + matmul" if rows else "dequantize + matmul"
 

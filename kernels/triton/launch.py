@@ -94,7 +94,7 @@ class Kernel:
         self.compiled: dict[tuple[bool | None, ...], Any] = {}
 
     def __call__(
-        self, grid: tuple[int, int, int], stream: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]
+        self, grid: tuple[int, int, int], stream: int, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
     ) -> None:
         """Launch it on the current device; `tensors`, then `numbers`, are the kernel's first arguments, in order."""
         pointers = [None if t is None else t.data_ptr() for t in tensors]
@@ -124,7 +124,7 @@ class Kernel:
 
 
 def launch_there(
-    kernel: Kernel, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]
+    kernel: Kernel, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
 ) -> None:
     """Launch it on the device of the first tensor, which need not be the current one; see `Kernel`."""
     assert tensors[0] is not None

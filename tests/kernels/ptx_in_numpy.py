@@ -4,6 +4,7 @@ over scalars with Triton 3.6 and NumPy 2.4."""
 from typing import Any
 
 import numpy as np
+import torch
 
 OUTPUTS: dict[str, Any] = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}
 
@@ -63,6 +64,8 @@ def _run(asm: str, outputs: int, inputs: list[Any]) -> list[Any]:
             result = a << b
         elif operation == "lop3.b32" and more[1] == 0xEA:  # the table of (a & b) | c
             result = (a & b) | more[0]
+        elif operation.partition(".")[2] in ("f16x2", "bf16x2"):
+            result = _of_pairs(operation, a, b)
         elif operation == "prmt.b32":
             bytes_of = [word >> np.uint32(8 * i) & 255 for word in (a, a * 0 + b) for i in range(4)]
             result = sum(bytes_of[int(more[0]) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4))
@@ -70,3 +73,12 @@ def _run(asm: str, outputs: int, inputs: list[Any]) -> list[Any]:
             raise NotImplementedError(line)
         registers[target] = np.asarray(result, dtype=np.uint32)
     return [registers[f"${i}"] for i in range(outputs)]
+
+
+def _of_pairs(operation: str, a: Any, b: Any) -> Any:
+    """sub or mul of two 16-bit numbers at once, each rounded to the nearest."""
+    name, _, kind = operation.partition(".")
+    dtype = torch.float16 if kind == "f16x2" else torch.bfloat16
+    x, y = (torch.from_numpy(np.atleast_1d(np.asarray(word, np.uint32)).view(np.int16)).view(dtype) for word in (a, b))
+    result = x - y if name == "sub" else x * y
+    return result.view(torch.int16).numpy().view(np.uint32).reshape(np.shape(a))
