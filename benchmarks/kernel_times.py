@@ -28,7 +28,7 @@ from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning.timing import microseconds
 
 SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (6144, 4096)]  # N, K
-ROWS = [1, 16, 64, 256, 2048]
+ROWS = [1, 16, 64, 128, 256, 512, 2048]
 FORMATS = [(4, 32), (2, 128), (3, 128), (8, 128)]  # bits and group, beside 4 and 128, for few rows
 BF16 = torch.bfloat16
 

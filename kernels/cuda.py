@@ -46,8 +46,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         x = x[..., perm]
     launch = None
     if not stacked and rows >= many_rows.FEWEST_ROWS and qdata.data_ptr() % 16 == 0:
-        in_tiles = -(-rows // 128) * 128  # so that there are few configurations to choose
-        launch = _launch_many(in_tiles, out_features, in_features, bits, group_size, x.dtype, device)
+        launch = _launch_many(rows, out_features, in_features, bits, group_size, x.dtype, device)
     if launch is None:
         launch = _launch(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
     if launch is not None and packed.is_contiguous() and (bias is None or bias.dtype == x.dtype):
@@ -159,7 +158,7 @@ def _launch(
     return prepared(config, bits, group_size, out_features, in_features, experts, dtype, device)
 
 
-@functools.cache
+@functools.lru_cache(2**14)
 def _launch_many(
     rows: int, out_features: int, in_features: int, bits: int, group_size: int, dtype: torch.dtype, device: int
 ) -> Callable[..., Tensor] | None:
@@ -171,7 +170,7 @@ def _launch_many(
 
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     config = many_rows.choose(rows, out_features, in_features, sms)
-    return prepared(config, group_size, out_features, in_features, dtype, device)
+    return prepared(config, group_size, out_features, in_features, dtype, device, sms)
 
 
 def _config(

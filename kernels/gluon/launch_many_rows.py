@@ -64,7 +64,11 @@ def _described(address: int, dtype: torch.dtype, shape: tuple[int, ...], box: tu
 
 @dataclasses.dataclass(frozen=True)
 class ManyRowsLaunch:
-    """Products of x with a weight [out_features, in_features] on one device, cut by one configuration."""
+    """Products of x with a weight [out_features, in_features] on one device, cut by one configuration.
+
+    Attributes:
+        sms: programs that run at the same time.
+    """
 
     config: ManyRowsConfig
     group_size: int
@@ -72,6 +76,7 @@ class ManyRowsLaunch:
     in_features: int
     dtype: torch.dtype
     device: int
+    sms: int
 
     @functools.cached_property
     def kernel(self) -> Kernel:
@@ -108,8 +113,11 @@ class ManyRowsLaunch:
             _described(y.data_ptr(), self.dtype, (rows, n), of_y),
         )
         tensors = (words, packed.scale_zero, bias, partial, counters)
-        numbers = (tiles * c.split, tiles_m, words.shape[1], packed.scale_zero.shape[1], n)
-        self.kernel((min(c.programs, tiles * c.split), 1, 1), stream, tensors, (*descriptors, *numbers))
+        last_m = max(rows - c.block_m, 0)
+        numbers = (tiles * c.split, tiles_m, last_m, words.shape[1], packed.scale_zero.shape[1], n)
+        waves = -(-tiles * c.split // self.sms)
+        programs = -(-tiles * c.split // waves)  # of which each gets as much work, but for one piece
+        self.kernel((programs, 1, 1), stream, tensors, (*descriptors, *numbers))
         return y
 
 

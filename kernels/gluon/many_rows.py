@@ -39,14 +39,17 @@ SUMS = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 4, 1], [2, 1, 0]
 
 
 @gluon.jit
-def _piece(w, tiles_m, steps, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr):
+def _piece(w, tiles_m, last_m, steps, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr):
     """Of a program's piece of work: its first row of x, row of tiles of W, first step and the end of its steps. Parts
-    begin at an even step, as steps are taken by twos."""
+    begin at an even step, as steps are taken by twos.
+
+    The last tile of x begins where it ends with x, so some rows are in two tiles, which find the same for them: rows
+    beyond the end, filled with zeros, take the copy engine longer than others."""
     tile = w // SPLIT
     part = w % SPLIT
     pairs = (steps + 1) // 2
     row = tile // tiles_m * (BN // 16)
-    return tile % tiles_m * BM, row, part * pairs // SPLIT * 2, (part + 1) * pairs // SPLIT * 2
+    return min(tile % tiles_m * BM, last_m), row, part * pairs // SPLIT * 2, (part + 1) * pairs // SPLIT * 2
 
 
 @gluon.jit
@@ -64,7 +67,7 @@ def _ask(
 
 @gluon.jit
 def _next(
-    w, m, row, step, end, work, tiles_m, steps,
+    w, m, row, step, end, work, tiles_m, last_m, steps,
     BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """Where the steps after these are, maybe in this program's next piece of work."""
@@ -72,7 +75,7 @@ def _next(
     if step == end:
         w += gl.num_programs(0)
         if w < work:
-            m, row, step, end = _piece(w, tiles_m, steps, BN, BM, SPLIT)
+            m, row, step, end = _piece(w, tiles_m, last_m, steps, BN, BM, SPLIT)
     return w, m, row, step, end
 
 
@@ -132,7 +135,7 @@ def _left(sums, apart, C: gl.constexpr, SPLIT: gl.constexpr):
 @gluon.jit
 def _group(
     GROUP_OF_WARPS: gl.constexpr, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, xs, ws, full, empty, ys,
-    work, tiles_m, steps, groups, rows,
+    work, tiles_m, last_m, steps, groups, rows,
     GROUP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, EC: gl.constexpr,
     SPLIT: gl.constexpr, AT_ONCE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -146,18 +149,20 @@ def _group(
     row_tiles = (rows + 15) // 16
     # What the leader asks for next; it is STAGES steps ahead.
     lw = gl.program_id(0)
-    lm, lrow, lstep, lend = _piece(lw, tiles_m, steps, BN, BM, SPLIT)
+    lm, lrow, lstep, lend = _piece(lw, tiles_m, last_m, steps, BN, BM, SPLIT)
     if LEADER:
         for i in range(STAGES):
             _ask(x_desc, w_desc, xs, ws, full, i, lm, lrow, lstep, lw < work, BN, BM, AT_ONCE)
-            lw, lm, lrow, lstep, lend = _next(lw, lm, lrow, lstep, lend, work, tiles_m, steps, BN, BM, SPLIT, AT_ONCE)
+            lw, lm, lrow, lstep, lend = _next(
+                lw, lm, lrow, lstep, lend, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE
+            )
     s = 0  # the stage, and the parity of its barriers
     phase = 0
     before = 0  # those of the step before
     before_phase = 0
     w = gl.program_id(0)
     while w < work:
-        m, row, first, end = _piece(w, tiles_m, steps, BN, BM, SPLIT)
+        m, row, first, end = _piece(w, tiles_m, last_m, steps, BN, BM, SPLIT)
         row += GROUP_OF_WARPS * 4
         acc = gl.zeros([64, BM], gl.float32, LAYOUT)
         last = end - 1
@@ -193,7 +198,7 @@ def _group(
                         mbarrier.wait(empty.index(before), before_phase)
                         _ask(x_desc, w_desc, xs, ws, full, before, lm, lrow, lstep, lw < work, BN, BM, AT_ONCE)
                         lw, lm, lrow, lstep, lend = _next(
-                            lw, lm, lrow, lstep, lend, work, tiles_m, steps, BN, BM, SPLIT, AT_ONCE
+                            lw, lm, lrow, lstep, lend, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE
                         )
                     else:
                         mbarrier.arrive(empty.index(before))
@@ -208,7 +213,9 @@ def _group(
         if LEADER:
             mbarrier.wait(empty.index(before), before_phase)
             _ask(x_desc, w_desc, xs, ws, full, before, lm, lrow, lstep, lw < work, BN, BM, AT_ONCE)
-            lw, lm, lrow, lstep, lend = _next(lw, lm, lrow, lstep, lend, work, tiles_m, steps, BN, BM, SPLIT, AT_ONCE)
+            lw, lm, lrow, lstep, lend = _next(
+                lw, lm, lrow, lstep, lend, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE
+            )
         else:
             mbarrier.arrive(empty.index(before))
 
@@ -240,9 +247,9 @@ def _to_cache(start, row, row_tiles, length, first, bytes, COUNT: gl.constexpr):
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["work", "tiles_m", "steps", "groups", "rows"])
+@gluon.jit(do_not_specialize=["work", "tiles_m", "last_m", "steps", "groups", "rows"])
 def many_rows_kernel(
-    qdata, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, work, tiles_m, steps, groups, rows,
+    qdata, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, work, tiles_m, last_m, steps, groups, rows,
     GROUP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, EC: gl.constexpr,
     SPLIT: gl.constexpr, AT_ONCE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -253,7 +260,8 @@ def many_rows_kernel(
         partial: fp32 [work·BN·BM], counters: int32 [2·work / SPLIT] of zeros, left as such; None without a split.
         x_desc: boxes [BM, 64] of x; w_desc: [BN/32, 4·AT_ONCE, 32] of qdata as [N/16, K/16, 32]; y_desc: [EC, 64] of y.
             All with swizzles of 128 bytes.
-        work: tiles of y, times SPLIT. tiles_m: tiles along M. steps: K / 64. groups: of a row. rows: N.
+        work: tiles of y, times SPLIT. tiles_m: tiles along M. last_m: where the last of them begins. steps: K / 64.
+        groups: of a row. rows: N.
         GROUP: columns that share a scale: 32, 64, multiples of 128, or 0: all.
         AT_ONCE: steps of a stage, one or two: what is asked for and waited for together.
     """
@@ -267,7 +275,7 @@ def many_rows_kernel(
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     # While the kernel before still runs. Safe, though that may write the weight: the L2 cache is where it writes.
-    _, row, first, end = _piece(gl.program_id(0), tiles_m, steps, BN, BM, SPLIT)
+    _, row, first, end = _piece(gl.program_id(0), tiles_m, last_m, steps, BN, BM, SPLIT)
     row_tiles = (rows + 15) // 16
     wanted = gl.minimum(gl.minimum(end, steps) - first, 2 * STAGES * AT_ONCE) * 512
     _to_cache(qdata, row, row_tiles, steps * 512, first * 512, wanted, BN // 16)
@@ -282,7 +290,7 @@ def many_rows_kernel(
     )
     gl.warp_specialize([
         (_group, (0, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, xs, ws, full, empty, ys,
-                  work, tiles_m, steps, groups, rows, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
+                  work, tiles_m, last_m, steps, groups, rows, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
         (_group, (1, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, xs, ws, full, empty, ys,
-                  work, tiles_m, steps, groups, rows, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
+                  work, tiles_m, last_m, steps, groups, rows, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
     ], [4], [248])  # fmt: skip

@@ -59,8 +59,8 @@ def _many_rows_same(device: torch.device) -> bool:
     packed, weight = _example(1, n, k, 4, group, device, torch.bfloat16)
     packed = packed.expert(0)
     x = torch.linspace(-1, 1, 300 * k, device=device).view(300, k).bfloat16()
-    configs = (ManyRowsConfig(block_m, split, 4) for block_m in (128, 256) for split in (1, 2))
-    launches = (prepared(c, group, n, k, torch.bfloat16, x.get_device()) for c in configs)
+    configs = (ManyRowsConfig(block_m, split) for block_m in (128, 256) for split in (1, 2))
+    launches = (prepared(c, group, n, k, torch.bfloat16, x.get_device(), 4) for c in configs)
     with torch.cuda.device(device):
         return all(_close(launch(x, packed), x, weight[0]) for launch in launches)
 

@@ -10,7 +10,7 @@ BLOCK_N = 128  # rows of the weight in a tile: 64 for each of two groups of warp
 BLOCKS_M = (128, 256)
 SPLITS = (1, 2, 4)
 SHARED_MEMORY = 200 * 2**10  # bytes for what is on its way; some more is left for what is stored
-FEWEST_ROWS = 65  # with fewer the kernels for few rows are faster
+FEWEST_ROWS = 96  # with fewer the kernels for few rows are as fast
 # Microseconds on an H200 with all multiprocessors at work, by rows of x in a tile: of a step of 64 columns, and to
 # leave the sums of two or four parts and add them up.
 STEP = {128: 0.385, 256: 0.64}
@@ -26,12 +26,10 @@ class ManyRowsConfig:
     Attributes:
         block_m: rows of x in a tile.
         split: programs among which in_features are divided.
-        programs: in the grid, each for one tile after the other.
     """
 
     block_m: int
     split: int
-    programs: int
 
     @property
     def at_once(self) -> int:
@@ -55,17 +53,18 @@ def choose(rows: int, out_features: int, in_features: int, sms: int) -> ManyRows
     """The configuration for x [rows, in_features] and a weight [out_features, in_features] that takes the shortest time
     as the constants above tell it."""
     configs = candidates(rows, out_features, in_features, sms)
-    return min(configs, key=lambda c: _microseconds(c, rows, out_features, in_features))
+    return min(configs, key=lambda c: _microseconds(c, rows, out_features, in_features, sms))
 
 
 def candidates(rows: int, out_features: int, in_features: int, sms: int) -> list[ManyRowsConfig]:
     """Those worth trying. A part of a split has at least eight steps; they are taken by twos."""
     found = []
     for block_m, split in itertools.product(BLOCKS_M, SPLITS):
+        if rows < block_m and block_m > min(BLOCKS_M):
+            continue  # what is beyond the last row takes its time, too
         work = _tiles(block_m, rows, out_features) * split
-        waves = -(-work // sms)
-        if split == 1 or (waves == 1 and in_features >= 512 * split):
-            found.append(ManyRowsConfig(block_m, split, -(-work // waves)))
+        if split == 1 or (work <= sms and in_features >= 512 * split):
+            found.append(ManyRowsConfig(block_m, split))
     return found
 
 
@@ -73,7 +72,7 @@ def _tiles(block_m: int, rows: int, out_features: int) -> int:
     return -(-rows // block_m) * -(-out_features // BLOCK_N)
 
 
-def _microseconds(c: ManyRowsConfig, rows: int, out_features: int, in_features: int) -> float:
-    waves = -(-_tiles(c.block_m, rows, out_features) * c.split // c.programs)
+def _microseconds(c: ManyRowsConfig, rows: int, out_features: int, in_features: int, sms: int) -> float:
+    waves = -(-_tiles(c.block_m, rows, out_features) * c.split // sms)
     steps = -(-in_features // (64 * c.split))
     return waves * (steps * STEP[c.block_m] + TILE) + LAUNCH + SPLIT[c.block_m][c.split]

@@ -35,26 +35,30 @@ def test_programs_together_take_every_step_of_every_tile_once(rows: int, n: int,
         tiles_m = -(-rows // c.block_m)
         work = tiles_m * -(-n // 128) * c.split
         seen: dict[tuple[int, int], list[int]] = {}
-        for first in range(min(c.programs, work)):
-            for w in range(first, work, c.programs):
-                m, row, start, end = many_rows._piece.fn(w, tiles_m, steps, 128, c.block_m, c.split)
+        for first in range(min(SMS, work)):
+            for w in range(first, work, SMS):
+                last = max(rows - c.block_m, 0)
+                m, row, start, end = many_rows._piece.fn(w, tiles_m, last, steps, 128, c.block_m, c.split)
                 assert start % 2 == end % 2 == 0
                 assert end > start  # or the pipeline would wait for steps that nobody asks for
                 seen.setdefault((m, row), []).extend(range(start, end))
-        assert seen.keys() == set(itertools.product(range(0, rows, c.block_m), range(0, -(-n // 16), 8)))
+        # No tile reaches beyond the last row, unless there are fewer rows than it has.
+        tiles = {min(m, max(rows - c.block_m, 0)) for m in range(0, rows, c.block_m)}
+        assert seen.keys() == set(itertools.product(tiles, range(0, -(-n // 16), 8)))
+        assert set(range(rows)) == {m + i for m in tiles for i in range(c.block_m) if m + i < rows}
         assert all(sorted(found) == list(range((steps + 1) // 2 * 2)) for found in seen.values())
 
 
 def test_a_split_is_for_few_tiles() -> None:
     assert choose(128, 4096, 14336, SMS).split == 4
-    assert choose(2048, 28672, 4096, SMS) == ManyRowsConfig(256, 1, 128)
-    assert all(c.split == 1 or c.programs <= SMS for c in candidates(100, 4096, 4096, SMS))
+    assert choose(2048, 28672, 4096, SMS) == ManyRowsConfig(256, 1)
+    assert {c.split for c in candidates(100, 8192, 4096, SMS)} == {1, 2}  # 64 tiles
     assert {c.split for c in candidates(100, 128, 1024, SMS)} == {1, 2}  # a part has eight steps at least
 
 
 def test_what_is_on_its_way_fits_into_shared_memory() -> None:
     for block_m in (128, 256):
-        c = ManyRowsConfig(block_m, 1, 1)
+        c = ManyRowsConfig(block_m, 1)
         stored = 2 * 64 * 64 * 2
         assert c.stages >= 3
         assert c.stages * c.at_once * 64 * (2 * block_m + 64) + stored + 2**10 <= 227 * 2**10
@@ -130,7 +134,7 @@ def test_products_run_while_codes_are_unpacked(
     from gptq_ao.kernels.gluon import launch_many_rows as launch
     from gptq_ao.kernels.gluon.many_rows import many_rows_kernel
 
-    c = ManyRowsConfig(block_m, split, 1)
+    c = ManyRowsConfig(block_m, split)
     values = launch.constants(c, group or 4096, 4096, dtype)
     values |= {} if bias else {"bias": None}
     values |= {} if split > 1 else {"partial": None, "counters": None}
@@ -218,9 +222,10 @@ def test_every_configuration_is_right(n: int, k: int, group: int, rows: int, dty
     w = weight(n, k, group)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
-    few = [ManyRowsConfig(256, 1, 3), *([ManyRowsConfig(128, 2, 7)] if k >= 1024 else [])]  # programs with much work
-    for c, b in itertools.product([*candidates(rows, n, k, SMS), *few], (None, bias)):
-        launch = prepared(c, group, n, k, dtype, 0)
+    each = [(c, SMS) for c in candidates(rows, n, k, SMS)]
+    each += [(ManyRowsConfig(256, 1), 3), *([(ManyRowsConfig(128, 2), 7)] if k >= 1024 else [])]  # with much work each
+    for (c, sms), b in itertools.product(each, (None, bias)):
+        launch = prepared(c, group, n, k, dtype, 0, sms)
         y = poisoned(lambda launch=launch, b=b: launch(x, w, b))  # type: ignore[misc]
         check(x, w, b, y)
         assert torch.equal(y, poisoned(lambda launch=launch, b=b: launch(x, w, b)))  # type: ignore[misc]
@@ -255,7 +260,7 @@ def test_graphs_and_streams_at_the_same_time() -> None:
     only_on_hopper()
     w = [weight(256, 4096, 128, seed=i) for i in range(4)]
     x = torch.randn(128, 4096, device="cuda", dtype=BF16)
-    launch = prepared(ManyRowsConfig(128, 4, 8), 128, 256, 4096, BF16, 0)
+    launch = prepared(ManyRowsConfig(128, 4), 128, 256, 4096, BF16, 0, 8)
     expected = [launch(x, each) for each in w]
     torch.cuda.synchronize()
     graphs, results = [], []
