@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from gptq_ao.adapter import LowRank
@@ -31,6 +32,7 @@ class WeightReport:
         error: relative output error tr(E·H·Eᵀ) / tr(W·H·Wᵀ), with the adapter, if there is one; None without a Hessian.
         bytes: of the quantized weight in memory.
         fallback: why it was rounded to nearest although GPTQ was asked for, or None.
+        expert_rows: rows of each expert's own, where the weight is a stack of them.
         adapter: what was solved to be added to it (`adapter_rank`), in host memory; None: nothing.
     """
 
@@ -48,6 +50,7 @@ class WeightReport:
     original_bytes: int
     fallback: str | None = None
     adapter: LowRank | None = None
+    expert_rows: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "adapter"}
@@ -113,7 +116,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `quantize_`. `str(report)` is a table, `to_dict()` is for JSON.
+    """The result of `quantize_`. `str(report)` is a table, `rich.print(report)` one as wide as the terminal, a notebook
+    shows a page, `save` writes that and JSON, `to_dict()` is what is in the JSON.
 
     Attributes:
         weights: in the order in which they were solved.
@@ -195,6 +199,32 @@ class Report:
             "recipe": dict(self.recipe),
             "measured": dict(self.measured),
         }
+
+    def save(self, directory: str | Path, *, model: str = "", plan: Mapping[str, Any] | None = None) -> None:
+        """Write `report.json` and `report.html`, one page with all that it needs; see docs/report.md.
+
+        Args:
+            directory: is made if it is missing; files of these names in it are replaced.
+            model: its name, for the title.
+            plan: what was planned (`plan(…).to_dict()`), to be shown beside what was measured.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        from gptq_ao.presentation.files import write_report
+
+        write_report(Path(directory), {"model": model, **self.to_dict(), "plan": plan})
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame of its own, whose styles are not those of the notebook."""
+        from gptq_ao.presentation.files import framed
+
+        return framed(self.to_dict())
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from gptq_ao.presentation.terminal import rendering
+
+        return rendering(self.to_dict(), options.max_width)
 
     def __str__(self) -> str:
         # Columns line up: the longest name decides.

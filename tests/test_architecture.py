@@ -15,6 +15,7 @@ LINKED = {"passes": "passes", "kernels": "kernels", "tiny_lm": "examples/tiny_lm
 # A room is a folder or a file of gptq_ao. It imports only from rows above its own; rooms of the last may meet.
 ROWS: list[set[str]] = [
     {"adapter", "errors", "recipe", "version"},
+    {"presentation"},
     {"config", "data", "distributed", "progress", "report", "codes"},
     {"kernels"},
     {"tensor", "solver", "calibration", "model"},

@@ -14,6 +14,7 @@ import typer
 from gptq_ao.cli.checkpoints import convert, inspect
 from gptq_ao.cli.merge import merge
 from gptq_ao.cli.quantization import plan, quantize
+from gptq_ao.cli.reports import report
 from gptq_ao.cli.score import demo, evaluate
 from gptq_ao.errors import ConfigError, GPTQError, StrictError
 from gptq_ao.integrations.on_import import quiet_import
@@ -26,6 +27,7 @@ app.command()(quantize)
 app.command()(plan)
 app.command()(merge)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(inspect)
 app.command()(convert)
 app.command()(demo)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from gptq_ao.cli.options import AsJson, device_of, limits_of, show
+from gptq_ao.cli.options import AsJson, device_of, limits_of
 from gptq_ao.cli.quantization import save, with_data
+from gptq_ao.cli.reports import save_beside, show_report
 from gptq_ao.cli.request import Request, with_request
 from gptq_ao.errors import ConfigError
 
@@ -59,8 +60,8 @@ def merge(
     model = load_adapter(load_model(str(source), trust_remote_code=request.trust_remote_code), directory)
     merged, report = merge_and_requantize_(model, config, place, max_memory=limits)
     save(merged, out, request, report)
-    text = f"{report}\nwritten to {out}"
+    unwritten = save_beside(out, report, base, source) if request.report else None
+    lines = [f"written to {out}", *([unwritten] if unwritten else [])]
     if request.push_to_hub is not None:
-        text += f"\nuploaded to {upload(out, request.push_to_hub)}"
-    facts = {"base": base, "adapter": adapter, "out": str(out), "format": request.format}
-    show({**facts, **report.to_dict()}, text, as_json)
+        lines.append(f"uploaded to {upload(out, request.push_to_hub)}")
+    show_report({"base": base, "adapter": adapter, "out": str(out), "format": request.format}, report, lines, as_json)

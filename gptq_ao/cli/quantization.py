@@ -9,6 +9,7 @@ import typer
 
 from gptq_ao.cli.interruption import stopped_gently
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
+from gptq_ao.cli.reports import save_beside, show_report
 from gptq_ao.cli.request import Request, with_request
 from gptq_ao.errors import CheckpointError, ConfigError
 
@@ -71,13 +72,14 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
             return
         if report.adapter:
             _save_adapter(source, grown / "adapter", report, request)
+        unwritten = save_beside(grown, report, model, source) if request.report else None
         journal.publish(grown, out)
-    text = f"{report}\nwritten to {out}"
+    lines = [f"written to {out}", *([unwritten] if unwritten else [])]
     if report.adapter:
-        text += f"\nPeftModel.from_pretrained(model, {str(out / 'adapter')!r}) puts the adapter beside the weights"
+        lines.append(f"PeftModel.from_pretrained(model, {str(out / 'adapter')!r}) puts the adapter beside the weights")
     if request.push_to_hub is not None:
-        text += f"\nuploaded to {upload(out, request.push_to_hub)}"
-    show({"model": model, "out": str(out), "format": request.format, **report.to_dict()}, text, as_json)
+        lines.append(f"uploaded to {upload(out, request.push_to_hub)}")
+    show_report({"model": model, "out": str(out), "format": request.format}, report, lines, as_json)
 
 
 @with_request

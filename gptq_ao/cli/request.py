@@ -51,6 +51,7 @@ class Request:
         resume: whether to go on with what a run has left.
         snapshot_every: stages from one snapshot of waiting activations to the next; 0: none.
         output_sharding: see `quantize_checkpoint`.
+        report: whether to write one beside the weights.
     """
 
     config: "GPTQConfig"
@@ -70,6 +71,7 @@ class Request:
     resume: bool
     snapshot_every: int
     output_sharding: str
+    report: bool
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.
@@ -153,6 +155,9 @@ def _request(
         OutputSharding,
         typer.Option(help="Under torchrun: the first process writes the shards of OUT, or every rank some of them."),
     ] = OutputSharding.first,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write OUT/report: a page to look at, and its JSON.")
+    ] = True,
 ) -> Request:
     from gptq_ao.config import gptq_config
 
@@ -193,6 +198,7 @@ def _request(
         resume,
         snapshot_every,
         output_sharding.value,
+        report,
     )
 
 
