@@ -20,8 +20,9 @@ ROWS: list[set[str]] = [
     {"kernels"},
     {"tensor", "solver", "calibration", "model"},
     {"passes", "checkpoint"},
-    {"journal"},
-    {"planning", "inference", "evaluate"},
+    {"journal", "evaluate"},
+    {"quality"},
+    {"planning", "inference"},
     {"pipeline"},
     {"integrations", "training", "demo", "cli", "public", "", "__main__", "tiny_lm"},
 ]

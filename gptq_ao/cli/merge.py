@@ -14,7 +14,8 @@ from gptq_ao.errors import ConfigError
 
 __all__ = ["merge"]
 
-# A weight keeps its kind, and a rule says so where it is not to; the model is loaded as it is stored; no journal.
+# A weight keeps its kind, and a rule says so where it is not to; the model is loaded as it is stored; no journal; and
+# what it would be compared with is no model that is there.
 OWN = (
     "bits",
     "target_bits",
@@ -29,6 +30,11 @@ OWN = (
     "resume",
     "output_sharding",
     "snapshot_every",
+    "check",
+    "check_samples",
+    "check_split",
+    "max_kl",
+    "max_perplexity_ratio",
 )
 
 
@@ -56,7 +62,7 @@ def merge(
     if request.push_to_hub is not None:
         check_login()
     source, directory = find_checkpoint(base, whole=True), find_checkpoint(adapter, whole=True)
-    config = with_data(request, source)
+    config, _ = with_data(request, source)
     model = load_adapter(load_model(str(source), trust_remote_code=request.trust_remote_code), directory)
     merged, report = merge_and_requantize_(model, config, place, max_memory=limits)
     save(merged, out, request, report)

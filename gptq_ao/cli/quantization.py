@@ -9,9 +9,10 @@ import typer
 
 from gptq_ao.cli.interruption import stopped_gently
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
+from gptq_ao.cli.quality import check_limits, destination, held_out, kept_back, rejected
 from gptq_ao.cli.reports import save_beside, show_report
 from gptq_ao.cli.request import Request, with_request
-from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gptq_ao.config import GPTQConfig
     from gptq_ao.distributed.ranks import Ranks
     from gptq_ao.journal.journal import Journal
+    from gptq_ao.quality.check import QualityCheck
     from gptq_ao.report import Report
 
 __all__ = ["plan", "quantize", "save", "with_data"]
@@ -47,6 +49,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device, ranks)
     from gptq_ao.checkpoint.files.find import find_checkpoint
+    from gptq_ao.checkpoint.files.output_directory import check_empty
     from gptq_ao.checkpoint.hub import check_login, upload
     from gptq_ao.journal.journal import growing_in, journal_beside
     from gptq_ao.pipeline.quantize_checkpoint import journal_of
@@ -57,6 +60,11 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
         require_peft()
     if request.push_to_hub is not None and ranks.first:
         check_login()
+    checked = request.check is not None or request.check_split is not None
+    if checked and ranks.size > 1:
+        raise ConfigError("--check and --check-split are for one process: gptq-ao eval --reference compares afterwards")
+    if checked:
+        check_empty(rejected(out))
     with stopped_gently(), ExitStack() as until_done:
         journal, grown = None, growing_in(journal_beside(out)) / "model"
         if ranks.first:  # which alone writes
@@ -64,22 +72,31 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
             journal.growing()
         source = find_checkpoint(model, whole=True)
-        config = with_data(request, source)
+        config, check = with_data(request, source)
         write = _stream if request.stream else _in_memory
-        together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1}
+        together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1, "quality": check}
         report = write(source, grown, out, config, request, journal, together)
         if journal is None:
             return
         if report.adapter:
             _save_adapter(source, grown / "adapter", report, request)
         unwritten = save_beside(grown, report, model, source) if request.report else None
-        journal.publish(grown, out)
-    lines = [f"written to {out}", *([unwritten] if unwritten else [])]
+        written = destination(out, report)
+        journal.publish(grown, written)
+    lines = [f"written to {written}", *([unwritten] if unwritten else [])]
     if report.adapter:
-        lines.append(f"PeftModel.from_pretrained(model, {str(out / 'adapter')!r}) puts the adapter beside the weights")
-    if request.push_to_hub is not None:
+        lines.append(
+            f"PeftModel.from_pretrained(model, {str(written / 'adapter')!r}) puts the adapter beside the weights"
+        )
+    good = written == out
+    if request.push_to_hub is not None and good:
         lines.append(f"uploaded to {upload(out, request.push_to_hub)}")
-    show_report({"model": model, "out": str(out), "format": request.format}, report, lines, as_json)
+    show_report({"model": model, "out": str(written), "format": request.format}, report, lines, as_json)
+    if not good and report.quality is not None:
+        raise QualityError(
+            f"{'; '.join(report.quality.missed)}. What was made is at {written}, and nothing is at {out}: rename it if "
+            "it will do all the same, or quantize with more bits, a smaller --group-size, more --effort"
+        )
 
 
 @with_request
@@ -121,6 +138,7 @@ def plan(
 
 def _check(request: Request) -> None:
     """Options that contradict each other."""
+    check_limits(request)
     if request.format == "gptq" and not request.config.sym:
         raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
     if request.format in ("compressed-tensors", "awq") and request.config.act_order == "group":
@@ -134,10 +152,12 @@ def _check(request: Request) -> None:
         )
 
 
-def with_data(request: Request, source: Path) -> "GPTQConfig":
-    """The settings, with batches of text where they are needed."""
-    if request.calibration is None:
-        return request.config
+def with_data(request: Request, source: Path) -> "tuple[GPTQConfig, QualityCheck | None]":
+    """The settings, with batches of text where they are needed, and what the result is checked with."""
+    if request.calibration is None and request.check is None:
+        return request.config, None
+    import torch
+
     from gptq_ao.data import text_batches
     from gptq_ao.integrations.transformers import load_tokenizer
     from gptq_ao.model.architecture import model_class, read_config
@@ -150,16 +170,21 @@ def with_data(request: Request, source: Path) -> "GPTQConfig":
             f"the {kind.__name__} takes {takes}, and --calibration gives it text: call quantize_(model, gptq_config("
             "calibration=…)) with its own inputs, or give --method rtn, which needs none"
         )
-    batches = text_batches(
-        load_tokenizer(str(source), trust_remote_code=request.trust_remote_code),
+    tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
+    check = held_out(request, tokenizer)
+    if request.calibration is None:
+        return request.config, check
+    drawn = text_batches(
+        tokenizer,
         request.calibration,
-        num_samples=request.num_samples,
+        num_samples=request.num_samples + (request.check_split or 0),
         seq_len=request.seq_len,
-        batch_size=request.batch_size,
         seed=request.seed,
         column=request.column,
     )
-    return request.config.with_calibration([_inputs(config, batch["input_ids"]) for batch in batches])
+    ids, kept = kept_back(request, torch.cat([each["input_ids"] for each in drawn]))
+    batches = [_inputs(config, rows) for rows in ids.split(request.batch_size)]
+    return request.config.with_calibration(batches), check or kept
 
 
 def _inputs(config: Any, ids: "Tensor") -> dict[str, "Tensor"]:
@@ -194,6 +219,7 @@ def _in_memory(
     assert report is not None
     if journal is None:
         return report
+    out = destination(out, report)
     try:
         save(loaded, grown, request, report, otherwise=out)
     except CheckpointError:

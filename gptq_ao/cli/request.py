@@ -52,6 +52,10 @@ class Request:
         snapshot_every: stages from one snapshot of waiting activations to the next; 0: none.
         output_sharding: see `quantize_checkpoint`.
         report: whether to write one beside the weights.
+        check: text to compare the result with the original on, a file or a dataset's name; `check_samples`: how many
+            sequences of it at most.
+        check_split: how many sequences of the calibration data to keep for that instead.
+        max_kl, max_perplexity_ratio: see `QualityCheck`.
     """
 
     config: "GPTQConfig"
@@ -72,6 +76,11 @@ class Request:
     snapshot_every: int
     output_sharding: str
     report: bool
+    check: str | None
+    check_samples: int
+    check_split: int | None
+    max_kl: float | None
+    max_perplexity_ratio: float | None
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.
@@ -158,6 +167,20 @@ def _request(
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write OUT/report: a page to look at, and its JSON.")
     ] = True,
+    check: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Compare the result with the original on this text, a file or a dataset."),
+    ] = None,
+    check_samples: Annotated[int, typer.Option(min=1, help="Sequences of it at most, evenly spaced.")] = 32,
+    check_split: Annotated[
+        int | None, typer.Option(min=1, help="Or on so many sequences of the calibration data, kept for that.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="The most that KL(original ‖ result) may be, in nats per token.")
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="The most that perplexity may be, divided by the original's.")
+    ] = None,
 ) -> Request:
     from gptq_ao.config import gptq_config
 
@@ -199,6 +222,11 @@ def _request(
         snapshot_every,
         output_sharding.value,
         report,
+        check,
+        check_samples,
+        check_split,
+        max_kl,
+        max_perplexity_ratio,
     )
 
 

@@ -31,6 +31,7 @@ def concerns(facts: Facts) -> list[Concern]:
     """What is not as one might expect, the gravest first; none that is empty."""
     reason = facts.get("capture_reason")
     found = [
+        Concern("not as good as it has to be", tuple((facts.get("quality") or {}).get("missed", ()))),
         Concern("warnings", tuple(facts.get("warnings", ()))),
         Concern("rounded or solved otherwise", tuple(f"{n}: {why}" for n, why in facts.get("fallbacks", {}).items())),
         Concern("tensors that are not saved", tuple(facts.get("lost", ()))),
