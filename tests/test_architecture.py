@@ -24,7 +24,7 @@ ROWS: list[set[str]] = [
     {"quality"},
     {"planning", "inference"},
     {"pipeline"},
-    {"integrations", "training", "demo", "cli", "public", "", "__main__", "tiny_lm"},
+    {"diagnosis", "integrations", "training", "demo", "cli", "public", "", "__main__", "tiny_lm"},
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 # Where a room has folders, those are used by the files beside them, and use only these of them.

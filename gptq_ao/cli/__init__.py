@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from gptq_ao.cli.checkpoints import convert, inspect
+from gptq_ao.cli.diagnosis import diagnose
 from gptq_ao.cli.merge import merge
 from gptq_ao.cli.quantization import plan, quantize
 from gptq_ao.cli.reports import report
@@ -28,6 +29,7 @@ app.command()(quantize)
 app.command()(plan)
 app.command()(merge)
 app.command("eval")(evaluate)
+app.command()(diagnose)
 app.command()(report)
 app.command()(inspect)
 app.command()(convert)

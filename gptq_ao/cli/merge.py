@@ -1,5 +1,6 @@
 """`merge`: a trained adapter of PEFT into the quantized model that it was trained on."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -62,9 +63,10 @@ def merge(
     if request.push_to_hub is not None:
         check_login()
     source, directory = find_checkpoint(base, whole=True), find_checkpoint(adapter, whole=True)
-    config, _ = with_data(request, source)
+    given = with_data(request, source)
     model = load_adapter(load_model(str(source), trust_remote_code=request.trust_remote_code), directory)
-    merged, report = merge_and_requantize_(model, config, place, max_memory=limits)
+    merged, report = merge_and_requantize_(model, given.config, place, max_memory=limits)
+    report = dataclasses.replace(report, warnings=(*report.warnings, *given.warnings))
     save(merged, out, request, report)
     unwritten = save_beside(out, report, base, source) if request.report else None
     lines = [f"written to {out}", *([unwritten] if unwritten else [])]

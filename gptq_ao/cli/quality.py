@@ -41,9 +41,12 @@ def held_out(request: "Request", tokenizer: Any) -> "QualityCheck | None":
     """With the text of `--check`."""
     if request.check is None:
         return None
-    from gptq_ao.data import read_documents, spaced, token_chunks
+    from gptq_ao.data import as_chats, read_documents, spaced, token_chunks
 
-    chunks = token_chunks(tokenizer, read_documents(request.check, column=request.column), request.seq_len)
+    documents = read_documents(request.check, column=request.column)
+    chunks = token_chunks(
+        tokenizer, as_chats(tokenizer, documents) if request.chat_template else documents, request.seq_len
+    )
     used = spaced(chunks, request.check_samples)
     text = f"{len(used)} of {len(chunks)} sequences of {request.seq_len} tokens of {Path(request.check).name}"
     return _check(request, used, text)

@@ -1,6 +1,8 @@
 """`quantize`, and `plan`, which takes the same options."""
 
+import dataclasses
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["plan", "quantize", "save", "with_data"]
 
 NATIVE = "native"
+_WITHOUT_TEMPLATE = (
+    "calibration data: the model has a chat template, and the text is not in it: give --chat-template if chats count"
+)
 
 
 @with_request
@@ -72,12 +77,13 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
             journal.growing()
         source = find_checkpoint(model, whole=True)
-        config, check = with_data(request, source)
+        given = with_data(request, source)
         write = _stream if request.stream else _in_memory
-        together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1, "quality": check}
-        report = write(source, grown, out, config, request, journal, together)
+        together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1, "quality": given.check}
+        report = write(source, grown, out, given.config, request, journal, together)
         if journal is None:
             return
+        report = dataclasses.replace(report, warnings=(*report.warnings, *given.warnings))
         if report.adapter:
             _save_adapter(source, grown / "adapter", report, request)
         unwritten = save_beside(grown, report, model, source) if request.report else None
@@ -152,13 +158,23 @@ def _check(request: Request) -> None:
         )
 
 
-def with_data(request: Request, source: Path) -> "tuple[GPTQConfig, QualityCheck | None]":
-    """The settings, with batches of text where they are needed, and what the result is checked with."""
+@dataclass(frozen=True)
+class Given:
+    """The settings, with batches of text where they are needed; what the result is checked with; and what is to be said
+    of the text."""
+
+    config: "GPTQConfig"
+    check: "QualityCheck | None" = None
+    warnings: tuple[str, ...] = ()
+
+
+def with_data(request: Request, source: Path) -> Given:
+    """What a request means, with its data."""
     if request.calibration is None and request.check is None:
-        return request.config, None
+        return Given(request.config)
     import torch
 
-    from gptq_ao.data import text_batches
+    from gptq_ao.data import as_chats, read_documents, text_batches
     from gptq_ao.integrations.transformers import load_tokenizer
     from gptq_ao.model.architecture import model_class, read_config
 
@@ -173,18 +189,19 @@ def with_data(request: Request, source: Path) -> "tuple[GPTQConfig, QualityCheck
     tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
     check = held_out(request, tokenizer)
     if request.calibration is None:
-        return request.config, check
+        return Given(request.config, check)
+    documents = read_documents(request.calibration, column=request.column)
     drawn = text_batches(
         tokenizer,
-        request.calibration,
+        as_chats(tokenizer, documents) if request.chat_template else documents,
         num_samples=request.num_samples + (request.check_split or 0),
         seq_len=request.seq_len,
         seed=request.seed,
-        column=request.column,
     )
     ids, kept = kept_back(request, torch.cat([each["input_ids"] for each in drawn]))
     batches = [_inputs(config, rows) for rows in ids.split(request.batch_size)]
-    return request.config.with_calibration(batches), check or kept
+    plain = getattr(tokenizer, "chat_template", None) and not request.chat_template
+    return Given(request.config.with_calibration(batches), check or kept, (_WITHOUT_TEMPLATE,) if plain else ())
 
 
 def _inputs(config: Any, ids: "Tensor") -> dict[str, "Tensor"]:

@@ -55,6 +55,7 @@ class Request:
         check: text to compare the result with the original on, a file or a dataset's name; `check_samples`: how many
             sequences of it at most.
         check_split: how many sequences of the calibration data to keep for that instead.
+        chat_template: whether the text is what users say to the model.
         max_kl, max_perplexity_ratio: see `QualityCheck`.
     """
 
@@ -81,6 +82,7 @@ class Request:
     check_split: int | None
     max_kl: float | None
     max_perplexity_ratio: float | None
+    chat_template: bool
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.
@@ -181,6 +183,10 @@ def _request(
     max_perplexity_ratio: Annotated[
         float | None, typer.Option(help="The most that perplexity may be, divided by the original's.")
     ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option("--chat-template", help="Each document is what a user says, in the model's own chat template."),
+    ] = False,
 ) -> Request:
     from gptq_ao.config import gptq_config
 
@@ -227,6 +233,7 @@ def _request(
         check_split,
         max_kl,
         max_perplexity_ratio,
+        chat_template,
     )
 
 

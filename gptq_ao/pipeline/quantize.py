@@ -18,6 +18,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.calibration.activation_store import ActivationStore
+from gptq_ao.calibration.advice import advice_on_rows, advice_on_text
 from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
@@ -389,7 +390,11 @@ def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Map
         hessians=sum(len(s.inputs) for s in stages),
         seconds=job.clock.seconds,
         peak_bytes=peak,
-        warnings=prepared.warnings,
+        warnings=(
+            *prepared.warnings,
+            *advice_on_text(job.batches or (), getattr(job.model, "config", None)),
+            *advice_on_rows(done, {name: layout.in_features for name, layout in prepared.selection.layouts.items()}),
+        ),
         capture="export" if "capture" in job.clock.seconds else "none",
         notes=(*_notes(job, prepared), *notes_of_journal(job)),
     )

@@ -41,6 +41,7 @@ def page(facts: Facts, plots: Mapping[str, str]) -> str:
         _concerns(facts),
         _quality(facts),
         _costs(facts),
+        _diagnosis(facts),
         _plots(plots),
         _kinds(facts),
         _precision(facts),
@@ -113,6 +114,40 @@ def _timed(facts: Facts) -> list[tuple[str, float]]:
 def _row(name: str, measured: float, expected: float | None, planned: Facts, show: Any) -> list[Cell]:
     cells: list[Cell] = [(name, None), (show(measured), measured)]
     return [*cells, ("" if expected is None else show(expected), expected)] if planned else cells
+
+
+def _diagnosis(facts: Facts) -> str:
+    found = facts.get("diagnosis")
+    if not found:
+        return ""
+    rows: list[list[Cell]] = [
+        [
+            (each["what"], None),
+            (of, None),
+            (str(each["bits"]), None),
+            (number(each["kl"], ".5f"), each["kl"]),
+            (number(found["kl"] - each["kl"], ".5f"), None),
+        ]
+        for of in ("kinds", "layers", "weights")
+        for each in found[of]
+    ]
+    places: list[list[Cell]] = [
+        [(f"{p['start']} to {p['stop'] - 1}", None), (number(p["kl"], ".5f"), None)] for p in found["positions"]
+    ]
+    names = ("before", "token", "original", "quantized")
+    worst: list[list[Cell]] = [
+        [*((w[name], None) for name in names), (number(w["kl"], ".3f"), None)] for w in found["worst"]
+    ]
+    advice = (found["advice"] or {}).get("text", "no weight stands out")
+    body = f"<p>KL {_text(number(found['kl'], '.5f'))} over {_text(found['tokens'])} predictions.</p>"
+    body += f"<p><strong>Advice</strong>: {_text(advice)}</p>"
+    one_by_one = "KL with some weights at a time as in the original"
+    body += _table("restored", one_by_one, ["as in the original", "of all", "bits", "KL", "less by"], rows)
+    body += _table("", "By position in the text", ["tokens before", "KL"], places)
+    return _section("Diagnosis", body + _table("", "Worst predictions", [*_WORST, "KL"], worst))
+
+
+_WORST = ("after", "came", "original says", "quantized says")
 
 
 def _plots(plots: Mapping[str, str]) -> str:
@@ -209,7 +244,17 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{_text(title)}</h2>{body}</section>" if body else ""
 
 
-_WORDS = ("of", "fallback", "kind", "value")  # columns of text, but for the first, which is one anyway
+# Columns of text, but for the first, which is one anyway.
+_WORDS = ("of", "fallback", "kind", "value", "of all", "came", "original says", "quantized says")
+    "of",
+    "fallback",
+    "kind",
+    "value",
+    "of all",
+    "came",
+    "original says",
+    "quantized says",
+)  # columns of text, but for the first, which is one anyway
 
 
 def _table(name: str, caption: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
