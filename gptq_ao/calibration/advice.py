@@ -29,9 +29,10 @@ def advice_on_rows(weights: Sequence[WeightReport], in_features: Mapping[str, in
     if not few:
         return ()
     name, (rows, k) = min(few.items(), key=lambda item: item[1][0] / item[1][1])
+    least = f"fewer than {ROWS_PER_INPUT} rows for each input feature"
     return (
-        f"calibration data: {len(few)} of {len(weights)} weights saw fewer than {ROWS_PER_INPUT} rows for each input feature "
-        f"(fewest: {name}, {rows} rows for {k} features): give more sequences, or longer ones",
+        f"calibration data: {len(few)} of {len(weights)} weights saw {least} (fewest: {name}, {rows} rows for {k} "
+        "features): give more sequences, or longer ones",
     )
 
 

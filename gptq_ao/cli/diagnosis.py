@@ -57,6 +57,7 @@ def diagnose(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (folder / RULES).unlink(missing_ok=True)  # another one's
         if found.advice is not None:
             rules = {name: dict(settings) for name, settings in found.advice.rules.items()}
             (folder / RULES).write_text(yaml.safe_dump(rules, sort_keys=False), encoding="utf-8")

@@ -88,7 +88,7 @@ class Diagnosis:
     def summary(self) -> str:
         """The advice in one sentence."""
         if self.advice is None:
-            return "no weight stands out: more bits, smaller groups or more calibration data for all"
+            return "no weight gains enough within the bits that may be added: allow more, or smaller groups for all"
         by_bits: dict[int, list[str]] = {}
         for name, settings in self.advice.rules.items():
             by_bits.setdefault(settings["bits"], []).append(name)

@@ -138,7 +138,7 @@ def _diagnosis(facts: Facts) -> str:
     worst: list[list[Cell]] = [
         [*((w[name], None) for name in names), (number(w["kl"], ".3f"), None)] for w in found["worst"]
     ]
-    advice = (found["advice"] or {}).get("text", "no weight stands out")
+    advice = (found["advice"] or {}).get("text", "no weight gains enough within the bits that may be added")
     body = f"<p>KL {_text(number(found['kl'], '.5f'))} over {_text(found['tokens'])} predictions.</p>"
     body += f"<p><strong>Advice</strong>: {_text(advice)}</p>"
     one_by_one = "KL with some weights at a time as in the original"
@@ -246,15 +246,6 @@ def _section(title: str, body: str) -> str:
 
 # Columns of text, but for the first, which is one anyway.
 _WORDS = ("of", "fallback", "kind", "value", "of all", "came", "original says", "quantized says")
-    "of",
-    "fallback",
-    "kind",
-    "value",
-    "of all",
-    "came",
-    "original says",
-    "quantized says",
-)  # columns of text, but for the first, which is one anyway
 
 
 def _table(name: str, caption: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:

@@ -49,7 +49,7 @@ def test_where_it_is_written(
     text = ("--reference", str(tmp_path / "a"), "--data", str(tmp_path / "text.txt"), "--seq-len", "32")
     with monkeypatch.context() as patch:
         run(patch, *given)
-        said = run(patch, "diagnose", str(tmp_path / "q"), *text, "--out", str(tmp_path / "found"))
+        said = run(patch, "diagnose", str(tmp_path / "q"), *text, "--out", str(tmp_path / "found"), "--add-bits", "0.9")
     assert said.splitlines()[-1] == f"gptq-ao quantize … --rules {tmp_path / 'found' / 'rules.yaml'} follows the advice"
     assert not (tmp_path / "q" / "report").exists()
     assert "give --out" in fail(monkeypatch, capsys, "diagnose", "owner/model", *text)
