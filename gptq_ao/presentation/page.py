@@ -135,14 +135,15 @@ def _diagnosis(facts: Facts) -> str:
         [(f"{p['start']} to {p['stop'] - 1}", None), (number(p["kl"], ".5f"), None)] for p in found["positions"]
     ]
     names = ("before", "token", "original", "quantized")
+    # As Python writes them: a token may be nothing but a line break.
     worst: list[list[Cell]] = [
-        [*((w[name], None) for name in names), (number(w["kl"], ".3f"), None)] for w in found["worst"]
+        [*((repr(w[name]), None) for name in names), (number(w["kl"], ".3f"), None)] for w in found["worst"]
     ]
     advice = (found["advice"] or {}).get("text", "no weight gains enough within the bits that may be added")
     body = f"<p>KL {_text(number(found['kl'], '.5f'))} over {_text(found['tokens'])} predictions.</p>"
     body += f"<p><strong>Advice</strong>: {_text(advice)}</p>"
     one_by_one = "KL with some weights at a time as in the original"
-    body += _table("restored", one_by_one, ["as in the original", "of all", "bits", "KL", "less by"], rows)
+    body += _table("restored", one_by_one, ["as in the original", "one of the", "bits", "KL", "less by"], rows)
     body += _table("", "By position in the text", ["tokens before", "KL"], places)
     return _section("Diagnosis", body + _table("", "Worst predictions", [*_WORST, "KL"], worst))
 
@@ -245,7 +246,7 @@ def _section(title: str, body: str) -> str:
 
 
 # Columns of text, but for the first, which is one anyway.
-_WORDS = ("of", "fallback", "kind", "value", "of all", "came", "original says", "quantized says")
+_WORDS = ("of", "fallback", "kind", "value", "one of the", "came", "original says", "quantized says")
 
 
 def _table(name: str, caption: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
