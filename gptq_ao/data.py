@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptq_ao.errors import CalibrationError, ConfigError
 
-__all__ = ["read_documents", "spaced", "text_batches", "token_chunks"]
+__all__ = ["as_chats", "read_documents", "spaced", "text_batches", "token_chunks"]
 
 Source = str | Path | Iterable[Any]
 
@@ -77,6 +77,26 @@ def token_chunks(tokenizer: Callable[..., Any], documents: Iterable[str], seq_le
             "or a smaller seq_len"
         )
     return torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
+
+
+def as_chats(tokenizer: Any, documents: Iterable[str]) -> list[str]:
+    """Each document as what a user says, in the words of the tokenizer's chat template.
+
+    Raises:
+        ConfigError: the tokenizer has no template, or one that takes no such message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("the tokenizer has no chat template: leave out --chat-template")
+    try:
+        made = [
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) for text in documents
+        ]
+    # A template is a program of its own.
+    except Exception as e:
+        raise ConfigError(f"the tokenizer's chat template cannot be used: {type(e).__name__}: {e}") from e
+    # `token_chunks` puts it there.
+    first = getattr(tokenizer, "bos_token", None) or ""
+    return [text.removeprefix(first) for text in made]
 
 
 def spaced(chunks: Tensor, at_most: int) -> Tensor:

@@ -10,6 +10,7 @@ __all__ = [
     "NoLinearError",
     "NonFiniteError",
     "PassError",
+    "QualityError",
     "RankError",
     "RoundedScalesWarning",
     "SolverError",
@@ -61,6 +62,10 @@ class TuningError(GPTQError, ValueError):
 
 class PassError(GPTQError, AssertionError):
     """A graph pass broke its own invariant: a defect of this package, please report it with the message."""
+
+
+class QualityError(GPTQError, RuntimeError):
+    """The quantized model differs more from the original than it may."""
 
 
 class RankError(GPTQError, RuntimeError):

@@ -17,7 +17,7 @@ from gptq_ao.model.ambient import own_precision
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.progress import Progress, Steps
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "next_tokens"]
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ def evaluate(
         steps = stack.enter_context(Steps(progress, len(parts), "batch"))
         for ids in parts:
             with steps.step("evaluate"):
-                log_p = _log_probabilities(model, ids)
+                log_p = next_tokens(model, ids).float().log_softmax(-1)
                 target = ids[:, 1:].flatten().to(log_p.device)
                 loss += F.nll_loss(log_p.flatten(0, 1), target, reduction="sum").item()
                 if reference is not None:
-                    log_q = _log_probabilities(reference, ids).to(log_p.device)
+                    log_q = next_tokens(reference, ids).float().log_softmax(-1).to(log_p.device)
                     divergence += F.kl_div(log_p, log_q, log_target=True, reduction="sum").item()
     tokens = chunks.shape[0] * (chunks.shape[1] - 1)
     return Evaluation(math.exp(loss / tokens), None if reference is None else divergence / tokens, tokens)
 
 
-def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    """[rows, L − 1, vocabulary] fp32."""
+def next_tokens(model: nn.Module, ids: Tensor) -> Tensor:
+    """What a model predicts for tokens 2…L of `ids` [rows, L]: logits [rows, L − 1, vocabulary], in its dtype."""
     output: Any = model(ids.to(next(model.parameters()).device))
-    logits = output.logits if hasattr(output, "logits") else output
-    return logits[:, :-1].float().log_softmax(-1)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output
+    return logits[:, :-1]

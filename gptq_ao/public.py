@@ -14,6 +14,7 @@ from gptq_ao.pipeline.quantize import quantize_
 from gptq_ao.pipeline.quantize_checkpoint import quantize_checkpoint
 from gptq_ao.planning.job import whole_model
 from gptq_ao.planning.plan import QuantizationPlan, plan
+from gptq_ao.quality.check import QualityCheck
 from gptq_ao.report import Report
 from gptq_ao.tensor import Int2GroupTensor, Int3GroupTensor, Int4GroupTensor, Int8GroupTensor
 from gptq_ao_autoload import watch as _watch
@@ -43,6 +44,7 @@ __all__ = [
     "Int3GroupTensor",
     "Int4GroupTensor",
     "Int8GroupTensor",
+    "QualityCheck",
     "QuantizationPlan",
     "Report",
     "data",

@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from gptq_ao.adapter import LowRank
 
-__all__ = ["Clock", "Decision", "Report", "WeightReport", "names_of"]
+__all__ = ["Clock", "Decision", "Quality", "Report", "WeightReport", "names_of"]
 
 
 def names_of(names: Collection[str]) -> str:
@@ -31,6 +32,7 @@ class WeightReport:
         error: relative output error tr(E·H·Eᵀ) / tr(W·H·Wᵀ), with the adapter, if there is one; None without a Hessian.
         bytes: of the quantized weight in memory.
         fallback: why it was rounded to nearest although GPTQ was asked for, or None.
+        expert_rows: rows of each expert's own, where the weight is a stack of them.
         adapter: what was solved to be added to it (`adapter_rank`), in host memory; None: nothing.
     """
 
@@ -48,6 +50,7 @@ class WeightReport:
     original_bytes: int
     fallback: str | None = None
     adapter: LowRank | None = None
+    expert_rows: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "adapter"}
@@ -112,8 +115,56 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """A quantized model against its original, on text that it was not calibrated on.
+
+    Attributes:
+        kl: KL(original ‖ quantized), in nats per token.
+        perplexity, original_perplexity: of both models.
+        tokens: how many predictions were compared.
+        max_kl, max_perplexity_ratio: the limits that were given, or None.
+        text: what the tokens are of.
+    """
+
+    kl: float
+    perplexity: float
+    original_perplexity: float
+    tokens: int
+    max_kl: float | None = None
+    max_perplexity_ratio: float | None = None
+    text: str = ""
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity / self.original_perplexity
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """The limits that are exceeded, in words; of what is no number, every limit is."""
+        found = (
+            ("KL(original ‖ quantized)", self.kl, self.max_kl),
+            ("perplexity divided by the original's", self.perplexity_ratio, self.max_perplexity_ratio),
+        )
+        return tuple(f"{n} is {x:.5g}, more than {top:g}" for n, x, top in found if top is not None and not x <= top)
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """For the model card."""
+        return {
+            "KL(original ‖ quantized), nats per token": self.kl,
+            "perplexity": self.perplexity,
+            "perplexity of the original": self.original_perplexity,
+            "tokens that these are of": self.tokens,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "perplexity_ratio": self.perplexity_ratio, "missed": list(self.missed)}
+
+
+@dataclass(frozen=True)
 class Report:
-    """The result of `quantize_`. `str(report)` is a table, `to_dict()` is for JSON.
+    """The result of `quantize_`. `str(report)` is a table, `rich.print(report)` one as wide as the terminal, a notebook
+    shows a page, `save` writes that and JSON, `to_dict()` is what is in the JSON.
 
     Attributes:
         weights: in the order in which they were solved.
@@ -133,6 +184,7 @@ class Report:
         precision: with `target_bits`, how the bits were chosen.
         recipe: the settings, and what identifies the calibration data.
         measured: what you found of the quantized model, name → value, for its model card.
+        quality: what was measured of it in the same run, if a check was given.
     """
 
     weights: tuple[WeightReport, ...]
@@ -150,6 +202,7 @@ class Report:
     precision: tuple[Decision, ...] = ()
     recipe: Mapping[str, str] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
+    quality: Quality | None = None
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -194,7 +247,34 @@ class Report:
             "precision": [d.to_dict() for d in self.precision],
             "recipe": dict(self.recipe),
             "measured": dict(self.measured),
+            "quality": None if self.quality is None else self.quality.to_dict(),
         }
+
+    def save(self, directory: str | Path, *, model: str = "", plan: Mapping[str, Any] | None = None) -> None:
+        """Write `report.json` and `report.html`, one page with all that it needs; see docs/report.md.
+
+        Args:
+            directory: is made if it is missing; files of these names in it are replaced.
+            model: its name, for the title.
+            plan: what was planned (`plan(…).to_dict()`), to be shown beside what was measured.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+        from gptq_ao.presentation.files import write_report
+
+        write_report(Path(directory), {"model": model, **self.to_dict(), "plan": plan})
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame of its own, whose styles are not those of the notebook."""
+        from gptq_ao.presentation.files import framed
+
+        return framed(self.to_dict())
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from gptq_ao.presentation.terminal import rendering
+
+        return rendering(self.to_dict(), options.max_width)
 
     def __str__(self) -> str:
         # Columns line up: the longest name decides.
@@ -223,6 +303,9 @@ class Report:
             )
         lines += _table(self.precision)
         lines += [f"left as it is: {name} ({reason})" for name, reason in self.excluded.items()]
+        if self.quality is not None:
+            lines += [f"{name}: {value:.6g}" for name, value in self.quality.measured.items()]
+            lines += [f"quality: {text}" for text in self.quality.missed]
         lines += [f"warning: {text}" for text in self.warnings]
         if self.capture_reason is not None:
             lines.append(f"not captured as one graph, its forwards were replayed: {self.capture_reason}")

@@ -30,6 +30,7 @@ from importlib.resources import files
 assert "clean" in gptq_ao.__file__, gptq_ao.__file__
 assert (files("gptq_ao") / "tiny_lm" / "model.safetensors").is_file()
 assert (files("gptq_ao") / "py.typed").is_file()
+assert (files("gptq_ao") / "presentation" / "page.css").is_file()
 print("wheel: imports", gptq_ao.passes.capture.__file__.split("site-packages/")[-1], "and the others")
 PY
 # Its entry point, which must cost nothing and not fail: it would be a failure of `import torch`.

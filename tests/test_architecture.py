@@ -15,14 +15,16 @@ LINKED = {"passes": "passes", "kernels": "kernels", "tiny_lm": "examples/tiny_lm
 # A room is a folder or a file of gptq_ao. It imports only from rows above its own; rooms of the last may meet.
 ROWS: list[set[str]] = [
     {"adapter", "errors", "recipe", "version"},
+    {"presentation"},
     {"config", "data", "distributed", "progress", "report", "codes"},
     {"kernels"},
     {"tensor", "solver", "calibration", "model"},
     {"passes", "checkpoint"},
-    {"journal"},
-    {"planning", "inference", "evaluate"},
+    {"journal", "evaluate"},
+    {"quality"},
+    {"planning", "inference"},
     {"pipeline"},
-    {"integrations", "training", "demo", "cli", "public", "", "__main__", "tiny_lm"},
+    {"diagnosis", "integrations", "training", "demo", "cli", "public", "", "__main__", "tiny_lm"},
 ]
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 # Where a room has folders, those are used by the files beside them, and use only these of them.

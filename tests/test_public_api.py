@@ -17,6 +17,7 @@ PUBLIC = {
     "Int3GroupTensor",
     "Int4GroupTensor",
     "Int8GroupTensor",
+    "QualityCheck",
     "QuantizationPlan",
     "Report",
     "data",

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 from gptq_ao.checkpoint.files.find import find_checkpoint
+from gptq_ao.checkpoint.files.output_directory import disk_errors
+from gptq_ao.checkpoint.files.side_files import copy_side_files
 from gptq_ao.checkpoint.formats import DENSE, format_of, target_format
 from gptq_ao.checkpoint.load import load_quantized
 from gptq_ao.checkpoint.save import save_quantized
+from gptq_ao.presentation.files import FACTS, FOLDER, PAGE, is_report
 from gptq_ao.report import Report
 
 __all__ = ["convert_checkpoint"]
@@ -34,4 +37,9 @@ def convert_checkpoint(
     found = format_of(directory)
     model = load_quantized(directory, trust_remote_code=trust_remote_code)
     save_quantized(model, out, format=format, report=report)
+    # The weights are what they were, so what is said of them holds.
+    if out.is_dir() and is_report(directory / FOLDER):
+        with disk_errors(out / FOLDER):
+            there = {name: path for name in (FACTS, PAGE) if (path := directory / FOLDER / name).is_file()}
+            copy_side_files(there, out / FOLDER)
     return DENSE if found is None else found.name

@@ -2,7 +2,8 @@
 
 Progress and messages go to stderr. With --json, stdout carries exactly one JSON object.
 
-Exit status: 0, done; 1, failed; 2, an option or argument is wrong, or does not fit the model; 3, --strict is not met.
+Exit status: 0, done; 1, failed; 2, an option or argument is wrong, or does not fit the model; 3, --strict or a limit of
+quality is not met.
 """
 
 import os
@@ -12,10 +13,12 @@ from typing import Annotated
 import typer
 
 from gptq_ao.cli.checkpoints import convert, inspect
+from gptq_ao.cli.diagnosis import diagnose
 from gptq_ao.cli.merge import merge
 from gptq_ao.cli.quantization import plan, quantize
+from gptq_ao.cli.reports import report
 from gptq_ao.cli.score import demo, evaluate
-from gptq_ao.errors import ConfigError, GPTQError, StrictError
+from gptq_ao.errors import ConfigError, GPTQError, QualityError, StrictError
 from gptq_ao.integrations.on_import import quiet_import
 from gptq_ao.version import VERSION
 
@@ -26,6 +29,8 @@ app.command()(quantize)
 app.command()(plan)
 app.command()(merge)
 app.command("eval")(evaluate)
+app.command()(diagnose)
+app.command()(report)
 app.command()(inspect)
 app.command()(convert)
 app.command()(demo)
@@ -70,4 +75,4 @@ def main() -> None:
 
 
 def _status(e: Exception) -> int:
-    return 3 if isinstance(e, StrictError) else 2 if isinstance(e, ConfigError) else 1
+    return 3 if isinstance(e, StrictError | QualityError) else 2 if isinstance(e, ConfigError) else 1

@@ -1,19 +1,22 @@
 """`merge`: a trained adapter of PEFT into the quantized model that it was trained on."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gptq_ao.cli.options import AsJson, device_of, limits_of, show
+from gptq_ao.cli.options import AsJson, device_of, limits_of
 from gptq_ao.cli.quantization import save, with_data
+from gptq_ao.cli.reports import save_beside, show_report
 from gptq_ao.cli.request import Request, with_request
 from gptq_ao.errors import ConfigError
 
 __all__ = ["merge"]
 
-# A weight keeps its kind, and a rule says so where it is not to; the model is loaded as it is stored; no journal.
+# A weight keeps its kind, and a rule says so where it is not to; the model is loaded as it is stored; no journal; and
+# what it would be compared with is no model that is there.
 OWN = (
     "bits",
     "target_bits",
@@ -28,6 +31,11 @@ OWN = (
     "resume",
     "output_sharding",
     "snapshot_every",
+    "check",
+    "check_samples",
+    "check_split",
+    "max_kl",
+    "max_perplexity_ratio",
 )
 
 
@@ -55,12 +63,13 @@ def merge(
     if request.push_to_hub is not None:
         check_login()
     source, directory = find_checkpoint(base, whole=True), find_checkpoint(adapter, whole=True)
-    config = with_data(request, source)
+    given = with_data(request, source)
     model = load_adapter(load_model(str(source), trust_remote_code=request.trust_remote_code), directory)
-    merged, report = merge_and_requantize_(model, config, place, max_memory=limits)
+    merged, report = merge_and_requantize_(model, given.config, place, max_memory=limits)
+    report = dataclasses.replace(report, warnings=(*report.warnings, *given.warnings))
     save(merged, out, request, report)
-    text = f"{report}\nwritten to {out}"
+    unwritten = save_beside(out, report, base, source) if request.report else None
+    lines = [f"written to {out}", *([unwritten] if unwritten else [])]
     if request.push_to_hub is not None:
-        text += f"\nuploaded to {upload(out, request.push_to_hub)}"
-    facts = {"base": base, "adapter": adapter, "out": str(out), "format": request.format}
-    show({**facts, **report.to_dict()}, text, as_json)
+        lines.append(f"uploaded to {upload(out, request.push_to_hub)}")
+    show_report({"base": base, "adapter": adapter, "out": str(out), "format": request.format}, report, lines, as_json)

@@ -1,6 +1,8 @@
 """`quantize`, and `plan`, which takes the same options."""
 
+import dataclasses
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +11,10 @@ import typer
 
 from gptq_ao.cli.interruption import stopped_gently
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
+from gptq_ao.cli.quality import check_limits, destination, held_out, kept_back, rejected
+from gptq_ao.cli.reports import save_beside, show_report
 from gptq_ao.cli.request import Request, with_request
-from gptq_ao.errors import CheckpointError, ConfigError
+from gptq_ao.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,11 +22,15 @@ if TYPE_CHECKING:
     from gptq_ao.config import GPTQConfig
     from gptq_ao.distributed.ranks import Ranks
     from gptq_ao.journal.journal import Journal
+    from gptq_ao.quality.check import QualityCheck
     from gptq_ao.report import Report
 
 __all__ = ["plan", "quantize", "save", "with_data"]
 
 NATIVE = "native"
+_WITHOUT_TEMPLATE = (
+    "calibration data: the model has a chat template, and the text is not in it: give --chat-template if chats count"
+)
 
 
 @with_request
@@ -46,6 +54,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device, ranks)
     from gptq_ao.checkpoint.files.find import find_checkpoint
+    from gptq_ao.checkpoint.files.output_directory import check_empty
     from gptq_ao.checkpoint.hub import check_login, upload
     from gptq_ao.journal.journal import growing_in, journal_beside
     from gptq_ao.pipeline.quantize_checkpoint import journal_of
@@ -56,6 +65,11 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
         require_peft()
     if request.push_to_hub is not None and ranks.first:
         check_login()
+    checked = request.check is not None or request.check_split is not None
+    if checked and ranks.size > 1:
+        raise ConfigError("--check and --check-split are for one process: gptq-ao eval --reference compares afterwards")
+    if checked:
+        check_empty(rejected(out))
     with stopped_gently(), ExitStack() as until_done:
         journal, grown = None, growing_in(journal_beside(out)) / "model"
         if ranks.first:  # which alone writes
@@ -63,21 +77,32 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
             journal.growing()
         source = find_checkpoint(model, whole=True)
-        config = with_data(request, source)
+        given = with_data(request, source)
         write = _stream if request.stream else _in_memory
-        together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1}
-        report = write(source, grown, out, config, request, journal, together)
+        together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1, "quality": given.check}
+        report = write(source, grown, out, given.config, request, journal, together)
         if journal is None:
             return
+        report = dataclasses.replace(report, warnings=(*report.warnings, *given.warnings))
         if report.adapter:
             _save_adapter(source, grown / "adapter", report, request)
-        journal.publish(grown, out)
-    text = f"{report}\nwritten to {out}"
+        unwritten = save_beside(grown, report, model, source) if request.report else None
+        written = destination(out, report)
+        journal.publish(grown, written)
+    lines = [f"written to {written}", *([unwritten] if unwritten else [])]
     if report.adapter:
-        text += f"\nPeftModel.from_pretrained(model, {str(out / 'adapter')!r}) puts the adapter beside the weights"
-    if request.push_to_hub is not None:
-        text += f"\nuploaded to {upload(out, request.push_to_hub)}"
-    show({"model": model, "out": str(out), "format": request.format, **report.to_dict()}, text, as_json)
+        lines.append(
+            f"PeftModel.from_pretrained(model, {str(written / 'adapter')!r}) puts the adapter beside the weights"
+        )
+    good = written == out
+    if request.push_to_hub is not None and good:
+        lines.append(f"uploaded to {upload(out, request.push_to_hub)}")
+    show_report({"model": model, "out": str(written), "format": request.format}, report, lines, as_json)
+    if not good and report.quality is not None:
+        raise QualityError(
+            f"{'; '.join(report.quality.missed)}. What was made is at {written}, and nothing is at {out}: rename it if "
+            "it will do all the same, or quantize with more bits, a smaller --group-size, more --effort"
+        )
 
 
 @with_request
@@ -119,6 +144,7 @@ def plan(
 
 def _check(request: Request) -> None:
     """Options that contradict each other."""
+    check_limits(request)
     if request.format == "gptq" and not request.config.sym:
         raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
     if request.format in ("compressed-tensors", "awq") and request.config.act_order == "group":
@@ -132,11 +158,23 @@ def _check(request: Request) -> None:
         )
 
 
-def with_data(request: Request, source: Path) -> "GPTQConfig":
-    """The settings, with batches of text where they are needed."""
-    if request.calibration is None:
-        return request.config
-    from gptq_ao.data import text_batches
+@dataclass(frozen=True)
+class Given:
+    """The settings, with batches of text where they are needed; what the result is checked with; and what is to be said
+    of the text."""
+
+    config: "GPTQConfig"
+    check: "QualityCheck | None" = None
+    warnings: tuple[str, ...] = ()
+
+
+def with_data(request: Request, source: Path) -> Given:
+    """What a request means, with its data."""
+    if request.calibration is None and request.check is None:
+        return Given(request.config)
+    import torch
+
+    from gptq_ao.data import as_chats, read_documents, text_batches
     from gptq_ao.integrations.transformers import load_tokenizer
     from gptq_ao.model.architecture import model_class, read_config
 
@@ -148,16 +186,22 @@ def with_data(request: Request, source: Path) -> "GPTQConfig":
             f"the {kind.__name__} takes {takes}, and --calibration gives it text: call quantize_(model, gptq_config("
             "calibration=…)) with its own inputs, or give --method rtn, which needs none"
         )
-    batches = text_batches(
-        load_tokenizer(str(source), trust_remote_code=request.trust_remote_code),
-        request.calibration,
-        num_samples=request.num_samples,
+    tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
+    check = held_out(request, tokenizer)
+    if request.calibration is None:
+        return Given(request.config, check)
+    documents = read_documents(request.calibration, column=request.column)
+    drawn = text_batches(
+        tokenizer,
+        as_chats(tokenizer, documents) if request.chat_template else documents,
+        num_samples=request.num_samples + (request.check_split or 0),
         seq_len=request.seq_len,
-        batch_size=request.batch_size,
         seed=request.seed,
-        column=request.column,
     )
-    return request.config.with_calibration([_inputs(config, batch["input_ids"]) for batch in batches])
+    ids, kept = kept_back(request, torch.cat([each["input_ids"] for each in drawn]))
+    batches = [_inputs(config, rows) for rows in ids.split(request.batch_size)]
+    plain = getattr(tokenizer, "chat_template", None) and not request.chat_template
+    return Given(request.config.with_calibration(batches), check or kept, (_WITHOUT_TEMPLATE,) if plain else ())
 
 
 def _inputs(config: Any, ids: "Tensor") -> dict[str, "Tensor"]:
@@ -192,6 +236,7 @@ def _in_memory(
     assert report is not None
     if journal is None:
         return report
+    out = destination(out, report)
     try:
         save(loaded, grown, request, report, otherwise=out)
     except CheckpointError:

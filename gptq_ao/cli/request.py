@@ -51,6 +51,12 @@ class Request:
         resume: whether to go on with what a run has left.
         snapshot_every: stages from one snapshot of waiting activations to the next; 0: none.
         output_sharding: see `quantize_checkpoint`.
+        report: whether to write one beside the weights.
+        check: text to compare the result with the original on, a file or a dataset's name; `check_samples`: how many
+            sequences of it at most.
+        check_split: how many sequences of the calibration data to keep for that instead.
+        chat_template: whether the text is what users say to the model.
+        max_kl, max_perplexity_ratio: see `QualityCheck`.
     """
 
     config: "GPTQConfig"
@@ -70,6 +76,13 @@ class Request:
     resume: bool
     snapshot_every: int
     output_sharding: str
+    report: bool
+    check: str | None
+    check_samples: int
+    check_split: int | None
+    max_kl: float | None
+    max_perplexity_ratio: float | None
+    chat_template: bool
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.
@@ -153,6 +166,27 @@ def _request(
         OutputSharding,
         typer.Option(help="Under torchrun: the first process writes the shards of OUT, or every rank some of them."),
     ] = OutputSharding.first,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write OUT/report: a page to look at, and its JSON.")
+    ] = True,
+    check: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Compare the result with the original on this text, a file or a dataset."),
+    ] = None,
+    check_samples: Annotated[int, typer.Option(min=1, help="Sequences of it at most, evenly spaced.")] = 32,
+    check_split: Annotated[
+        int | None, typer.Option(min=1, help="Or on so many sequences of the calibration data, kept for that.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="The most that KL(original ‖ result) may be, in nats per token.")
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="The most that perplexity may be, divided by the original's.")
+    ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option("--chat-template", help="Each document is what a user says, in the model's own chat template."),
+    ] = False,
 ) -> Request:
     from gptq_ao.config import gptq_config
 
@@ -193,6 +227,13 @@ def _request(
         resume,
         snapshot_every,
         output_sharding.value,
+        report,
+        check,
+        check_samples,
+        check_split,
+        max_kl,
+        max_perplexity_ratio,
+        chat_template,
     )
 
 

@@ -257,7 +257,7 @@ class JournaledStages:
 
 
 # Of a SolvedPart, as JSON.
-_SAID = ("method", "rows", "damp", "dead", "changed", "energy", "fallback")
+_SAID = ("method", "rows", "damp", "dead", "changed", "energy", "fallback", "expert_rows")
 
 
 def _solved(said: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: Layout, config: GPTQConfig) -> SolvedPart:
@@ -289,6 +289,9 @@ def _solved(said: Mapping[str, Any], tensors: Mapping[str, Tensor], layout: Layo
     for name, value in values.items():
         if type(value) not in _TYPES[name]:
             raise ValueError(f"its {name} is {value!r}")
+    if any(type(rows) is not int for rows in values["expert_rows"]):
+        raise ValueError(f"its expert_rows are {values['expert_rows']!r}")
+    values["expert_rows"] = tuple(values["expert_rows"])
     adapter = LowRank(tensors["A"], tensors["B"]) if "A" in expected else None
     codes = unpack_bits(tensors["codes"], spec.bits, k)
     return SolvedPart(Part(said["name"], 0, n), Solution(codes, scale, zero_point, perm), adapter=adapter, **values)
@@ -303,6 +306,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "changed": (*_NUMBER, _NOTHING),
     "energy": (*_NUMBER, _NOTHING),
     "fallback": (str, _NOTHING),
+    "expert_rows": (list,),
 }
 
 

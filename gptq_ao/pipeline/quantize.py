@@ -8,7 +8,7 @@ import dataclasses
 import resource
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -18,6 +18,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 
 from gptq_ao.calibration.activation_store import ActivationStore
+from gptq_ao.calibration.advice import advice_on_rows, advice_on_text
 from gptq_ao.calibration.batches import Batch, digest
 from gptq_ao.checkpoint.origin import Origin, origin_of
 from gptq_ao.config import GPTQConfig
@@ -25,16 +26,15 @@ from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarning
 from gptq_ao.journal.journal import Journal
 from gptq_ao.model.ambient import own_precision
-from gptq_ao.model.inspection import check_unquantized
 from gptq_ao.model.parts import FsdpParameters
-from gptq_ao.model.sharded import check_gatherable, check_whole, shard_in
+from gptq_ao.model.sharded import check_gatherable, shard_in
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.passes.observe import uncompensated
 from gptq_ao.passes.products.adapters import without_adapters
 from gptq_ao.passes.products.fused_sets import mixed_sets
-from gptq_ao.passes.products.group_sizes import check_group_sizes, largest_fitting, smaller_groups
-from gptq_ao.passes.records import Layout, Selection
+from gptq_ao.passes.products.group_sizes import smaller_groups
+from gptq_ao.passes.records import Selection
 from gptq_ao.pipeline.agreement import check_agreement, with_all_ranks
 from gptq_ao.pipeline.journaled import (
     begin,
@@ -47,24 +47,23 @@ from gptq_ao.pipeline.journaled import (
 from gptq_ao.pipeline.precision import check_possible, choose_precision, with_precision
 from gptq_ao.pipeline.replay import find_products, replay
 from gptq_ao.pipeline.restorable import RestorableWeights
-from gptq_ao.pipeline.run_plan import rewrite, round_all, run_plan
+from gptq_ao.pipeline.run_plan import round_all, run_plan
 from gptq_ao.pipeline.sharded_weights import ShardedWeights
-from gptq_ao.pipeline.solve_together import round_matrix
 from gptq_ao.pipeline.training_code import left_behind, ranks_apart
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import Limits, MaxMemory
-from gptq_ao.planning.memory import allot
+from gptq_ao.planning.memory import allot, free_bytes
 from gptq_ao.planning.output_bytes import result_size
 from gptq_ao.planning.portions import note_of
 from gptq_ao.planning.prepare import Prepared, check_support, prepare, select
 from gptq_ao.progress import Progress
+from gptq_ao.quality.check import QualityCheck, compared
 from gptq_ao.report import Decision, Report, WeightReport, names_of
-from gptq_ao.tensor import GroupTensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["quantize_", "quantize_parameter_", "quantize_weights"]
+__all__ = ["quantize_", "quantize_weights"]
 
 
 def quantize_(
@@ -79,6 +78,7 @@ def quantize_(
     process_group: "ProcessGroup | None" = None,
     journal: str | Path | Journal | None = None,
     snapshot_every: int = 0,
+    quality: QualityCheck | None = None,
 ) -> Report | None:
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced. Wrappers
     that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and
@@ -110,13 +110,15 @@ def quantize_(
             ranks the first keeps it.
         snapshot_every: after so many stages the journal keeps the activations that wait, too, in place of those before:
             what comes before them need not run again. 0: never. Not for several ranks.
+        quality: what the quantized model has to keep to, on text that it is not calibrated on: the original predicts
+            before the first weight changes, and `report.quality` says how far they are apart. Not for several ranks.
 
     Returns:
         What was done, per weight; None for another library's config.
 
     Raises:
-        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, RankError, SolverError, StrictError:
-        see each message.
+        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, QualityError, RankError,
+        SolverError, StrictError: see each message.
         CheckpointError: the journal is damaged or in use, or cannot be written. (That of another run is a ConfigError.)
         Whatever is raised, the model is as it was, unless a note on the exception says that there was no room to keep
         the weights that had been replaced: then the model has to be loaded again.
@@ -140,7 +142,7 @@ def quantize_(
             job = dataclasses.replace(job, weights=ShardedWeights(job, managed))
             if any(ranks.tell(opened is not None)):  # what the journal asks for takes all ranks
                 job = dataclasses.replace(job, source=facts_of_values(job.weights))
-        report = quantize_weights(job, origin_of(model))
+        report = quantize_weights(job, origin_of(model), quality)
     behind = left_behind(parameters, model)
     if behind is None:
         return report
@@ -164,11 +166,12 @@ def _opened(
     return Journal(Path(journal), resume=True, required=True, how=how, snapshot_every=snapshot_every)
 
 
-def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
+def quantize_weights(job: Job, origin: Origin | None = None, quality: QualityCheck | None = None) -> Report:
     """`quantize_` for a model whose weights are anywhere.
 
     Args:
         origin: where the model came from; None: from nowhere, or it does not matter.
+        quality: see `quantize_`.
 
     Raises:
         StrictError: with `strict`, the model is only a part of what is stored there.
@@ -183,20 +186,47 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
     check_agreement(job)
     recipe = _recipe(job.config, job.batches)  # before anything can change the data
     # The model may draw random numbers when it runs.
-    with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
+    draws = torch.random.fork_rng([job.device] if job.device.type == "cuda" else [])
+    with draws, _judged(job, quality) as judge:
         if isinstance(job.weights, ModelWeights):
             weights = job.weights if isinstance(job.weights, RestorableWeights) else RestorableWeights(job)
             with weights.restored_on_error():
                 # Whether all have come to the end is known within, while the model can still be put back.
-                report = with_all_ranks(_quantize(dataclasses.replace(job, weights=weights)), job.ranks)
+                report = judge(with_all_ranks(_quantize(dataclasses.replace(job, weights=weights)), job.ranks))
         else:
-            report = with_all_ranks(_quantize(job), job.ranks)
+            report = judge(with_all_ranks(_quantize(job), job.ranks))
     told = report.warnings if apart is None else (apart, *report.warnings)
     report = dataclasses.replace(report, recipe=recipe, warnings=told)
     if origin is None:
         return report
     notes = (*report.notes, *origin.notes(job.model))
     return dataclasses.replace(report, notes=notes, ignored=tuple(origin.ignored), lost=origin.lost)
+
+
+@contextlib.contextmanager
+def _judged(job: Job, check: QualityCheck | None) -> Iterator[Callable[[Report], Report]]:
+    """What adds to a report how far the quantized model is from the original, which has predicted by then."""
+    if check is None:
+        yield lambda report: report
+        return
+    if job.ranks.size > 1 or isinstance(job.weights, ShardedWeights):
+        raise ConfigError(
+            "quality is checked in one process that has the whole model: leave the check out here, and compare the "
+            "saved model with the original (gptq-ao eval --reference, or gptq_ao.evaluate)"
+        )
+    free = free_bytes(torch.device("cpu"))
+    allowed = [n for n in (job.limits.host, None if free is None else free // 4) if n is not None]
+    with contextlib.ExitStack() as until_done:
+        with job.clock("quality"):
+            waits = compared(check, job.weights, job.device, min(allowed, default=None))
+            compare = until_done.enter_context(waits)
+
+        def judge(report: Report) -> Report:
+            with job.clock("quality"):
+                found = compare()
+            return dataclasses.replace(report, quality=found, measured={**report.measured, **found.measured})
+
+        yield judge
 
 
 def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
@@ -311,36 +341,6 @@ def _replay(job: Job, weights: RestorableWeights, reason: str) -> Report:
     )
 
 
-@torch.no_grad()
-@own_precision()
-def quantize_parameter_(module: nn.Module, name: str, config: GPTQConfig) -> None:
-    """Round one parameter of `module` to nearest. Does nothing to one that is quantized already."""
-    check_whole(module)
-    if name not in module._parameters:
-        raise ConfigError(
-            f"{name!r} of a {type(module).__name__} is no parameter but computed from others, by a parametrization or "
-            "FSDP: make it one (torch.nn.utils.parametrize.remove_parametrizations), or quantize before wrapping"
-        )
-    parameter = module.get_parameter(name)
-    if isinstance(parameter, GroupTensor):
-        return
-    if config.target_bits is not None:
-        raise ConfigError(
-            f"target_bits chooses the bits of all of a model's weights with calibration data, not those of {name!r} "
-            "alone: give bits"
-        )
-    config.check_no_adapter("rounding one parameter to nearest")
-    check_unquantized(module, lambda each: each == name)
-    if parameter.dim() < 2:
-        raise ConfigError(f"parameter {name!r} has shape {tuple(parameter.shape)}: only matrices can be quantized")
-    stack, out, width = parameter.shape[:-2].numel(), *parameter.shape[-2:]
-    check_group_sizes({name: width}, {name: config})
-    if config.group_size is None:
-        config = dataclasses.replace(config, group_size=largest_fitting([width]))
-    layout = Layout(tuple(parameter.shape), stack, out, width, transposed=False)
-    rewrite(ModelWeights(module), layout, round_matrix(name, layout.matrix(parameter), config), config, stage=0)
-
-
 def _check(job: Job, selection: Selection) -> None:
     if isinstance(job.weights, ShardedWeights):
         job.weights.check_cuts(selection)
@@ -390,7 +390,11 @@ def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Map
         hessians=sum(len(s.inputs) for s in stages),
         seconds=job.clock.seconds,
         peak_bytes=peak,
-        warnings=prepared.warnings,
+        warnings=(
+            *prepared.warnings,
+            *advice_on_text(job.batches or (), getattr(job.model, "config", None)),
+            *advice_on_rows(done, {name: layout.in_features for name, layout in prepared.selection.layouts.items()}),
+        ),
         capture="export" if "capture" in job.clock.seconds else "none",
         notes=(*_notes(job, prepared), *notes_of_journal(job)),
     )

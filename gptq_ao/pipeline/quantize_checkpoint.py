@@ -27,6 +27,7 @@ from gptq_ao.pipeline.quantize import quantize_weights
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import MaxMemory
 from gptq_ao.progress import Progress
+from gptq_ao.quality.check import QualityCheck
 from gptq_ao.report import Report
 from gptq_ao.tensor import GroupTensor
 
@@ -54,6 +55,7 @@ def quantize_checkpoint(
     resume: bool | Journal = False,
     snapshot_every: int = 0,
     output_sharding: str = "first",
+    quality: QualityCheck | None = None,
 ) -> Report:
     """Quantize the Hugging Face model in the directory `source` and write it to the directory `out`, as `quantize_` and
     `save_quantized` would, tensor by tensor the same. At no time is the model in memory: only the weights that run or
@@ -72,11 +74,11 @@ def quantize_checkpoint(
         max_shard_bytes: size of the files, and of the part of the result that is held in memory.
         resume: whether to go on with what a run to `out` that did not end has left, in a hidden directory beside it, if
             there is such; see docs/large-models.md. If not, such work is an error, and nothing of it is removed.
-        snapshot_every: see `quantize_`.
+        snapshot_every, quality: see `quantize_`. Both models run layer by layer, with their weights from the files.
 
     Raises:
-        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, RankError, SolverError: as
-            `quantize_`.
+        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, QualityError, RankError,
+            SolverError: as `quantize_`.
         CheckpointError: `source` is unsafe, incomplete or does not fit its config; `out` holds something; the disk is
             full; another process writes there, or a run that did not end has left its work and `resume` is False.
             Nothing is left at `out`, whatever is raised; beside it, what was finished is.
@@ -106,7 +108,7 @@ def quantize_checkpoint(
         weights = CheckpointWeights(opened, writer)
         job = Job.of(weights, config, filter_fn, device, max_memory, progress, ranks)
         job = dataclasses.replace(job, journal=journal, source=facts_of_files(Path(source)))
-        report = quantize_weights(job, origin)
+        report = quantize_weights(job, origin, quality)
         if writer is not None:
             writer.add_rest(weights.model, weights.get)
             if journal is not None:

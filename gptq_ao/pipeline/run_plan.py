@@ -1,5 +1,6 @@
 """The stages of a plan, one after the other: observe what reaches the weights, solve them, put the results in place."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -138,6 +139,7 @@ def rewrite(weights: Weights, layout: Layout, solved: SolvedPart, config: GPTQCo
         method=solved.method,
         stage=stage,
         rows=solved.rows,
+        expert_rows=tuple(solved.expert_rows),
         damp=solved.damp,
         dead=solved.dead,
         error=solved.error,
@@ -185,9 +187,11 @@ class _Solving:
         rows = {p: self._matrices[p.weight][p.start : p.stop] for p in shared.expert(expert.number)}
         strict, grids = self._job.config.strict, grids_of(self._job, rows)
         streams, heights = tuple(p for p, _ in shared.residuals), self._heights
-        yield from solve_together(
+        solved = solve_together(
             rows, self._settings, expert.hessian, strict, expert.fallback, streams, grids, heights, ranks
         )
+        own = (expert.rows,) if shared.experts > 1 else ()
+        yield from (dataclasses.replace(part, expert_rows=own) for part in solved)
 
 
 def grids_of(job: Job, parts: Iterable[Part]) -> dict[Part, tuple[Tensor, Tensor]]:

@@ -215,6 +215,7 @@ def join_parts(parts: Iterable[SolvedPart], matrix: Tensor, config: GPTQConfig) 
         energy=sum(p.energy or 0.0 for p in pieces),
         fallback=_summary(pieces),
         adapter=_stack_of([p.adapter for p in pieces], [p.part.stop - p.part.start for p in pieces]),
+        expert_rows=tuple(rows for p in pieces for rows in p.expert_rows),
     )
 
 

@@ -19,6 +19,7 @@ class SolvedPart:
         solution: of the rows [n, K].
         changed, energy: tr(E·H·Eᵀ) and tr(W·H·Wᵀ), summed over all calibration rows; None without a Hessian.
         adapter: B·A for the rows [n, K].
+        expert_rows: of each expert whose rows these are, in their order; empty for what is no expert.
         See `report.WeightReport` for the others.
     """
 
@@ -32,6 +33,7 @@ class SolvedPart:
     energy: float | None = None
     fallback: str | None = None
     adapter: LowRank | None = None
+    expert_rows: tuple[int, ...] = ()
 
     def dequantize(self) -> Tensor:
         """What the rows are from now on, [n, K] fp32."""

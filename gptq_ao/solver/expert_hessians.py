@@ -15,11 +15,13 @@ class ExpertHessian:
     """What expert `number` is solved with.
 
     Attributes:
+        rows: of its own.
         fallback: why that is not the Hessian of its own rows; None if it is.
     """
 
     number: int
     hessian: Hessian
+    rows: int
     fallback: str | None = None
 
 
@@ -36,7 +38,7 @@ class ExpertHessians:
     def add(self, hessians: tuple[Hessian, ...]) -> list[ExpertHessian]:
         """Those that can be solved now; with the last portion, all that are left."""
         if self._experts == 1:
-            return [ExpertHessian(0, h) for h in hessians]
+            return [ExpertHessian(0, h, h.rows) for h in hessians]
         ready = []
         for h in hessians:
             self._sum = torch.zeros_like(h.matrix) if self._sum is None else self._sum
@@ -45,11 +47,11 @@ class ExpertHessians:
             if h.rows < self._min_rows:
                 self._few.append((self._seen, h.rows))
             else:
-                ready.append(ExpertHessian(self._seen, h))
+                ready.append(ExpertHessian(self._seen, h, h.rows))
             self._seen += 1
         if self._seen < self._experts or self._sum is None:
             return ready
         together = Hessian(self._sum.div_(max(self._rows, 1)), self._rows)
         self._sum = None
         why = f"the expert saw {{}} rows, fewer than {self._min_rows}: solved with the Hessian of all experts' rows"
-        return [*ready, *(ExpertHessian(number, together, why.format(rows)) for number, rows in self._few)]
+        return [*ready, *(ExpertHessian(number, together, rows, why.format(rows)) for number, rows in self._few)]

@@ -46,7 +46,18 @@ def test_the_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not packages & heavy
     assert "typer" in packages
     ours = {name for name in imported if name.startswith("gptq_ao")}
-    files = {"interruption", "options", "request", "merge", "quantization", "checkpoints", "score"}
+    files = {
+        "interruption",
+        "options",
+        "request",
+        "merge",
+        "quantization",
+        "checkpoints",
+        "reports",
+        "quality",
+        "diagnosis",
+        "score",
+    }
     expected = {"gptq_ao", "gptq_ao.cli", "gptq_ao.errors", "gptq_ao.version", "gptq_ao.__main__"}
     expected |= {"gptq_ao.integrations", "gptq_ao.integrations.on_import", *(f"gptq_ao.cli.{file}" for file in files)}
     assert ours <= expected

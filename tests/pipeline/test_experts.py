@@ -204,6 +204,12 @@ def test_starved_experts_take_the_hessian_of_all_and_are_listed() -> None:
     _, plain = quantized(expert_min_rows=0)
     _, report = quantized(expert_min_rows=10**6)
     assert set(report.fallbacks) == {w.name for w in plain.weights if "experts" in w.name}
+    # Whatever they were solved with, what is said is how many each saw: two experts for each token.
+    own, starved = ({w.name: w.expert_rows for w in each.weights} for each in (plain, report))
+    assert (own[UP], own[DOWN]) == (starved[UP], starved[DOWN])  # in later layers, the router may choose others
+    assert len(own[UP]) == EXPERTS
+    assert sum(own[UP]) == sum(own[DOWN]) == next(w.rows for w in plain.weights if w.name == UP)
+    assert {rows for name, rows in own.items() if "experts" not in name} == {()}
     message = report.fallbacks[UP]
     assert "rows 0:48: the expert saw" in message
     assert "fewer than 1000000: solved with the Hessian of all experts' rows" in message

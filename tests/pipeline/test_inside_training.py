@@ -276,7 +276,8 @@ def test_whoever_holds_replaced_parameters_is_named(message: str, method: str, o
     with pytest.warns(TrainingWarning, match=f"{message} .* such as .*_proj.*then build the optimizer") as caught:
         report: Any = quantize_(model, config(method))
     assert caught[0].filename == __file__
-    assert report.warnings == (str(caught[0].message),)
+    # What there is so little of here is said last.
+    assert [w for w in report.warnings if not w.startswith("calibration data")] == [str(caught[0].message)]
     assert "had been given" in str(report)
     del holder
 
@@ -315,7 +316,8 @@ def test_ranks_that_calibrate_apart_are_told(expected: dict[str, list[Tensor]], 
     ) as caught:
         report: Any = quantize_(model, config())
     assert caught[0].filename == __file__
-    assert report.warnings == (str(caught[0].message),)
+    # What there is so little of here is said last.
+    assert [w for w in report.warnings if not w.startswith("calibration data")] == [str(caught[0].message)]
     assert all(map(torch.equal, codes(model), expected["gptq"]))
     quantize_(tiny_llama(layers=1), config("rtn"))  # the same everywhere
 

@@ -16,12 +16,12 @@ from gptq_ao.calibration.batches import as_batch
 from gptq_ao.data import text_batches, token_chunks
 from gptq_ao.errors import CalibrationError, ConfigError
 from gptq_ao.evaluate import evaluate
+from gptq_ao.integrations.torchao import quantize_parameter_
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
 from gptq_ao.passes.canonicalize import canonicalize
 from gptq_ao.passes.capture import capture
 from gptq_ao.passes.expected_harm import SEQUENCES, expected_harm
 from gptq_ao.passes.find_linears import find_linears
-from gptq_ao.pipeline.quantize import quantize_parameter_
 from gptq_ao.report import Report
 from gptq_ao.tiny_lm.corpus import documents
 

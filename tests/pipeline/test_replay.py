@@ -574,4 +574,4 @@ def test_a_fused_set_of_experts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
         report: Any = quantize_(block, gptq_config(4, 32, rules=rules, calibration=[torch.ones(4, 32)]))
     assert caught[0].filename == __file__
     assert report.capture == "replay"
-    assert len(report.warnings) == 1
+    assert len([w for w in report.warnings if w.startswith("fused")]) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from gptq_ao.checkpoint.files.directory import weight_files
 from gptq_ao.checkpoint.files.paths import MANIFEST, confined
 from gptq_ao.errors import CheckpointError
+from gptq_ao.presentation.files import FOLDER, is_report
 
 __all__ = ["copy_side_files", "side_files"]
 
@@ -45,7 +46,7 @@ def side_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
     left: list[str] = []
     for path in sorted(directory.iterdir()):
         index = path.name.endswith(".index.json")
-        if _hidden(path) or index or path.name in _OF_THE_WEIGHTS or path.name in read:
+        if _hidden(path) or index or path.name in _OF_THE_WEIGHTS or path.name in read or _is_ours(path):
             continue
         files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p)]
         # A folder with weights is another model, or a part of one: its other files mean nothing without them.
@@ -71,6 +72,11 @@ def copy_side_files(files: Mapping[str, Path], out: Path) -> None:
 def _hidden(path: Path) -> bool:
     """Such as `.git`, and the `.cache` of a download."""
     return path.name.startswith(".") or "__pycache__" in path.parts
+
+
+def _is_ours(path: Path) -> bool:
+    """A report on how the weights beside it were made."""
+    return path.name == FOLDER and path.is_dir() and is_report(path)
 
 
 def _small(directory: Path, path: Path) -> bool:

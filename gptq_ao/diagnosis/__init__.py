@@ -1,0 +1,1 @@
+"""Which weights of a quantized model hurt, and what to do about it."""
