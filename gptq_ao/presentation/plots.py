@@ -96,18 +96,20 @@ def _sensitivity_axes(axes: "Axes") -> None:
     axes.set_ylabel("bits")
 
 
-def _plain(value: float, position: int) -> str:
+def _plain(value: float, position: float) -> str:
     return f"{value:g}"
 
 
 def _labels(x: str, y: str, *, log: bool = False) -> "Callable[[Axes], None]":
     def label(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return label
 
@@ -149,8 +151,8 @@ def _svg(title: str, series: Series, finish: "Callable[[Axes], None]", lines: bo
         for number, (label, points) in enumerate(series.items()):
             x, y = zip(*points, strict=True)
             joined = "-" if lines else ""
-            look = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
-            axes.plot(x, y, label=label, linestyle=joined, linewidth=1, markersize=5, **look)
+            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            axes.plot(x, y, label=label, linestyle=joined, linewidth=1, markersize=5, color=colour, marker=marker)
         finish(axes)
         if len(series) > 1:
             figure.legend(frameon=False, fontsize="small", loc="outside right upper")
