@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build a wheel from a zip archive of HEAD, install it in a clean environment, and import one module of each folder.
+# Build a wheel from a zip archive of HEAD, install it in a clean environment, and import one module of each folder. The
+# source distribution that is made of the archive must give the same wheel.
 # A zip archive turns the links gptq_ao/passes and gptq_ao/kernels into text files: the wheel must be whole all the same.
 #     tests/check_wheel.sh PYTHON    PYTHON: of an environment with the dependencies; only those are taken from it
 set -euo pipefail
@@ -13,6 +14,12 @@ git -C "$root" archive --format=zip HEAD -o "$work/source.zip"
 "$python" -m zipfile -e "$work/source.zip" "$work/source"
 test -f "$work/source/gptq_ao/passes"
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work/wheel" "$work/source"
+
+"$python" -m build --no-isolation --sdist --outdir "$work/sdist" "$work/source" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+! tar -tvf "$work"/sdist/*.tar.gz | grep '^l'  # no links: Windows could not unpack them
+"$python" -m pip wheel --quiet --no-deps --wheel-dir "$work/again" "$work"/sdist/*.tar.gz
+for wheel in wheel again; do "$python" -m zipfile -l "$work/$wheel"/*.whl | awk '{print $1, $NF}' | grep -v dist-info > "$work/$wheel.list"; done
+cmp "$work/wheel.list" "$work/again.list"
 
 "$python" -m venv "$work/clean"
 "$work/clean/bin/python" -m pip install --quiet --no-deps "$work"/wheel/*.whl

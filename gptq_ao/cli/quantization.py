@@ -31,6 +31,10 @@ NATIVE = "native"
 _WITHOUT_TEMPLATE = (
     "calibration data: the model has a chat template, and the text is not in it: give --chat-template if chats count"
 )
+_DEFAULT_TEXT = (
+    "calibration data: no --calibration was given, so the model was calibrated with the sources of Python's standard "
+    "library, which are code and English; text like that which the model is for is better"
+)
 
 
 @with_request
@@ -48,8 +52,6 @@ def quantize(
 
 
 def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ranks") -> None:
-    if request.calibration is None and request.config.method == "gptq":
-        raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
     _check(request)
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device, ranks)
@@ -169,28 +171,34 @@ class Given:
 
 
 def with_data(request: Request, source: Path) -> Given:
-    """What a request means, with its data."""
-    if request.calibration is None and request.check is None:
+    """What a request means, with its data. Without `--calibration`, GPTQ gets the text that every Python brings along."""
+    calibrated = request.calibration is not None or request.config.method == "gptq"
+    if not calibrated and request.check is None:
         return Given(request.config)
     import torch
 
     from gptq_ao.data import as_chats, read_documents, text_batches
     from gptq_ao.integrations.transformers import load_tokenizer
     from gptq_ao.model.architecture import model_class, read_config
+    from gptq_ao.tiny_lm import corpus
 
     config = read_config(source, trust_remote_code=request.trust_remote_code)
     kind = model_class(config, source, trust_remote_code=request.trust_remote_code)
     takes = getattr(kind, "main_input_name", "input_ids")
     if takes != "input_ids":
         raise ConfigError(
-            f"the {kind.__name__} takes {takes}, and --calibration gives it text: call quantize_(model, gptq_config("
+            f"the {kind.__name__} takes {takes}, and would be calibrated with text: call quantize_(model, gptq_config("
             "calibration=…)) with its own inputs, or give --method rtn, which needs none"
         )
     tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
     check = held_out(request, tokenizer)
-    if request.calibration is None:
+    if not calibrated:
         return Given(request.config, check)
-    documents = read_documents(request.calibration, column=request.column)
+    said: tuple[str, ...] = ()
+    if request.calibration is None:
+        documents, said = corpus.documents("train"), (_DEFAULT_TEXT,)
+    else:
+        documents = read_documents(request.calibration, column=request.column)
     drawn = text_batches(
         tokenizer,
         as_chats(tokenizer, documents) if request.chat_template else documents,
@@ -201,7 +209,9 @@ def with_data(request: Request, source: Path) -> Given:
     ids, kept = kept_back(request, torch.cat([each["input_ids"] for each in drawn]))
     batches = [_inputs(config, rows) for rows in ids.split(request.batch_size)]
     plain = getattr(tokenizer, "chat_template", None) and not request.chat_template
-    return Given(request.config.with_calibration(batches), check or kept, (_WITHOUT_TEMPLATE,) if plain else ())
+    if plain:
+        said += (_WITHOUT_TEMPLATE,)
+    return Given(request.config.with_calibration(batches), check or kept, said)
 
 
 def _inputs(config: Any, ids: "Tensor") -> dict[str, "Tensor"]:

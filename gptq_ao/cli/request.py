@@ -42,7 +42,7 @@ class Request:
     """
     Attributes:
         config: without calibration data.
-        calibration: a file or a dataset's name.
+        calibration: a file or a dataset's name; None: text that every Python brings along.
         column: the field of it that holds the text.
         seed: of the choice of sequences.
         limits: as `--max-memory` has them.
@@ -135,7 +135,11 @@ def _request(
         bool, typer.Option("--calibrate-all-experts", help="Every token reaches every expert, for the Hessians only.")
     ] = False,
     calibration: Annotated[
-        str | None, typer.Option(help="A .jsonl, .json, .txt or .parquet file, or a dataset's name.")
+        str | None,
+        typer.Option(
+            help="A .jsonl, .json, .txt or .parquet file, or a dataset's name.",
+            show_default="the sources of Python's standard library",
+        ),
     ] = None,
     column: Annotated[str, typer.Option(help="Field of the calibration data that holds the text.")] = "text",
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,

@@ -147,7 +147,7 @@ def test_a_model_that_takes_no_text_says_so(
     directory = source(name, tmp_path / "a")
     said = fail(monkeypatch, capsys, "quantize", str(directory), str(tmp_path / "b"), "--calibration", text)
     kind = type(MODELS[name][0]()).__name__
-    assert f"the {kind} takes {MODELS[name][1]}, and --calibration gives it text" in said
+    assert f"the {kind} takes {MODELS[name][1]}, and would be calibrated with text" in said
 
 
 def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(tmp_path: Path) -> None:

@@ -144,6 +144,19 @@ def test_convert_and_inspect(
         assert torch.equal(load_file(tmp_path / "native" / name)[part], tensor), part
 
 
+def test_without_data_there_is_the_text_that_python_brings_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--effort", "fast", "--num-samples", "8", "--seq-len", "64", "--json")
+    report = run(monkeypatch, "quantize", TINY, str(tmp_path / "q"), *few)
+    assert {x["method"] for x in report["layers"]} == {"gptq"}
+    assert all(x["rows"] == 8 * 64 for x in report["layers"])
+    (said,) = (w for w in report["warnings"] if "no --calibration was given" in w)
+    assert "the sources of Python's standard library" in said
+    again = run(monkeypatch, "quantize", TINY, str(tmp_path / "again"), *few)
+    assert [x["error"] for x in again["layers"]] == [x["error"] for x in report["layers"]]
+
+
 def test_rtn_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = run(monkeypatch, "quantize", TINY, str(tmp_path / "q"), "--method", "rtn", "--asym", "--json")
     assert {x["method"] for x in report["layers"]} == {"rtn"}
@@ -154,7 +167,6 @@ def test_errors_are_one_message_and_a_status(
 ) -> None:
     out = str(tmp_path / "q")
     cases = [
-        (("quantize", TINY, out), "error: GPTQ needs calibration data: --calibration FILE"),
         (("quantize", TINY, out, "--calibration", str(text), "--bits", "5"), "error: bits is 5"),
         (("quantize", TINY, out, "--calibration", "gone.jsonl"), "error: there is no file 'gone.jsonl'"),
         (("quantize", str(tmp_path), out, "--method", "rtn"), "has no config.json"),

@@ -131,7 +131,6 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no-config": (("quantize", "EMPTY", "OUT", "--method", "rtn"), "has no config.json"),
     "out-in-use": (("quantize", "MODEL", "MODEL", "--method", "rtn"), "exists and is not empty"),
     "out-is-a-file": (("quantize", "MODEL", "FILE", "--method", "rtn"), "exists and is not empty"),
-    "no-data": (("quantize", "MODEL", "OUT"), "GPTQ needs calibration data"),
     "data-gone": (("quantize", TINY, "OUT", "--calibration", "gone.jsonl"), "there is no file 'gone.jsonl'"),
     "no-tokenizer": (("quantize", "MODEL", "OUT", "--calibration", "FILE"), "has no tokenizer that can be loaded"),
     "device": (("quantize", "MODEL", "OUT", "--method", "rtn", "--device", "warp"), "--device warp: "),
