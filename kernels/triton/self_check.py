@@ -32,7 +32,7 @@ def agree(device: torch.device, bits: int) -> bool:
 
 
 def many_rows_agree(device: torch.device) -> bool:
-    """Whether `gluon/many_rows.py` computes what the reference does: a warning says so if not. With the versions of
+    """Whether `kernels/gluon/many_rows.py` computes what the reference does: a warning says so if not. With the versions of
     Triton that it was run with, nothing is compared."""
     if VERSION in RUN_WITH:
         return True
