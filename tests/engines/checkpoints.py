@@ -63,6 +63,7 @@ def write(case: Case, folder: Path) -> Contents:
     return contents_of(model)
 
 
+MIXED = {"re:.*k_proj": {"bits": 8}, "re:.*v_proj": None, "re:.*down.*": None, "lm_head": {"bits": 2}}
 LLAMAS, WITH_EXPERTS = ("llama", "qwen2", "qwen3"), ("mixtral", "qwen3_moe")
 CASES = [
     Case("not quantized", "tiny_lm", {}, ("dense",)),
@@ -84,4 +85,11 @@ CASES = [
     *(Case("experts of 8 bits", name, {"rules": {"re:.*experts.*": {"bits": 8}}}) for name in WITH_EXPERTS),
     Case("activation order", "llama", {"act_order": "group"}, ("gptq",)),
     Case("native", "llama", {}, ("native",)),
+    Case("native, 3 bits", "qwen2", {"bits": 3}, ("native",)),
+    # q, k and v are one layer of vLLM.
+    Case("native, mixed", "qwen3", {"rules": MIXED}, ("native",)),
+    Case("native, dense experts", "mixtral", {"rules": {"re:.*experts.*": None}}, ("native",)),
+    Case("native, experts of 4 bits", "mixtral", {"sym": False}, ("native",)),
+    Case("native, experts of 3 bits", "qwen3_moe", {"bits": 3}, ("native",)),
+    Case("native, activation order", "llama", {"act_order": "group"}, ("native",)),
 ]
