@@ -5,6 +5,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "EngineWarning",
     "FusedSettingsWarning",
     "GPTQError",
     "NoLinearError",
@@ -74,6 +75,10 @@ class RankError(GPTQError, RuntimeError):
 
 class FusedSettingsWarning(UserWarning):
     """Weights that inference engines fuse into one would have different settings."""
+
+
+class EngineWarning(UserWarning):
+    """A checkpoint is of a kind that the engine it is for, or every engine, does not serve."""
 
 
 class RoundedScalesWarning(UserWarning):

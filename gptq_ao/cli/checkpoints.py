@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from gptq_ao.cli.options import AsJson, TrustRemoteCode, show
+from gptq_ao.cli.request import EngineName
 from gptq_ao.errors import ConfigError
 
 __all__ = ["convert", "inspect"]
@@ -82,6 +83,9 @@ def convert(
             show_default="gguf, of a file OUT.gguf",
         ),
     ] = None,
+    engine: Annotated[
+        EngineName | None, typer.Option("--for", help="What is to serve it: warn if it would not.")
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -92,7 +96,9 @@ def convert(
     format = format or (GGUF if out.suffix == ".gguf" else None)
     if format is None:
         raise ConfigError(f"--format is missing: it is known of a file OUT.gguf only, and {out} is no such name")
-    found = convert_checkpoint(source, out, format, trust_remote_code=trust_remote_code)
+    found = convert_checkpoint(
+        source, out, format, trust_remote_code=trust_remote_code, engine=None if engine is None else engine.value
+    )
     size = sum(f.stat().st_size for f in ([out] if out.is_file() else out.glob("*.safetensors")))
     facts = {"source": str(source), "out": str(out), "from": found, "to": format, "bytes": size}
     show(facts, f"{source}, {found}, written to {out} as {format}: {size / 2**20:.1f} MiB", as_json)

@@ -20,6 +20,7 @@ __all__ = ["merge"]
 OWN = (
     "bits",
     "target_bits",
+    "engine",
     "group_size",
     "act_order",
     "sym",

@@ -1,6 +1,7 @@
 """`quantize`, and `plan`, which takes the same options."""
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from gptq_ao.cli.interruption import stopped_gently
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
 from gptq_ao.cli.quality import check_limits, destination, held_out, kept_back, rejected
 from gptq_ao.cli.reports import save_beside, show_report
-from gptq_ao.cli.request import Request, with_request
+from gptq_ao.cli.request import OutFormat, Request, with_request
 from gptq_ao.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     from gptq_ao.checkpoint.files.output_directory import check_empty
     from gptq_ao.checkpoint.hub import check_login, upload
     from gptq_ao.journal.journal import growing_in, journal_beside
+    from gptq_ao.model.empty import empty_model
     from gptq_ao.pipeline.quantize_checkpoint import journal_of
 
     if request.config.adapter_rank:
@@ -79,6 +81,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
             journal.growing()
         source = find_checkpoint(model, whole=True)
+        request = _for_engine(request, lambda: empty_model(source, trust_remote_code=request.trust_remote_code))
         given = with_data(request, source)
         write = _stream if request.stream else _in_memory
         together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1, "quality": given.check}
@@ -92,6 +95,8 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
         written = destination(out, report)
         journal.publish(grown, written)
     lines = [f"written to {written}", *([unwritten] if unwritten else [])]
+    if request.beside:
+        lines.append(f"{request.engine} serves it{request.beside}")
     if report.adapter:
         lines.append(
             f"PeftModel.from_pretrained(model, {str(written / 'adapter')!r}) puts the adapter beside the weights"
@@ -132,6 +137,7 @@ def plan(
         otherwise=torch.bfloat16,
         trust_remote_code=request.trust_remote_code,
     )
+    request = _for_engine(request, lambda: frame)
     config = request.config
     if config.method == "gptq":
         # Only shapes count for a plan, so no text is read and no tokenizer loaded.
@@ -141,7 +147,9 @@ def plan(
     # `quantize_checkpoint` holds one file of its result in memory, of at most 2^30 bytes.
     shard_bytes = 2**30 if request.stream else 0
     made = plan_weights(weights, config, device=place, max_memory=limits, shard_bytes=shard_bytes, processes=nproc)
-    show({"model": model, **made.to_dict()}, str(made), as_json)
+    chosen = {} if request.engine is None else {"for": request.engine, "format": request.format}
+    text = f"{made}\nfor {request.engine}: --format {request.format}{request.beside}" if chosen else str(made)
+    show({"model": model, **chosen, **made.to_dict()}, text, as_json)
 
 
 def _check(request: Request) -> None:
@@ -160,6 +168,30 @@ def _check(request: Request) -> None:
         )
 
 
+def _for_engine(request: Request, frame: "Callable[[], nn.Module]") -> Request:
+    """The request with a format that its engine serves, if it names one.
+
+    Raises:
+        ConfigError: the engine does not serve what would be written.
+    """
+    if request.engine is None:
+        return request
+    from gptq_ao.checkpoint.engines import advice, alternatives, beside, engine_named, planned, why_not
+
+    contents = planned(frame(), request.config)
+    written = [*OutFormat]
+    format = request.format or next(iter(alternatives(request.engine, contents, written)), None)
+    why = None if format is None else why_not(request.engine, format, contents)
+    if format is None or why is not None:
+        name = engine_named(request.engine).version
+        why = why or f"{name} serves none of {', '.join(written)} with these settings for this model"
+        raise ConfigError(f"--for {request.engine}: {why}; {advice(request.engine, contents, written)}")
+    rule = alternatives(request.engine, contents, [format])[format]
+    request = dataclasses.replace(request, format=format, beside=beside(rule))
+    _check(request)
+    return request
+
+
 @dataclass(frozen=True)
 class Given:
     """The settings, with batches of text where they are needed; what the result is checked with; and what is to be said
@@ -171,7 +203,7 @@ class Given:
 
 
 def with_data(request: Request, source: Path) -> Given:
-    """What a request means, with its data. Without `--calibration`, GPTQ gets the text that every Python brings along."""
+    """What a request means, with its data. GPTQ without `--calibration` gets the text that each Python brings along."""
     calibrated = request.calibration is not None or request.config.method == "gptq"
     if not calibrated and request.check is None:
         return Given(request.config)
@@ -262,7 +294,7 @@ def save(model: "nn.Module", out: Path, request: Request, report: "Report", othe
     from gptq_ao.checkpoint.save import save_quantized
 
     try:
-        save_quantized(model, out, format=request.format, report=report)
+        save_quantized(model, out, format=request.format or NATIVE, report=report, engine=request.engine)
     except CheckpointError as e:
         if request.format == NATIVE:
             raise
@@ -298,5 +330,6 @@ def _stream(
         native = Path(temporary) / "native"
         report = quantize_checkpoint(source, native, config, **how)
         trusted = request.trust_remote_code
-        convert_checkpoint(native, grown, request.format, report=report, trust_remote_code=trusted)
+        to = request.format or NATIVE
+        convert_checkpoint(native, grown, to, report=report, trust_remote_code=trusted, engine=request.engine)
     return report

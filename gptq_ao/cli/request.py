@@ -17,7 +17,7 @@ from gptq_ao.errors import ConfigError
 if TYPE_CHECKING:
     from gptq_ao.config import GPTQConfig
 
-__all__ = ["Request", "with_request"]
+__all__ = ["EngineName", "OutFormat", "Request", "with_request"]
 
 
 class OutputSharding(StrEnum):
@@ -37,6 +37,18 @@ class OutFormat(StrEnum):
     awq = "awq"
 
 
+class EngineName(StrEnum):
+    """Of what is to serve it."""
+
+    vllm = "vllm"
+    vllm_cpu = "vllm-cpu"
+    sglang = "sglang"
+    sglang_cpu = "sglang-cpu"
+    llama_cpp = "llama.cpp"
+    mlx = "mlx"
+    transformers = "transformers"
+
+
 @dataclass(frozen=True)
 class Request:
     """
@@ -46,7 +58,8 @@ class Request:
         column: the field of it that holds the text.
         seed: of the choice of sequences.
         limits: as `--max-memory` has them.
-        format: to write.
+        format: to write; None: what `engine` reads.
+        engine: what is to serve it.
         push_to_hub: repository to upload the result to.
         resume: whether to go on with what a run has left.
         snapshot_every: stages from one snapshot of waiting activations to the next; 0: none.
@@ -57,6 +70,7 @@ class Request:
         check_split: how many sequences of the calibration data to keep for that instead.
         chat_template: whether the text is what users say to the model.
         max_kl, max_perplexity_ratio: see `QualityCheck`.
+        beside: what has to be installed beside the engine, in words.
     """
 
     config: "GPTQConfig"
@@ -68,7 +82,8 @@ class Request:
     seed: int
     stream: bool
     limits: str | None
-    format: str
+    format: str | None
+    engine: str | None
     device: str | None
     dtype: Dtype
     push_to_hub: str | None
@@ -83,6 +98,7 @@ class Request:
     max_kl: float | None
     max_perplexity_ratio: float | None
     chat_template: bool
+    beside: str = ""
 
 
 # Of those that are None, a file or a preset decides, or else what is shown as the default, which is `gptq_config`'s.
@@ -146,7 +162,13 @@ def _request(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
-    format: Annotated[OutFormat, typer.Option(help="What to write.")] = OutFormat.native,
+    format: Annotated[
+        OutFormat | None, typer.Option(help="What to write.", show_default="native, or what --for reads")
+    ] = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option("--for", help="What is to serve it: fail at once if it would not, and choose --format."),
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Never hold the model in memory: for a directory larger than that.")
     ] = False,
@@ -223,7 +245,8 @@ def _request(
         seed,
         stream,
         max_memory,
-        format.value,
+        format.value if format is not None else OutFormat.native.value if engine is None else None,
+        None if engine is None else engine.value,
         device,
         dtype,
         push_to_hub,

@@ -228,6 +228,17 @@ def squeeze(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return weight
 
 
+@implements([aten.unsqueeze.default])
+def unsqueeze(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """The weight with one more dimension of size 1: a leading one, or else dense."""
+    weight, dim = args
+    dim %= weight.dim() + 1
+    if weight.view_shape is not None or dim > weight.dim() - 2:
+        return on_values(GroupTensor, func, args, kwargs)
+    with torch.inference_mode(False):
+        return _aliased(func, args, kwargs, weight.each(lambda t: t.unsqueeze(dim)))
+
+
 @implements([aten.unbind.int])
 def unbind(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """All of `select` along one dimension."""

@@ -32,8 +32,8 @@ def agree(device: torch.device, bits: int) -> bool:
 
 
 def many_rows_agree(device: torch.device) -> bool:
-    """Whether `kernels/gluon/many_rows.py` computes what the reference does: a warning says so if not. With the versions of
-    Triton that it was run with, nothing is compared."""
+    """Whether `kernels/gluon/many_rows.py` computes what the reference does: a warning says so if not. With versions
+    of Triton that it was run with, nothing is compared."""
     if VERSION in RUN_WITH:
         return True
     instead = f"with Triton {VERSION[0]}.{VERSION[1]}; the other kernels are used instead, which are slower"

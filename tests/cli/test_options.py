@@ -13,7 +13,7 @@ import torch
 from gptq_ao import cli, load_quantized
 from gptq_ao.checkpoint import hub
 from gptq_ao.cli import options, quantization
-from gptq_ao.cli.request import OutFormat
+from gptq_ao.cli.request import EngineName, OutFormat
 from gptq_ao.config import ACT_ORDERS, EFFORTS, METHODS
 from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.version import VERSION
@@ -169,6 +169,26 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("quantize", "MODEL", "OUT", "--calibration", "FILE", "--act-order", "group", "--format", "compressed-tensors"),
         "holds no weights of --act-order group",
     ),
+    **{
+        f"{command}-for-{engine}{''.join(more)}": ((command, "MODEL", *out, *more, "--for", engine), message)
+        for command, *out in (("quantize", "OUT", "--method", "rtn"), ("plan",))
+        for engine, more, message in (
+            ("sglang-cpu", ("--bits", "3"), "--for sglang-cpu: SGLang 0.5.23 on a CPU serves none of native, gptq, "),
+            (
+                "vllm-cpu",
+                ("--bits", "8", "--format", "gptq"),
+                "serves no gptq files with 8 bits; choose native (with gptq_ao installed there)",
+            ),
+            (
+                "vllm",
+                ("--asym", "--format", "gptq_v2"),
+                "(asymmetric weights); choose compressed-tensors or awq or native (with",
+            ),
+            ("vllm", ("--format", "gptq", "--group-size", "16"), "serves no gptq files with groups of 16; choose"),
+            ("llama.cpp", (), "--for llama.cpp: llama.cpp in "),
+        )
+    },
+    "for-no-engine": (("plan", "MODEL", "--for", "ollama"), "'ollama' is not one of"),
     "preset": (("quantize", "MODEL", "OUT", "--method", "rtn", "--preset", "5bit"), "preset is '5bit': give one of"),
     "preset-and-bits": (
         ("quantize", "MODEL", "OUT", "--method", "rtn", "--preset", "4bit-128", "--bits", "3"),
@@ -238,12 +258,14 @@ def test_plan_takes_every_option_of_quantize() -> None:
 
 
 def test_choices_are_those_of_the_package() -> None:
+    from gptq_ao.checkpoint.engines import ENGINES
     from gptq_ao.checkpoint.formats import FORMATS
 
     assert [*options.ActOrder] == [*ACT_ORDERS]
     assert [*options.Effort] == [*EFFORTS]
     assert [*options.Method] == [*METHODS]
     assert [*OutFormat] == [*FORMATS]
+    assert [*EngineName] == [*ENGINES]
 
 
 def test_the_device_is_the_accelerator_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +276,27 @@ def test_the_device_is_the_accelerator_there_is(monkeypatch: pytest.MonkeyPatch)
     assert options.device_of(None) == "cuda"
     with pytest.raises(ConfigError, match="--device nowhere: "):
         options.device_of("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "format"),
+    [
+        (("--for", "vllm"), "compressed-tensors"),
+        (("--for", "vllm", "--format", "gptq"), "gptq"),
+        (("--for", "sglang-cpu"), "gptq"),
+        (("--for", "mlx"), "awq"),
+        (("--for", "transformers", "--asym", "--bits", "3"), "gptq_v2"),
+    ],
+)
+def test_the_engine_chooses_the_format(
+    arguments: tuple[str, ...], format: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "q"
+    usual = (model, str(out), "--method", "rtn", "--group-size", "32", *arguments, "--json")
+    planned = run(monkeypatch, "plan", *usual)
+    assert (planned["for"], planned["format"]) == (arguments[1], format)
+    assert run(monkeypatch, "quantize", *usual)["format"] == format
+    assert run(monkeypatch, "inspect", str(out), "--json").get("format", "native") == format
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_ao import gptq_config, quantize_, save_quantized
+from gptq_ao.checkpoint.engines import Contents, contents_of
 
 from ..models import seeded, token_batches
 
@@ -36,7 +37,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 FOREIGN = ("gptq", "compressed-tensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """How a model is quantized."""
 
@@ -51,23 +52,25 @@ class Case:
         return {f: f"{self.name}, {self.model}, {f}".replace(", ", "--").replace(" ", "-") for f in self.formats}
 
 
-def write(case: Case, folder: Path) -> None:
-    """All formats of a case."""
+def write(case: Case, folder: Path) -> Contents:
+    """All formats of a case. Returns what is in them."""
     model = MODELS[case.model]()
     settings = {"group_size": 32, "effort": "fast", **case.settings, "calibration": token_batches(4, vocabulary=257)}
     if case.formats != ("dense",):
         quantize_(model, gptq_config(**settings))
     for format, name in case.directories.items():
         save_quantized(model, folder / name, format=format, tokenizer=AutoTokenizer.from_pretrained(TINY_LM))
+    return contents_of(model)
 
 
+MIXED = {"re:.*k_proj": {"bits": 8}, "re:.*v_proj": None, "re:.*down.*": None, "lm_head": {"bits": 2}}
 LLAMAS, WITH_EXPERTS = ("llama", "qwen2", "qwen3"), ("mixtral", "qwen3_moe")
 CASES = [
     Case("not quantized", "tiny_lm", {}, ("dense",)),
-    Case("4 bits, groups of 128", "tiny_lm", {"group_size": 128}, (*FOREIGN, "gptq_v2")),
+    Case("4 bits, groups of 128", "tiny_lm", {"group_size": 128}, (*FOREIGN, "gptq_v2", "awq")),
     *(Case("4 bits, groups of 32", name, {}) for name in LLAMAS),
     *(Case("4 bits, one scale per row", name, {"group_size": -1}) for name in LLAMAS),
-    Case("4 bits, asymmetric", "llama", {"sym": False}, ("gptq_v2", "compressed-tensors")),
+    Case("4 bits, asymmetric", "llama", {"sym": False}, ("gptq_v2", "compressed-tensors", "awq")),
     *(Case("a dense layer", name, {"rules": {"re:.*layers.0.*": None}}) for name in LLAMAS),
     Case("dense attention", "llama", {"rules": {"re:.*self_attn.*": None}}),
     Case("a quantized head", "llama", {"rules": {"lm_head": {"bits": 4}}}),
@@ -82,4 +85,11 @@ CASES = [
     *(Case("experts of 8 bits", name, {"rules": {"re:.*experts.*": {"bits": 8}}}) for name in WITH_EXPERTS),
     Case("activation order", "llama", {"act_order": "group"}, ("gptq",)),
     Case("native", "llama", {}, ("native",)),
+    Case("native, 3 bits", "qwen2", {"bits": 3}, ("native",)),
+    # q, k and v are one layer of vLLM.
+    Case("native, mixed", "qwen3", {"rules": MIXED}, ("native",)),
+    Case("native, dense experts", "mixtral", {"rules": {"re:.*experts.*": None}}, ("native",)),
+    Case("native, experts of 4 bits", "mixtral", {"sym": False}, ("native",)),
+    Case("native, experts of 3 bits", "qwen3_moe", {"bits": 3}, ("native",)),
+    Case("native, activation order", "llama", {"act_order": "group"}, ("native",)),
 ]

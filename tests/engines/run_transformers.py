@@ -1,4 +1,4 @@
-"""Run by the Python of an environment with transformers and compressed-tensors: PROMPTS STEPS DIRECTORY …
+"""Run by the Python of an environment with transformers and compressed-tensors: {} PROMPTS STEPS DIRECTORY …
 
 Prints what `run_vllm.py` prints, of transformers' own loader. gptq_ao is not there.
 """
@@ -29,6 +29,6 @@ def run(directory: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    prompts, steps, *directories = sys.argv[1:]
+    _, prompts, steps, *directories = sys.argv[1:]
     for directory in directories:
         print("RESULT" + json.dumps(run(directory, json.loads(prompts), int(steps))), flush=True)

@@ -1,7 +1,7 @@
-"""Run by the Python of an environment with vLLM: PROMPTS (JSON, lists of token ids) STEPS DIRECTORY …
+"""Run by the Python of an environment with vLLM: OPTIONS (JSON, of vLLM) PROMPTS (lists of token ids) STEPS DIRECTORY …
 
 Prints a line of JSON for each directory: the tokens that vLLM chose greedily and their log-probabilities, or why it did
-not load the checkpoint. gptq_ao is not there.
+not load the checkpoint.
 """
 
 import gc
@@ -16,14 +16,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def run(directory: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-    import vllm  # type: ignore[import-not-found]
-    from vllm.distributed import cleanup_dist_env_and_memory  # type: ignore[import-not-found]
+def run(directory: str, options: dict[str, Any], prompts: list[list[int]], steps: int) -> dict[str, Any]:
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = None
     try:
         # fp16: scales are fp16, and bf16 would round them.
-        llm = vllm.LLM(directory, dtype="float16", max_model_len=128, enforce_eager=True, skip_tokenizer_init=True)
+        usual = {"dtype": "float16", "max_model_len": 128, "enforce_eager": True, "skip_tokenizer_init": True}
+        llm = vllm.LLM(directory, **{**usual, **options})
         settings = vllm.SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, logprobs=1, detokenize=False)
         done = llm.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
         answers = [d.outputs[0] for d in done]
@@ -39,6 +40,6 @@ def run(directory: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    prompts, steps, *directories = sys.argv[1:]
+    options, prompts, steps, *directories = sys.argv[1:]
     for directory in directories:
-        print("RESULT" + json.dumps(run(directory, json.loads(prompts), int(steps))), flush=True)
+        print("RESULT" + json.dumps(run(directory, json.loads(options), json.loads(prompts), int(steps))), flush=True)

