@@ -68,6 +68,8 @@ engines: $(STAMP)
 	test -d $(ENGINES)/transformers || $(PYTHON) -m venv $(ENGINES)/transformers
 	$(ENGINES)/transformers/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(ENGINES)/transformers/bin/python -m pip install --quiet -c constraints.txt compressed-tensors transformers accelerate
+	test -d $(ENGINES)/mlx || $(PYTHON) -m venv $(ENGINES)/mlx
+	$(ENGINES)/mlx/bin/python -m pip install --quiet 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
 	GPTQ_AO_ENGINES=$(ENGINES) $(BIN)/python -m pytest -m engines -s tests/engines
 
 # Runs the examples of training with the codebases that they are for, in an environment of their own. Optional.

@@ -1,7 +1,8 @@
 """`make engines`: engines load what is written here, and compute what this package computes. Each has an environment of
-its own, without gptq_ao: `vllm/` (vLLM on a CPU) and `transformers/` (with compressed-tensors) in $GPTQ_AO_ENGINES.
+its own, without gptq_ao, in $GPTQ_AO_ENGINES: `vllm/` (vLLM on a CPU), `transformers/` (with compressed-tensors) and
+`mlx/` (mlx-lm on a CPU).
 
-They compute in fp16 (transformers in fp32), the reference, which is this package with the same files, in fp32. Prints a
+vLLM computes in fp16, the others in fp32, as does the reference, which is this package with the same files. Prints a
 table (-s).
 """
 
@@ -52,6 +53,8 @@ TRANSFORMERS_REFUSES: dict[str, dict[str, str]] = {
 }
 PAIRS = [pytest.param(case, format, id=name) for case in CASES for format, name in case.directories.items()]
 # transformers' own loader of GPTQ needs other packages: see `make conformance`.
+READ_BY_MLX = [p for p in PAIRS if p.values[1] == "mlx"]
+READ_BY_VLLM = [p for p in PAIRS if p not in READ_BY_MLX]
 READ_BY_TRANSFORMERS = [p for p in PAIRS if p.values[1] in ("dense", "compressed-tensors", "native")]
 
 
@@ -84,7 +87,7 @@ def answers(engine: str, folder: Path) -> dict[str, dict[str, Any]]:
     python = ENGINES / engine / "bin" / "python"
     if not python.exists():
         pytest.skip(f"{python} is not there: make engines")
-    pairs = READ_BY_TRANSFORMERS if engine == "transformers" else PAIRS
+    pairs = {"transformers": READ_BY_TRANSFORMERS, "vllm": READ_BY_VLLM, "mlx": READ_BY_MLX}[engine]
     names, script = [str(pair.id) for pair in pairs], Path(__file__).with_name(f"run_{engine}.py")
     command = [str(python), str(script), json.dumps(prompts()), str(STEPS), *names]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # gptq_ao is not there
@@ -123,7 +126,7 @@ def check(
     assert gap.max() <= 2 * largest
 
 
-@pytest.mark.parametrize(("case", "format"), PAIRS)
+@pytest.mark.parametrize(("case", "format"), READ_BY_VLLM)
 def test_vllm(case: Case, format: str, folder: Path, rows: list[str]) -> None:
     check("vllm", case, format, folder, VLLM_REFUSES, rows)
 
@@ -131,3 +134,8 @@ def test_vllm(case: Case, format: str, folder: Path, rows: list[str]) -> None:
 @pytest.mark.parametrize(("case", "format"), READ_BY_TRANSFORMERS)
 def test_transformers(case: Case, format: str, folder: Path, rows: list[str]) -> None:
     check("transformers", case, format, folder, TRANSFORMERS_REFUSES, rows)
+
+
+@pytest.mark.parametrize(("case", "format"), READ_BY_MLX)
+def test_mlx(case: Case, format: str, folder: Path, rows: list[str]) -> None:
+    check("mlx", case, format, folder, {}, rows)
