@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["METHODS", "watch", "when_imported"]
 
-METHODS = ("gptq_ao", "gptq", "compressed-tensors", "awq")  # names of the quantizations that gptq_ao loads
+METHODS = ("gptq_ao", "gptq", "compressed-tensors", "awq", "mlx")  # names of the quantizations that gptq_ao loads
 _LOADER = "gptq_ao.integrations.transformers"
 
 
@@ -58,8 +58,10 @@ def _look_first() -> None:
 
 def _is_ours(config: Any) -> bool:
     for each in (config, config.get_text_config(decoder=True)):
-        # Early compressed-tensors has another name for it, and no method.
-        if _names_ours(getattr(each, "quantization_config", None)) or hasattr(each, "compression_config"):
+        # Early compressed-tensors has another name for it, and no method. So has MLX.
+        if hasattr(each, "compression_config"):
+            return True
+        if any(_names_ours(getattr(each, key, None)) for key in ("quantization_config", "quantization")):
             return True
     return False
 
@@ -67,7 +69,9 @@ def _is_ours(config: Any) -> bool:
 def _names_ours(stored: Any) -> bool:
     """Whether a `quantization_config` is that of a checkpoint which gptq_ao loads."""
     fields = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
-    # Native ones have no method: see gptq_ao/checkpoint/native/read.py.
+    # Native ones have no method, and MLX's neither: see gptq_ao/checkpoint/files/directory.py.
+    if "quant_method" not in fields and {"bits", "group_size"} <= {*fields}:
+        return True
     return fields.get("quant_method") in METHODS or fields.get("format") == "gptq_ao"
 
 

@@ -5,7 +5,7 @@ out (`ran`), they were loaded once by hand or by `make conformance` (`tried`), o
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -161,7 +161,13 @@ ENGINES: dict[str, Engine] = {
             )
         },
     ),
-    "mlx": Engine("mlx-lm 0.32.2", {"awq": (Rule((4,), TRIED, (32, 64, 128), asymmetric=True, experts=()),)}),
+    "mlx": Engine(
+        "mlx-lm 0.32.2",
+        {
+            "mlx": (Rule(BITS, RAN, multiple=32, asymmetric=True, experts=_ALL),),
+            "awq": (Rule((4,), TRIED, (32, 64, 128), asymmetric=True, experts=()),),
+        },
+    ),
     "transformers": Engine(
         "transformers 5.23",
         {
@@ -170,6 +176,7 @@ ENGINES: dict[str, Engine] = {
             "gptq": (_GPTQMODEL, _TRANSFORMERS),
             "gptq_v2": (Rule(BITS, TRIED, asymmetric=True, experts=(), needs="gptqmodel"), _TRANSFORMERS),
             "awq": (_TRANSFORMERS,),
+            "mlx": (replace(_TRANSFORMERS, ordered=False),),
         },
     ),
 }

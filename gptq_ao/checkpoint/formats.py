@@ -15,12 +15,13 @@ from gptq_ao.checkpoint.exchange.packed_weight import Rounding
 from gptq_ao.checkpoint.files.directory import has_manifest, method_of, quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.shards import StoredTensor
 from gptq_ao.checkpoint.gptq.format import GPTQ, GPTQ_V2
+from gptq_ao.checkpoint.mlx.format import MLX
 from gptq_ao.checkpoint.native.format import NATIVE
 from gptq_ao.errors import CheckpointError, ConfigError
 
 __all__ = ["DENSE", "FORMATS", "GGUF", "QuantizedFiles", "format_in", "format_of", "open_quantized", "target_format"]
 
-FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS, AWQ)}
+FORMATS = {format.name: format for format in (NATIVE, GPTQ, GPTQ_V2, COMPRESSED_TENSORS, AWQ, MLX)}
 # Not formats of a directory: one without quantized weights, and one file, which is only written.
 DENSE = "dense"
 GGUF = "gguf"
@@ -106,6 +107,7 @@ def open_quantized(directory: Path) -> QuantizedFiles:
         raise CheckpointError(f"{directory} is not a quantized checkpoint: its config.json has no quantization_config")
     format = format_in(config, directory)
     stored, rounding = stored_tensors(directory), Rounding()
+    stored = stored if format.stacks is None else format.stacks.split(stored)
     dense = {name: t for name, t in stored.items() if not _is_part(name, stored, format)}
     weights: dict[str, QuantizedWeight] = {}
     try:

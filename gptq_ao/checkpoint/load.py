@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gptq_ao.checkpoint.files.directory import check_quantized, has_manifest
 from gptq_ao.checkpoint.files.find import find_checkpoint
+from gptq_ao.checkpoint.files.model_config import take_mlx
 from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
 from gptq_ao.checkpoint.native.manifest import Manifest, read_manifest
@@ -79,6 +80,7 @@ def _remember(model: nn.Module, directory: Path) -> None:
     """As `from_pretrained` does: what the directory has besides the model comes along when that is saved."""
     if is_hf_model(model):
         model.config._name_or_path = str(directory)  # type: ignore[union-attr]
+        take_mlx(model.config)
 
 
 def _load_foreign(directory: Path, model: nn.Module | None, device: torch.device, trust_remote_code: bool) -> nn.Module:

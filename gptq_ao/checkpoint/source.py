@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.checkpoint.exchange.format import Readable
-from gptq_ao.checkpoint.exchange.packed_weight import PackedWeight
+from gptq_ao.checkpoint.exchange.packed_weight import DenseWeight, PackedWeight
 from gptq_ao.checkpoint.files.directory import quantization_config, stored_tensors
 from gptq_ao.checkpoint.files.shards import StoredTensor
 from gptq_ao.errors import CheckpointError
@@ -72,7 +72,7 @@ class Conversion:
         Raises:
             CheckpointError: it merges quantized weights with others.
         """
-        dense = [key for _, key, tensor in self.inputs if isinstance(tensor, StoredTensor)]
+        dense = [key for _, key, tensor in self.inputs if isinstance(tensor, StoredTensor | DenseWeight)]
         if dense and len(dense) < len(self.inputs):
             raise CheckpointError(
                 f"{self.target!r} is made of quantized weights and of others ({dense[0]!r}): it can only be one of both"
@@ -229,6 +229,7 @@ def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conve
     # The WeightConverter of a pattern is what `rename_source_key` says a tensor belongs to.
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
+    tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     inputs: dict[str, list[tuple[str | None, str, Readable]]] = {}
     unknown: dict[str, str] = {}
     # In transformers' order, where expert 10 comes after expert 9: experts are stacked as they come.
@@ -238,7 +239,10 @@ def _conversions(model: Any, stored: Mapping[str, Readable]) -> tuple[list[Conve
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name in state:
-            inputs.setdefault(name, []).append((pattern, key, stored[key]))
+            tensor = stored[key]
+            if name in tables and isinstance(tensor, PackedWeight):
+                tensor = DenseWeight(tensor)
+            inputs.setdefault(name, []).append((pattern, key, tensor))
         else:
             unknown[key] = name
     conversions = []

@@ -1,5 +1,6 @@
 """Write a quantized model in the format of another library, or dense, weight by weight."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from gptq_ao.checkpoint.exchange.format import Format
 from gptq_ao.checkpoint.exchange.hub_names import revert_conversions
+from gptq_ao.checkpoint.exchange.packed_weight import warn_moved
+from gptq_ao.checkpoint.files.directory import config_keys
 from gptq_ao.checkpoint.files.model_config import has_config
 from gptq_ao.checkpoint.files.output_directory import OutputDirectory, as_json
 from gptq_ao.checkpoint.model_card import CARD, model_card
@@ -39,6 +42,7 @@ def write_foreign(
         CheckpointError: nothing is quantized, the format cannot hold a weight (nothing is written in these cases), or
             the directory cannot be written.
     """
+    whole: Any = model
     exported = format.export(model, _values(model))
     if origin is not None:
         exported = exported.and_plain(origin.matrices)
@@ -56,8 +60,14 @@ def write_foreign(
             texts |= {CARD: model_card(model, format, weights, report, origin)}
         else:
             # A model that is not of Hugging Face writes no config.json, and readers look for the settings there.
-            texts |= {"config.json": as_json({"quantization_config": config})}
-        output.finish(model, tokenizer, output.finish_shards(), config, texts, files)
+            texts |= {"config.json": as_json(dict.fromkeys(config_keys(config), config))}
+        settings = format.settings(whole.config) if has_config(model) else {}
+        output.finish(model, tokenizer, output.finish_shards(), config, texts, files, settings)
+    for note in format.notes(whole.config) if has_config(model) else ():
+        warnings.warn(f"{directory}: {note}", stacklevel=3)
+    if format.moved is not None:
+        moved = {name: format.moved(weight) for name, weight in exported.quantized.items()}
+        warn_moved(directory, format.name, {name: distance for name, distance in moved.items() if distance})
 
 
 def write_dense(

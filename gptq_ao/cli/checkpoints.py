@@ -79,7 +79,7 @@ def convert(
     format: Annotated[
         str | None,
         typer.Option(
-            help="What to write: native, gptq, gptq_v2, compressed-tensors, awq, dense (not quantized), or gguf.",
+            help="What to write: native, gptq, gptq_v2, compressed-tensors, awq, mlx, dense (not quantized), or gguf.",
             show_default="gguf, of a file OUT.gguf",
         ),
     ] = None,

@@ -157,7 +157,7 @@ def _check(request: Request) -> None:
     check_limits(request)
     if request.format == "gptq" and not request.config.sym:
         raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
-    if request.format in ("compressed-tensors", "awq") and request.config.act_order == "group":
+    if request.format in ("compressed-tensors", "awq", "mlx") and request.config.act_order == "group":
         raise ConfigError(f"--format {request.format} holds no weights of --act-order group: write gptq or native")
     if request.format == "awq" and (request.config.bits != 4 or request.config.target_bits is not None):
         raise ConfigError("--format awq holds weights of 4 bits only: write gptq, compressed-tensors or native")

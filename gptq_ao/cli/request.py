@@ -35,6 +35,7 @@ class OutFormat(StrEnum):
     gptq_v2 = "gptq_v2"
     compressed_tensors = "compressed-tensors"
     awq = "awq"
+    mlx = "mlx"
 
 
 class EngineName(StrEnum):

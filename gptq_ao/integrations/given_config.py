@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gptq_ao.checkpoint.files.directory import method_of
+from gptq_ao.checkpoint.files.model_config import take_mlx
 from gptq_ao.errors import ConfigError
 from gptq_ao.integrations.hf_quantizer import CheckpointConfig, GptqAoConfig, GptqAoQuantizer
 from gptq_ao.model.limits import check_counts
@@ -43,16 +44,16 @@ def merge_with(merge: Callable[..., Any], parse: Callable[[Any], Any]) -> Callab
 
 def native_too(ask: Callable[[Any], Any], answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """In place of functions of transformers that stop at a `quantization_config` without "quant_method", as that of the
-    native format is.
+    native format and of MLX is.
 
     Args:
         ask: transformers' own.
-        answer: what is called with a config of that format.
+        answer: what is called with a config of one of these.
     """
 
     @functools.wraps(ask)
     def asked(config: Any) -> Any:
-        return (answer if isinstance(config, dict) and method_of(config) == "gptq_ao" else ask)(config)
+        return (answer if isinstance(config, dict) and method_of(config) in ("gptq_ao", "mlx") else ask)(config)
 
     return asked
 
@@ -75,6 +76,9 @@ def checked_choice(choose: Callable[..., Any]) -> Callable[..., Any]:
         old = getattr(config, "compression_config", None)
         if isinstance(old, dict) and getattr(config, "quantization_config", None) is None:
             config.quantization_config = {"quant_method": "compressed-tensors", **old}
+        mlx = take_mlx(config)  # mlx-lm looks there only, and not all files have the other one
+        if mlx is not None and getattr(config, "quantization_config", None) is None:
+            config.quantization_config = mlx
         found = choose(config, *args, **kwargs)
         if isinstance(found[0], GptqAoQuantizer):
             check_counts(config.to_dict(), "config.json")

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
+from gptq_ao.checkpoint.exchange.format import Format
 from gptq_ao.checkpoint.files.directory import method_of
 from gptq_ao.checkpoint.formats import FORMATS, QuantizedFiles, format_in, open_quantized
 from gptq_ao.checkpoint.freed_memory import return_freed_memory
@@ -131,6 +132,12 @@ class GptqAoQuantizer(HfQuantizer):
         # only.
         model._keys_to_ignore_on_load_unexpected |= {self._files.format.others}
 
+    @property
+    def format(self) -> Format:
+        """In which a model is saved: a model of a gptq checkpoint as one, so that whatever reads the original reads
+        this too."""
+        return format_in(self.quantization_config.to_dict(), "the model")
+
     def read(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """The parameter `name`, and what else is made of the same tensors: name → tensor of the parameter's shape, or
         this process's part of it, made on `device`."""
@@ -143,7 +150,8 @@ class GptqAoQuantizer(HfQuantizer):
         if self._files is None:
             return []
         format = self._files.format
-        # One converter for each last part of a parameter's name ("weight"); its pattern matches the scale beside it.
+        # One converter for each last part of a parameter's name ("weight"); its pattern matches the scale beside it. If
+        # a weight's codes have its name (MLX), that is the "scale", and dense weights come from the reader as well.
         leaves = sorted({name.rpartition(".")[2] for name in self._files.weights})
         scales = {leaf: format.scale if format.hub_names else f"{leaf}.{format.scale}" for leaf in leaves}
         return [WeightConverter([scale], [leaf], operations=[_Read(self)]) for leaf, scale in scales.items()]
@@ -159,6 +167,8 @@ class GptqAoQuantizer(HfQuantizer):
                 if isinstance(c, WeightConverter) and all(s.endswith(".weight") for s in c._original_source_patterns):
                     scale = self._files.format.scale
                     sources = [s.removesuffix("weight") + scale for s in c._original_source_patterns]
+                    if self._files.format.stacks is not None:
+                        sources = [self._files.format.stacks.name(s) for s in sources]
                     same = WeightConverter(sources, list(c._original_target_patterns), operations=[_Read(self, c)])
                     # They limit to which submodels a conversion applies, so the copy has to have the same.
                     same.scope_prefix, same.base_model_prefix = c.scope_prefix, c.base_model_prefix
@@ -205,8 +215,7 @@ class GptqAoQuantizer(HfQuantizer):
         weights = ModelWeights(model)
         values = {first: weights.get(first) for first, *_ in state_names(model)}
         settings = self.quantization_config.to_dict()
-        # A model of a gptq checkpoint is saved as one, so that whatever reads the original reads this too.
-        format = format_in(settings, type(model).__name__)
+        format = self.format
         if format.name == "gptq" and not settings.get("sym", True):
             format = FORMATS["gptq_v2"]  # version 1 is ambiguous for asymmetric weights
         # `export` needs transformers' conversions to split experts again; afterwards `save_pretrained` must not do it
@@ -280,7 +289,11 @@ class _Read(ConversionOps):
         # What was read on the host is free again once it is on the device.
         if device.type != "cpu":
             return_freed_memory()
-        return {name: nn.Parameter(t, requires_grad=False) for name, t in made.items()}
+        return {name: nn.Parameter(t, requires_grad=_trains(t)) for name, t in made.items()}
+
+
+def _trains(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not isinstance(tensor, GroupTensor)
 
 
 def _directory(model: Any, checkpoint_files: list[str]) -> Path:

@@ -90,9 +90,10 @@ def assert_same_files(a: Path, b: Path) -> None:
         assert torch.equal(t, second[name]), name
 
 
-FORMATS = ["native", "gptq", "gptq_v2", "compressed-tensors", "awq"]
+FORMATS = ["native", "gptq", "gptq_v2", "compressed-tensors", "awq", "mlx"]
 
 
+@pytest.mark.filterwarnings("ignore:.*'gpt2' were not compared with mlx-lm")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_format_and_family_round_trips(name: str, format: str, tmp_path: Path) -> None:
@@ -104,11 +105,11 @@ def test_every_format_and_family_round_trips(name: str, format: str, tmp_path: P
     assert_same_files(tmp_path / "a", tmp_path / "b")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1 == len(list((tmp_path / "b").glob("*.safetensors")))
     quantization = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
-    expected = {"native": None, "gptq_v2": "gptq"}.get(format, format)
+    expected = {"native": None, "mlx": None, "gptq_v2": "gptq"}.get(format, format)
     assert quantization.get("quant_method") == expected
 
 
-@pytest.mark.parametrize("format", ["gptq_v2", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["gptq_v2", "compressed-tensors", "mlx"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_asymmetric_weights(format: str, bits: int, group_size: int, tmp_path: Path) -> None:

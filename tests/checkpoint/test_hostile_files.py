@@ -32,7 +32,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small checkpoint of each format, in one file."""
     made = {}
     model = quantized()
-    for format in ("gptq", "compressed-tensors", "native", "awq"):
+    for format in ("gptq", "compressed-tensors", "native", "awq", "mlx"):
         made[format] = tmp_path_factory.mktemp("hostile") / format
         save_quantized(model, made[format], format=format)
         if format == "native":  # as transformers writes it: config.json is the manifest
@@ -116,6 +116,33 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         lambda t: t.update({"model.layers.0.mlp.act.scales": torch.ones(64).half()}),
         r"scales activations: 'model.layers.0.mlp.act.scales', \[64\], is what .* the unquantized model has no place",
     ),
+    "mlx-missing": ("mlx", lambda t: t.pop(f"{Q}.biases"), rf"module '{Q}' has .* and lacks 'biases'"),
+    "mlx-signed-codes": ("mlx", put(f"{Q}.weight", lambda t: t.view(torch.int32)), r"are not a quantized weight"),
+    "mlx-dense-codes": ("mlx", put(f"{Q}.weight", lambda t: t.float()), r"are not a quantized weight"),
+    "mlx-integer-scales": ("mlx", put(f"{Q}.scales", lambda t: t.int()), r"are not a quantized weight"),
+    "mlx-flat-biases": ("mlx", put(f"{Q}.biases", lambda t: t.flatten()), r"are not a quantized weight"),
+    "mlx-rows": ("mlx", put(f"{Q}.weight", lambda t: t[:-1]), r"the tensors of '.*q_proj' contradict each other"),
+    "mlx-groups": ("mlx", put(f"{Q}.scales", lambda t: t[:, :1]), r"contradict each other"),
+    "mlx-no-groups": (
+        "mlx",
+        lambda t: t.update({f"{Q}.{p}": t[f"{Q}.{p}"][:, :0] for p in ("weight", "scales", "biases")}),
+        r"contradict each other",
+    ),
+    "mlx-nan": ("mlx", put(f"{Q}.scales", lambda t: t.fill_(float("nan"))), r"a scale is not finite"),
+    "mlx-inf": ("mlx", put(f"{Q}.biases", lambda t: t.fill_(float("inf"))), r"a bias is not finite"),
+    "mlx-no-step": ("mlx", put(f"{Q}.scales", lambda t: t.zero_()), r"a group has the scale 0, and a bias"),
+    "mlx-one-side": ("mlx", put(f"{Q}.biases", lambda t: t * 40), r"so far on one side of zero that no zero point"),
+    "mlx-unknown": ("mlx", lambda t: t.update({"extra.weight": torch.zeros(3)}), r"has 'extra.weight', which"),
+    "mlx-gone": (
+        "mlx",
+        lambda t: [t.pop(f"{Q}.{p}") for p in ("weight", "scales", "biases")],
+        rf"it lacks '{Q}.weight'",
+    ),
+    "mlx-flat-stack": (
+        "mlx",
+        lambda t: t.update({"model.layers.0.mlp.switch_mlp.up_proj.weight": torch.tensor(1.0)}),
+        r"should be a stack, and is a single number",
+    ),
     "native-missing": ("native", lambda t: t.pop(f"{Q}.weight.scale"), r"tensor '.*weight.scale' is missing"),
     "native-shape": ("native", put(f"{Q}.weight.codes", lambda t: t[:-1]), r"tensor '.*codes' is .*config.json says"),
     "native-unknown": (
@@ -156,6 +183,35 @@ def test_configs_that_lie(case: str, originals: dict[str, Path], tmp_path: Path)
     change, message = CONFIGS[case]
     directory = copy_of(originals["gptq"], tmp_path / "copy")
     (directory / "quantize_config.json").unlink()
+    edit_json(directory / "config.json", lambda c: change(c["quantization_config"]))
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(directory)
+
+
+MLX_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "mode": (lambda q: q.update(mode="mxfp4"), r"MLX weights of the mode 'mxfp4', and only 'affine' can be read"),
+    "own-mode": (
+        lambda q: q.update({Q: {"mode": "nvfp4"}}),
+        rf"the config of '{Q}' has .* of the mode 'nvfp4'",
+    ),
+    "bits-lie": (lambda q: q.update(bits=8), r"the config \(MLX, 8 bits, groups of 32\) and the tensors of"),
+    "bits-7": (lambda q: q.update(bits=7), r"the config is damaged: bits is 7 .* one of 2, 3, 4, 5, 6, 8"),
+    "bits-true": (lambda q: q.update(bits=True), r"bits is True"),
+    "bits-text": (lambda q: q.update(bits="4"), r"bits is '4'"),
+    "bits-huge": (lambda q: q.update(bits=2**70), r"bits is 1180591620717411303424"),
+    "group-lies": (lambda q: q.update(group_size=64), r"contradict each other"),
+    "group-none": (lambda q: q.update(group_size=0), r"group_size 0"),
+    "group-huge": (lambda q: q.update(group_size=2**70), r"contradict each other"),
+    "own-lies": (lambda q: q.update({Q: {"bits": 2}}), rf"2 bits, groups of 32\) and the tensors of '{Q}' contradict"),
+    "own-text": (lambda q: q.update({Q: "4"}), rf"the config of '{Q}' is damaged: it is '4', not an object"),
+    "dense": (lambda q: q.update({Q: False}), rf"the config says that '{Q}' is not quantized, and it has scales"),
+}
+
+
+@pytest.mark.parametrize("case", MLX_CONFIGS)
+def test_mlx_configs_that_lie(case: str, originals: dict[str, Path], tmp_path: Path) -> None:
+    change, message = MLX_CONFIGS[case]
+    directory = copy_of(originals["mlx"], tmp_path / "copy")
     edit_json(directory / "config.json", lambda c: change(c["quantization_config"]))
     with pytest.raises(CheckpointError, match=message):
         load_quantized(directory)
@@ -230,7 +286,7 @@ VALUES: list[Any] = [None, True, -1, 0, 3, 5, 2**31, 2**63, 1.5, "x", "", [], {}
 JUNK = st.sampled_from(VALUES)
 
 
-@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "native"])
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "native", "mlx"])
 def test_changed_bytes_are_an_error_or_a_weight(format: str, originals: dict[str, Path], tmp_path: Path) -> None:
     """Any bytes written over the start of a file (its header and first tensors): an error of ours, or numbers that are
     finite and of the right shapes, as they were."""
@@ -248,7 +304,7 @@ def test_changed_bytes_are_an_error_or_a_weight(format: str, originals: dict[str
     check()
 
 
-@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "native"])
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "native", "mlx"])
 def test_changed_configs_are_an_error_or_a_weight(format: str, originals: dict[str, Path], tmp_path: Path) -> None:
     directory = copy_of(originals[format], tmp_path / "copy")
     good, model = json.loads((directory / "config.json").read_text()), tiny_llama()

@@ -15,7 +15,7 @@ from gptq_ao.errors import CheckpointError
 from ..models import tiny_llama
 from .test_directories import assert_same_weights
 
-CODES = {"codes", "qweight", "weight_packed"}
+CODES = {"codes", "qweight", "weight_packed", "weight"}
 
 
 class WithMore(LlamaForCausalLM):
@@ -32,7 +32,7 @@ class WithMore(LlamaForCausalLM):
         self.post_init()
 
 
-@pytest.mark.parametrize("format", ["native", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("format", ["native", "gptq", "compressed-tensors", "mlx"])
 @pytest.mark.parametrize("alone", [True, False])
 def test_parameters_named_like_parts(
     alone: bool, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaders: None

@@ -76,6 +76,11 @@ def compressed_tensors(
     return tensors if group_of is None else {**tensors, "weight_g_idx": group_of.to(torch.int32)}
 
 
+def mlx_tensors(codes: Tensor, scales: Tensor, biases: Tensor, bits: int) -> dict[str, Tensor]:
+    """codes [N, K]; scales and biases [N, G]. What `mx.quantize` returns: a stream of bits in unsigned words."""
+    return {"weight": pack_rows(codes, bits).view(torch.uint32), "scales": scales, "biases": biases}
+
+
 def dense(codes: Tensor, scale: Tensor, zero_point: Tensor, group_of: Tensor) -> Tensor:
     """fp32 [N, K], from the definition."""
     return scale.float()[:, group_of] * (codes.int() - zero_point.int()[:, group_of])

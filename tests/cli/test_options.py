@@ -153,6 +153,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("plan", "MODEL", "--act-order", "group", "--format", "awq"),
         "--format awq holds no weights of",
     ),
+    "format-mlx-order": (
+        ("plan", "MODEL", "--act-order", "group", "--format", "mlx"),
+        "--format mlx holds no weights of",
+    ),
     "format-asym": (
         ("quantize", "MODEL", "OUT", "--method", "rtn", "--asym", "--format", "gptq"),
         "holds no asymmetric",

@@ -19,6 +19,8 @@ TINY_LM = Path(__file__).parents[2] / "examples" / "tiny_lm"
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 384}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 SIZES |= {"max_position_embeddings": 128}
+WINDOWS: dict[str, Any] = {**SIZES, "head_dim": 64, "sliding_window": 16, "query_pre_attn_scalar": 64}
+WINDOWS |= {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS: dict[str, Any] = {**SIZES, "num_experts_per_tok": 2}
 
 
@@ -32,9 +34,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2": _random(transformers.Qwen2Config(**SIZES)),
     "qwen3": _random(transformers.Qwen3Config(**SIZES, head_dim=64)),
     "mixtral": _random(transformers.MixtralConfig(**EXPERTS, num_local_experts=4)),
+    "gemma2": _random(transformers.Gemma2Config(**SIZES, head_dim=64)),
+    "gemma3": _random(transformers.Gemma3TextConfig(**WINDOWS)),
+    "phi3": _random(transformers.Phi3Config(**SIZES)),
     "qwen3_moe": _random(transformers.Qwen3MoeConfig(**EXPERTS, head_dim=64, num_experts=4, moe_intermediate_size=256)),
 }
 FOREIGN = ("gptq", "compressed-tensors")
+MLX = ("mlx",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,7 @@ def write(case: Case, folder: Path) -> Contents:
 
 
 MIXED = {"re:.*k_proj": {"bits": 8}, "re:.*v_proj": None, "re:.*down.*": None, "lm_head": {"bits": 2}}
+MIXED_MLX = {"rules": {"lm_head": {"group_size": 64}, "re:.*layers.0.*": None, "re:.*mlp.*": {"bits": 8}}}
 LLAMAS, WITH_EXPERTS = ("llama", "qwen2", "qwen3"), ("mixtral", "qwen3_moe")
 CASES = [
     Case("not quantized", "tiny_lm", {}, ("dense",)),
@@ -92,4 +99,10 @@ CASES = [
     Case("native, experts of 4 bits", "mixtral", {"sym": False}, ("native",)),
     Case("native, experts of 3 bits", "qwen3_moe", {"bits": 3}, ("native",)),
     Case("native, activation order", "llama", {"act_order": "group"}, ("native",)),
+    Case("4 bits, groups of 64", "tiny_lm", {"group_size": 64}, MLX),
+    *(Case("4 bits, groups of 32", name, {}, MLX) for name in (*LLAMAS, *WITH_EXPERTS, "phi3", "gemma2", "gemma3")),
+    *(Case(f"{bits} bits, groups of 128", "llama", {"bits": bits, "group_size": 128}, MLX) for bits in (2, 3, 8)),
+    Case("4 bits, asymmetric", "llama", {"sym": False}, MLX),
+    Case("4 bits, one scale per row", "llama", {"group_size": -1}, MLX),
+    Case("a quantized head, a dense layer, 8 bits", "llama", MIXED_MLX, MLX),
 ]

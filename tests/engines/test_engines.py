@@ -1,8 +1,8 @@
 """`make engines`: engines load what is written here, and compute what this package computes. Each has an environment of
-its own, without gptq_ao: `vllm/` (vLLM on a CPU) and `transformers/` (with compressed-tensors) in $GPTQ_AO_ENGINES. And
-vLLM again, with gptq_ao beside it (`beside/`).
+its own, without gptq_ao, in $GPTQ_AO_ENGINES: `vllm/` (vLLM on a CPU), `transformers/` (with compressed-tensors) and
+`mlx/` (mlx-lm on a CPU). And vLLM again, with gptq_ao beside it (`beside/`).
 
-They compute in fp16 (transformers in fp32), the reference, which is this package with the same files, in fp32. Prints a
+vLLM computes in fp16, the others in fp32, as does the reference, which is this package with the same files. Prints a
 table (-s).
 """
 
@@ -55,6 +55,8 @@ TRANSFORMERS_REFUSES: dict[str, dict[str, str]] = {
 }
 PAIRS = [pytest.param(case, format, id=name) for case in CASES for format, name in case.directories.items()]
 # transformers' own loader of GPTQ needs other packages: see `make conformance`.
+READ_BY_MLX = [p for p in PAIRS if p.values[1] == "mlx"]
+READ_BY_VLLM = [p for p in PAIRS if p not in READ_BY_MLX]
 READ_BY_TRANSFORMERS = [p for p in PAIRS if p.values[1] in ("dense", "compressed-tensors", "native")]
 
 
@@ -76,11 +78,12 @@ class Run:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-VLLM = Run("vllm", tuple(PAIRS), "vllm-cpu")
+VLLM = Run("vllm", tuple(READ_BY_VLLM), "vllm-cpu")
+MLX = Run("mlx", tuple(READ_BY_MLX), "mlx")
 TRANSFORMERS = Run("transformers", tuple(READ_BY_TRANSFORMERS), "transformers", ("compressed-tensors",))
 NATIVE = [p for p in PAIRS if p.values[1] == "native"]
 PLUGGED = Run("vllm", tuple(NATIVE), "vllm-cpu", ("gptq_ao",))
-FOREIGN = [p for p in PAIRS if p.values[1] not in ("native", "dense")]
+FOREIGN = [p for p in READ_BY_VLLM if p.values[1] not in ("native", "dense")]
 ASKED = replace(PLUGGED, pairs=tuple(FOREIGN), options=(("quantization", "gptq_ao"),))
 SPREAD = [p for p in NATIVE if str(p.id).startswith(("native--mixed", "native--experts-of-4-bits"))]
 COMPILED = replace(PLUGGED, pairs=tuple(SPREAD), options=(("enforce_eager", False),))
@@ -171,7 +174,7 @@ def check(
     assert gap.max() <= 2 * largest
 
 
-@pytest.mark.parametrize(("case", "format"), PAIRS)
+@pytest.mark.parametrize(("case", "format"), READ_BY_VLLM)
 def test_vllm(case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]) -> None:
     check(VLLM, case, format, folder, written, VLLM_REFUSES, rows)
 
@@ -195,3 +198,8 @@ def test_vllm_with_gptq_ao(
     """Everything is served: native checkpoints as they are, all others if `--quantization gptq_ao` says so; compiled,
     and on two tensor-parallel ranks."""
     check(run, case, format, folder, written, {}, rows)
+
+
+@pytest.mark.parametrize(("case", "format"), READ_BY_MLX)
+def test_mlx(case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]) -> None:
+    check(MLX, case, format, folder, written, {}, rows)

@@ -30,6 +30,7 @@ def loads_all_formats(loaders: None) -> None:
     integration.load_with_gptq_ao("gptq", "compressed-tensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*'gpt2' were not compared with mlx-lm")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
 def test_from_pretrained_and_save_pretrained(name: str, format: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gptq_ao.checkpoint.exchange.hub_names import ExportedModel, export_model
 from gptq_ao.checkpoint.exchange.packed_weight import Rounding
+from gptq_ao.checkpoint.exchange.stacks import Stacks
 from gptq_ao.checkpoint.files.shards import StoredTensor
 from gptq_ao.tensor import GroupTensor
 
@@ -69,6 +70,10 @@ class Format:
             `parameter.part`, in those of the model.
         check_dense: raises CheckpointError where the tensors that are no part of a weight, by name, say that there is
             more than quantized weights; None: they never do.
+        stacks: which tensors of a hub checkpoint are one in the files; None: none are.
+        settings: from a model's config to further keys of config.json, for readers that know others.
+        notes: from a model's config to what readers may compute otherwise, a sentence each.
+        moved: how far `encode` moves a weight by rounding, in steps (the distance of two codes); None: never.
     """
 
     name: str
@@ -83,6 +88,10 @@ class Format:
     config_file: str | None = None
     hub_names: bool = True
     check_dense: Callable[[Mapping[str, StoredTensor]], None] | None = None
+    stacks: Stacks | None = None
+    settings: Callable[[Any], dict[str, Any]] = lambda config: {}
+    notes: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    moved: Callable[[GroupTensor], float] | None = None
 
     def export(self, model: nn.Module, state: Mapping[str, Tensor]) -> ExportedModel:
         """Name a model's tensors as the format does.
@@ -100,7 +109,15 @@ class Format:
 
         Args:
             dtype: that of the model.
+
+        Raises:
+            CheckpointError: tensors do not make a stack.
         """
+        tensors = self._tensors(exported, dtype)
+        modules = (name.rpartition(".")[0] for name in exported.tensors)
+        return tensors if self.stacks is None else self.stacks.joined(modules, tensors)
+
+    def _tensors(self, exported: ExportedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in exported.tensors.items():
             if isinstance(tensor, GroupTensor):
                 prefix = name.removesuffix(".weight") if self.hub_names else name

@@ -35,6 +35,8 @@ class GroupedWeight:
         zero_point: uint8 [N, G].
         perm: int64 [K] or None; column i of the codes belongs to input feature `perm[i]`.
         rounded: the largest relative change of a scale that is not an fp16 number; 0 if all are.
+        moved: the largest distance between a group in the file and here, in steps (the distance of two codes), if the
+            file has offsets that are no whole numbers of steps.
     """
 
     bits: int
@@ -44,6 +46,7 @@ class GroupedWeight:
     zero_point: Tensor
     perm: Tensor | None = None
     rounded: float = 0.0
+    moved: float = 0.0
 
     @property
     def codes(self) -> Tensor:

@@ -11,6 +11,7 @@ from gptq_ao.errors import CheckpointError
 
 __all__ = [
     "check_quantized",
+    "config_keys",
     "has_manifest",
     "method_of",
     "quantization_config",
@@ -21,7 +22,10 @@ __all__ = [
 
 # So that a hostile file cannot fill the host's memory.
 MAX_JSON_BYTES = 256 * 2**20
-_KEYS = ("quantization_config", "compression_config")  # the second in early versions of compressed-tensors
+_KEY, _MLX_KEY = "quantization_config", "quantization"
+_KEYS = (_KEY, "compression_config")  # the second in early versions of compressed-tensors
+# Of configs with bits and a group size, those of other libraries have one of these.
+_NOT_MLX = {"quant_method", "checkpoint_format", "sym", "desc_act", "zero_point", "version"}
 _SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")  # where settings were before config.json had them
 
 
@@ -67,6 +71,9 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
     content = read_json(path) if path.is_file() else {}
     parts = [content, *(p for p in [content.get("text_config")] if isinstance(p, dict))]
     found = next((p[key] for p in parts for key in _KEYS if p.get(key) is not None), None)
+    if found is None:
+        # Other models may have something else of that name.
+        found = next((p[_MLX_KEY] for p in parts if _is_mlx(p.get(_MLX_KEY))), None)
     if found is not None and not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: its quantization_config is a {type(found).__name__}")
     if found is not None and "compression_config" in content:
@@ -94,8 +101,20 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
 
 
 def method_of(config: Mapping[str, Any]) -> Any:
-    """Which method a quantization_config names, in the native format by another key (`checkpoint/native/read.py`)."""
+    """Which method a quantization_config names. That of the native format does it by another key
+    (`checkpoint/native/read.py`), MLX's by what it consists of."""
+    if _is_mlx(config):
+        return "mlx"
     return config.get("quant_method", "gptq_ao" if config.get("format") == "gptq_ao" else None)
+
+
+def config_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where in config.json readers look for this quantization_config."""
+    return (_KEY, _MLX_KEY) if method_of(config) == "mlx" else (_KEY,)
+
+
+def _is_mlx(config: Any) -> bool:
+    return isinstance(config, dict) and {"bits", "group_size"} <= {*config} and not _NOT_MLX & {*config}
 
 
 def check_quantized(directory: Path) -> None:

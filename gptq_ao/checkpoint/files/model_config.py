@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from gptq_ao.checkpoint.files.directory import config_keys, method_of
 from gptq_ao.model.state import state_names
 
-__all__ = ["config_of", "has_config"]
+__all__ = ["config_of", "has_config", "take_mlx"]
 
 
 def has_config(model: nn.Module) -> bool:
@@ -34,11 +35,23 @@ def config_of(model: nn.Module, quantization: Mapping[str, Any] | None) -> Any:
         for stale in ("quantization_config", "compression_config"):
             if hasattr(part, stale):
                 delattr(part, stale)
+        take_mlx(part)
     _set_dtypes(whole, ours)
     _set_ties(whole, ours)
     if quantization is not None:
-        config.quantization_config = dict(quantization)
+        for key in config_keys(quantization):
+            setattr(config, key, dict(quantization))
     return config
+
+
+def take_mlx(config: Any) -> dict[str, Any] | None:
+    """What mlx-lm looks for in a config, which is removed there: it is about the files that the config came with. None:
+    there is none. Other models may have something else of that name, which stays."""
+    found = getattr(config, "quantization", None)
+    if not isinstance(found, dict) or method_of(found) != "mlx":
+        return None
+    delattr(config, "quantization")
+    return found
 
 
 def _parts(config: Any, same: Any) -> Iterator[tuple[int, Any]]:

@@ -26,7 +26,7 @@ from gptq_ao.checkpoint.files.side_files import copy_side_files
 from gptq_ao.distributed.ranks import ALONE, Ranks
 from gptq_ao.errors import CheckpointError
 
-__all__ = ["OutputDirectory", "as_json", "check_empty", "check_space", "disk_errors"]
+__all__ = ["OutputDirectory", "add_settings", "as_json", "check_empty", "check_space", "disk_errors"]
 
 
 class OutputDirectory:
@@ -93,6 +93,7 @@ class OutputDirectory:
         quantization: Mapping[str, Any] | None,
         texts: Mapping[str, str],
         files: Mapping[str, Path],
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Write what else belongs to a Hugging Face model, then give all of it its name.
 
@@ -101,12 +102,14 @@ class OutputDirectory:
             quantization: the `quantization_config` of config.json; None: the weights are not quantized.
             texts: other file → its content, in the order in which they are written.
             files: what is copied, unless there is one of that name: path → source.
+            settings: further keys of config.json.
         """
         parts: tuple[Any, ...] = (config_of(model, quantization), getattr(model, "generation_config", None), tokenizer)
         with disk_errors(self.directory):
             for part in parts:
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(str(self._temporary))
+            add_settings(self._temporary / "config.json", settings or {})
             copy_side_files({name: f for name, f in files.items() if name not in texts}, self._temporary)
             sizes = sum(p.stat().st_size for p in self._temporary.glob("*.safetensors"))
             index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(placed.items()))}
@@ -153,6 +156,12 @@ def check_empty(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} is where a disk is mounted: choose a directory in it, {directory / 'model'}"
         )
+
+
+def add_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Add keys to a config.json."""
+    if settings:
+        path.write_text(as_json({**json.loads(path.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
 
 
 def as_json(content: object) -> str:

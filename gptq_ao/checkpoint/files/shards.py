@@ -22,7 +22,7 @@ __all__ = ["DTYPE_OF", "NAME_OF", "ShardWriter", "StoredTensor", "read_header"]
 
 DTYPE_OF = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_OF |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-DTYPE_OF |= {"BOOL": torch.bool}
+DTYPE_OF |= {"U32": torch.uint32, "BOOL": torch.bool}
 # safetensors' names of dtypes, and back.
 NAME_OF = {dtype: name for name, dtype in DTYPE_OF.items()}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptq_ao.checkpoint.exchange.natural_order import group_of_blocks, natural_codes
 from gptq_ao.tensor import GroupTensor
 
 __all__ = ["BLOCK", "Blocks", "block_kind", "to_blocks", "why_no_blocks"]
@@ -50,7 +51,7 @@ def why_no_blocks(weight: GroupTensor) -> str | None:
         return "it has 8 bits and is asymmetric, and GGUF's blocks of 8 bits have no offset: quantize with sym=True"
     if weight.in_features % BLOCK:
         return f"it has {weight.in_features} input features, and GGUF needs multiples of {BLOCK}"
-    if _group_of_block(weight) is None:
+    if group_of_blocks(weight, BLOCK) is None:
         order = "its columns are in activation order" if weight.perm is not None else f"groups of {weight.group_size}"
         return f"{order}: the {BLOCK} neighbouring input features of a block would need more than one scale"
     if not weight.symmetric and not torch.isfinite(_offset(weight.scale, weight.zero_point)).all():
@@ -64,10 +65,8 @@ def to_blocks(weight: GroupTensor, kind: str) -> Blocks:
     Args:
         kind: that of the weight, or the asymmetric one of its bits.
     """
-    codes, scale, zero_point = (t.cpu() for t in (weight.codes(), weight.scale, weight.zero_point))
-    if weight.perm is not None:  # back to the order of the input features
-        codes = torch.empty_like(codes).index_copy_(1, weight.perm.cpu().long(), codes)
-    group = _group_of_block(weight)
+    codes, scale, zero_point = natural_codes(weight), weight.scale.cpu(), weight.zero_point.cpu()
+    group = group_of_blocks(weight, BLOCK)
     assert group is not None
     # [N, blocks, …] from here on.
     codes = codes.unflatten(1, (-1, BLOCK))
@@ -90,15 +89,6 @@ def _offset(scale: Tensor, zero_point: Tensor) -> Tensor:
 def _moved(scale: Tensor, zero_point: Tensor, offset: Tensor) -> float:
     error = (offset.float() + zero_point.float() * scale.float()).abs() / scale.float().abs()
     return float(error.nan_to_num(0.0).max())  # 0 / 0 where the scale is 0
-
-
-def _group_of_block(weight: GroupTensor) -> Tensor | None:
-    """int64 [K/32]: which group of the weight a block of input features is in; None if one is in several."""
-    group_of = torch.arange(weight.in_features) // weight.group_size
-    if weight.perm is not None:
-        group_of = torch.empty_like(group_of).index_copy_(0, weight.perm.cpu().long(), group_of)
-    blocks = group_of.unflatten(0, (-1, BLOCK))
-    return blocks[:, 0] if bool((blocks == blocks[:, :1]).all()) else None
 
 
 def _row(*parts: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_ao.checkpoint.exchange.hub_names import export_model, refuse
+from gptq_ao.checkpoint.exchange.packed_weight import warn_moved
 from gptq_ao.checkpoint.files.model_config import has_config
 from gptq_ao.checkpoint.files.output_file import OutputFile
 from gptq_ao.checkpoint.gguf.architecture import Architecture, architecture_of
@@ -18,7 +19,7 @@ from gptq_ao.checkpoint.gguf.blocks import block_kind, to_blocks, why_no_blocks
 from gptq_ao.checkpoint.gguf.package import gguf_package
 from gptq_ao.checkpoint.gguf.vocabulary import Vocabulary, vocabulary_of
 from gptq_ao.checkpoint.origin import Origin
-from gptq_ao.errors import CheckpointError, ConfigError, RoundedScalesWarning
+from gptq_ao.errors import CheckpointError, ConfigError
 from gptq_ao.model.state import state_names
 from gptq_ao.model.weights import ModelWeights
 from gptq_ao.report import Report, names_of
@@ -180,15 +181,7 @@ def _describe(
 
 def _tell(model: nn.Module, path: Path, notes: tuple[str, ...], moved: dict[str, float], origin: Origin | None) -> None:
     """A warning for each thing that is not in the file as it is in the model."""
-    if moved:
-        worst = max(moved, key=moved.__getitem__)
-        warnings.warn(
-            f"{path}: {len(moved)} weights are asymmetric, and GGUF has zero_point·scale of a group in fp16. "
-            f"It was rounded to the nearest, which moves the weights of a group alike, by at most {moved[worst]:.1e} "
-            f"of the distance of two codes, in {worst!r}",
-            RoundedScalesWarning,
-            stacklevel=4,
-        )
+    warn_moved(path, "GGUF", moved)
     if origin is not None and origin.ignored:
         what = f"{len(origin.ignored)} tensors of {origin.directory} that {type(model).__name__} does not use"
         notes = (*notes, f"{what} are not in the file: {names_of(origin.ignored)}")
