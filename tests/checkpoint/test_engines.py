@@ -130,3 +130,25 @@ def test_converting_warns_as_saving_does(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "native", tmp_path / "gptq", "gptq", engine="sglang-cpu")
     with pytest.raises(ConfigError, match="engine is 'tgi': give one of"):
         convert_checkpoint(tmp_path / "gone", tmp_path / "out", "gptq", engine="tgi")
+
+
+def cell(engine: str, format: str) -> str:
+    """What the README's table says."""
+    rules = ENGINES[engine].serves.get(format, ())
+    if not rules:
+        return "no"
+    said: dict[tuple[str, str, str], None] = {}
+    for rule in rules:
+        bits = ", ".join(map(str, sorted(rule.bits)))
+        more = ("" if rule.asymmetric else " sym") + (" E" if {*rule.experts} - {UNCHANGED} else "")
+        mark = {"ran": "**{}**", "tried": "{}", "read": "*{}*"}[rule.known]
+        said[mark.format(bits + more), rule.needs, rule.known] = None
+    return "; ".join(text + (f" with {needs}" if needs else "") for text, needs, _ in said)
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    formats = list(dict.fromkeys(f for engine in ENGINES.values() for f in engine.serves))
+    lines = [f"| | {' | '.join(formats)} |", f"|---|{'---|' * len(formats)}"]
+    lines += [f"| {e.version} | {' | '.join(cell(name, f) for f in formats)} |" for name, e in ENGINES.items()]
+    assert "\n".join(lines) in readme, "\n".join(lines)
