@@ -23,7 +23,7 @@ from gptq_ao.errors import CheckpointError
 from gptq_ao.report import names_of
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["Origin", "origin_of"]
+__all__ = ["Origin", "origin_of", "requantized_from"]
 
 _NO_CONFIG = (
     "there is no config.json (now, as seen from here, or in the hub's usual cache), and no other file of it is saved. "
@@ -120,6 +120,15 @@ def origin_of(model: Any) -> Origin | None:
     except CheckpointError as e:  # pickles, say, or a format that transformers reads and this package does not
         return Origin.at(directory, {}, unread=str(e))
     return Origin.at(directory, {name: stored[name] for name in ignored}, lost)
+
+
+def requantized_from(model: Any) -> str | None:
+    """Of which file, and of which types its tensors were, if that was a GGUF file."""
+    made_of = getattr(getattr(model, "config", None), "requantized_from", None)
+    if not isinstance(made_of, dict) or not isinstance(made_of.get("types"), dict):
+        return None
+    types = ", ".join(f"{count} tensors {kind}" for kind, count in made_of["types"].items())
+    return f"{made_of.get('file')} ({types})"
 
 
 def _directory(place: str, commit: str | None) -> Path | None:

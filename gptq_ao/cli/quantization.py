@@ -1,6 +1,7 @@
 """`quantize`, and `plan`, which takes the same options."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plan", "quantize", "save", "with_data"]
 
-NATIVE = "native"
+NATIVE, GGUF = "native", "gguf"
 
 
 @with_request
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty. Of GGUF, a file OUT.gguf.")],
     request: Request,
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +44,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     if request.calibration is None and request.config.method == "gptq":
         raise ConfigError("GPTQ needs calibration data: --calibration FILE or NAME, or --method rtn")
     _check(request)
+    _check_name(out, request)
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device, ranks)
     from gptq_ao.checkpoint.files.find import find_checkpoint
@@ -57,12 +59,19 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     if request.push_to_hub is not None and ranks.first:
         check_login()
     with stopped_gently(), ExitStack() as until_done:
-        journal, grown = None, growing_in(journal_beside(out)) / "model"
+        # A GGUF file has to be called one.
+        journal, grown = None, growing_in(journal_beside(out)) / f"model{out.suffix if request.format == GGUF else ''}"
         if ranks.first:  # which alone writes
             how, every = "the same command with --resume", request.snapshot_every
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
             journal.growing()
-        source = find_checkpoint(model, whole=True)
+        source = (
+            until_done.enter_context(_unpacked(Path(model), request, journal))
+            if model.endswith(".gguf")
+            else find_checkpoint(model, whole=True)
+        )
+        if request.format == GGUF:
+            _check_gguf(source, request)
         config = with_data(request, source)
         write = _stream if request.stream else _in_memory
         together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1}
@@ -121,15 +130,52 @@ def _check(request: Request) -> None:
     """Options that contradict each other."""
     if request.format == "gptq" and not request.config.sym:
         raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
-    if request.format in ("compressed-tensors", "awq", "mlx") and request.config.act_order == "group":
+    if request.format in ("compressed-tensors", "awq", "mlx", GGUF) and request.config.act_order == "group":
         raise ConfigError(f"--format {request.format} holds no weights of --act-order group: write gptq or native")
     if request.format == "awq" and (request.config.bits != 4 or request.config.target_bits is not None):
         raise ConfigError("--format awq holds weights of 4 bits only: write gptq, compressed-tensors or native")
+    if request.format == GGUF and (request.config.bits not in (4, 8) or request.config.target_bits is not None):
+        raise ConfigError("--format gguf holds weights of 4 and 8 bits only: write another format")
+    if request.format == GGUF and request.config.bits == 8 and not request.config.sym:
+        raise ConfigError("--format gguf holds no asymmetric weights of 8 bits: write another format, or --sym")
+    if request.format == GGUF and request.config.adapter_rank:
+        raise ConfigError("--format gguf has no place for an adapter beside the weights: write another format")
     if request.output_sharding == "rank" and not (request.stream and request.format == NATIVE):
         raise ConfigError(
             "--output-sharding rank is for --stream and --format native, where weights are written as they are solved: "
             "give these, or leave it out"
         )
+
+
+@contextmanager
+def _unpacked(path: Path, request: Request, journal: "Journal | None") -> Iterator[Path]:
+    """A directory, for as long as it is needed, with the numbers that the blocks of a GGUF file stand for."""
+    from gptq_ao.integrations.gguf import dense_from_gguf, is_gguf
+
+    if not is_gguf(path):
+        raise CheckpointError(f"{path} does not exist")
+    if journal is None:
+        raise ConfigError("a GGUF file is read by one process: start it without torchrun")
+    with TemporaryDirectory(dir=journal.growing()) as temporary:
+        dense_from_gguf(path, Path(temporary), dtype_of(request.dtype))
+        yield Path(temporary)
+
+
+def _check_name(out: Path, request: Request) -> None:
+    if request.format == GGUF and out.suffix != ".gguf":
+        raise ConfigError(f"--format gguf is one file: give a name that ends in .gguf, not {out}")
+    if request.format != GGUF and out.suffix == ".gguf":
+        raise ConfigError(f"{out} is the name of a GGUF file: give --format gguf, or another name")
+
+
+def _check_gguf(source: Path, request: Request) -> None:
+    """Whether llama.cpp has such a model and such a tokenizer, which is known before hours go into it."""
+    from gptq_ao.checkpoint.gguf.write import check_gguf
+    from gptq_ao.checkpoint.origin import Origin
+    from gptq_ao.model.empty import empty_model
+
+    frame = empty_model(source, trust_remote_code=request.trust_remote_code)
+    check_gguf(frame, None, Origin.at(source, {}))
 
 
 def with_data(request: Request, source: Path) -> "GPTQConfig":
@@ -193,12 +239,17 @@ def _in_memory(
     if journal is None:
         return report
     try:
-        save(loaded, grown, request, report, otherwise=out)
+        save(loaded, grown, request, report, otherwise=_otherwise(out))
     except CheckpointError:
-        if out.is_dir() and any(out.iterdir()):  # in the other format: nothing is left to do
+        if _otherwise(out).is_dir() and any(_otherwise(out).iterdir()):  # in the other format: nothing is left to do
             journal.remove()
         raise
     return report
+
+
+def _otherwise(out: Path) -> Path:
+    """Where a model goes that its format cannot hold: into a directory, which is not called as a GGUF file is."""
+    return out.with_suffix("") if out.suffix == ".gguf" else out
 
 
 def save(model: "nn.Module", out: Path, request: Request, report: "Report", otherwise: Path | None = None) -> None:

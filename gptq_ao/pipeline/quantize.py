@@ -19,7 +19,7 @@ from torchao.core.config import AOBaseConfig
 
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.calibration.batches import Batch, digest
-from gptq_ao.checkpoint.origin import Origin, origin_of
+from gptq_ao.checkpoint.origin import Origin, origin_of, requantized_from
 from gptq_ao.config import GPTQConfig
 from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarning
@@ -192,6 +192,11 @@ def quantize_weights(job: Job, origin: Origin | None = None) -> Report:
         else:
             report = with_all_ranks(_quantize(job), job.ranks)
     told = report.warnings if apart is None else (apart, *report.warnings)
+    requantized = requantized_from(job.model)
+    if requantized is not None:
+        recipe |= {"requantized from": requantized}
+        note = f"the model was quantized before, and is quantized again from what that was rounded to: {requantized}"
+        report = dataclasses.replace(report, notes=(*report.notes, note))
     report = dataclasses.replace(report, recipe=recipe, warnings=told)
     if origin is None:
         return report
