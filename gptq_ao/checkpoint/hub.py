@@ -21,7 +21,7 @@ def check_login() -> None:
 
 
 def upload(directory: Path, repository: str) -> str:
-    """Upload a directory, as a repository that is made if there is none. Returns its address.
+    """Upload a directory or a file, as a repository that is made if there is none. Returns its address.
 
     Raises:
         CheckpointError: it cannot be uploaded; the directory stays.
@@ -30,7 +30,10 @@ def upload(directory: Path, repository: str) -> str:
 
     try:
         created = HfApi().create_repo(repository, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=directory)
+        if directory.is_file():
+            HfApi().upload_file(repo_id=repository, path_or_fileobj=directory, path_in_repo=directory.name)
+        else:
+            HfApi().upload_folder(repo_id=repository, folder_path=directory)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{directory} is complete, but could not be uploaded to {repository!r}: {e}") from e
     return str(created)

@@ -4,6 +4,7 @@ Such are tensors that the model's class ignores on loading (layers that predict 
 not weights (tokenizer, processor, chat template, license, code).
 """
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from gptq_ao.checkpoint.formats import open_quantized
 from gptq_ao.checkpoint.native.manifest import read_manifest
 from gptq_ao.checkpoint.source import left_over
 from gptq_ao.errors import CheckpointError
-from gptq_ao.report import names_of
+from gptq_ao.report import Report, names_of
 from gptq_ao.tensor import GroupTensor
 
-__all__ = ["Origin", "origin_of"]
+__all__ = ["Origin", "origin_of", "requantized"]
 
 _NO_CONFIG = (
     "there is no config.json (now, as seen from here, or in the hub's usual cache), and no other file of it is saved. "
@@ -120,6 +121,18 @@ def origin_of(model: Any) -> Origin | None:
     except CheckpointError as e:  # pickles, say, or a format that transformers reads and this package does not
         return Origin.at(directory, {}, unread=str(e))
     return Origin.at(directory, {name: stored[name] for name in ignored}, lost)
+
+
+def requantized(report: Report, model: Any) -> Report:
+    """The report, which says so if the model was made of a GGUF file: of which, and of which types its tensors were."""
+    made_of = getattr(getattr(model, "config", None), "requantized_from", None)
+    if not isinstance(made_of, dict) or not isinstance(made_of.get("types"), dict):
+        return report
+    types = ", ".join(f"{count} tensors {kind}" for kind, count in made_of["types"].items())
+    file = f"{made_of.get('file')} ({types})"
+    note = f"the model was quantized before, and is quantized again from what that was rounded to: {file}"
+    recipe = {**report.recipe, "requantized from": file}
+    return dataclasses.replace(report, recipe=recipe, notes=(*report.notes, note))
 
 
 def _directory(place: str, commit: str | None) -> Path | None:

@@ -62,7 +62,9 @@ Device = Annotated[
     typer.Option(help="Where to compute: cpu, cuda, cuda:1, …", show_default="the accelerator there is, else cpu"),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the unquantized model; auto: as stored.")]
-Model = Annotated[str, typer.Argument(help="A local Hugging Face directory or a hub id.")]
+Model = Annotated[
+    str, typer.Argument(help="A local Hugging Face directory, a hub id, or (quantize only) a file MODEL.gguf.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model. Read it first.")
 ]

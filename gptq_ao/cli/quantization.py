@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptq_ao.cli.gguf_files import (
+    GGUF,
+    SUFFIX,
+    check_name,
+    check_settings,
+    check_vocabulary,
+    directory_beside,
+    unpacked,
+)
 from gptq_ao.cli.interruption import stopped_gently
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
 from gptq_ao.cli.quality import check_limits, destination, held_out, kept_back, rejected
@@ -41,7 +50,9 @@ _DEFAULT_TEXT = (
 @with_request
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory to write; must not exist or be empty. Of GGUF, a file OUT.gguf.")
+    ],
     request: Request,
     as_json: AsJson = False,
 ) -> None:
@@ -54,6 +65,7 @@ def quantize(
 
 def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ranks") -> None:
     _check(request)
+    check_name(out, request)
     # Everything that can be wrong is looked at before a model is loaded.
     limits, place = limits_of(request.limits), device_of(request.device, ranks)
     from gptq_ao.checkpoint.files.find import find_checkpoint
@@ -75,13 +87,21 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
     if checked:
         check_empty(rejected(out))
     with stopped_gently(), ExitStack() as until_done:
-        journal, grown = None, growing_in(journal_beside(out)) / "model"
+        # A GGUF file has to be called one.
+        journal, grown = None, growing_in(journal_beside(out)) / f"model{SUFFIX if out.suffix == SUFFIX else ''}"
         if ranks.first:  # which alone writes
             how, every = "the same command with --resume", request.snapshot_every
             journal = until_done.enter_context(journal_of(out, resume=request.resume, how=how, snapshot_every=every))
             journal.growing()
-        source = find_checkpoint(model, whole=True)
+        source = (
+            until_done.enter_context(unpacked(Path(model), request, journal))
+            if model.endswith(SUFFIX)
+            else find_checkpoint(model, whole=True)
+        )
         request = _for_engine(request, lambda: empty_model(source, trust_remote_code=request.trust_remote_code))
+        check_name(out, request)
+        if request.format == GGUF:
+            check_vocabulary(source, request)
         given = with_data(request, source)
         write = _stream if request.stream else _in_memory
         together = {"device": place, "max_memory": limits, "distributed": ranks.size > 1, "quality": given.check}
@@ -91,7 +111,7 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
         report = dataclasses.replace(report, warnings=(*report.warnings, *given.warnings))
         if report.adapter:
             _save_adapter(source, grown / "adapter", report, request)
-        unwritten = save_beside(grown, report, model, source) if request.report else None
+        unwritten = save_beside(grown, report, model, source) if request.report and grown.is_dir() else None
         written = destination(out, report)
         journal.publish(grown, written)
     lines = [f"written to {written}", *([unwritten] if unwritten else [])]
@@ -157,10 +177,11 @@ def _check(request: Request) -> None:
     check_limits(request)
     if request.format == "gptq" and not request.config.sym:
         raise ConfigError("--format gptq holds no asymmetric weights: write gptq_v2 or compressed-tensors, or --sym")
-    if request.format in ("compressed-tensors", "awq", "mlx") and request.config.act_order == "group":
+    if request.format in ("compressed-tensors", "awq", "mlx", GGUF) and request.config.act_order == "group":
         raise ConfigError(f"--format {request.format} holds no weights of --act-order group: write gptq or native")
     if request.format == "awq" and (request.config.bits != 4 or request.config.target_bits is not None):
         raise ConfigError("--format awq holds weights of 4 bits only: write gptq, compressed-tensors or native")
+    check_settings(request)
     if request.output_sharding == "rank" and not (request.stream and request.format == NATIVE):
         raise ConfigError(
             "--output-sharding rank is for --stream and --format native, where weights are written as they are solved: "
@@ -280,9 +301,11 @@ def _in_memory(
         return report
     out = destination(out, report)
     try:
-        save(loaded, grown, request, report, otherwise=out)
+        save(loaded, grown, request, report, otherwise=directory_beside(out))
     except CheckpointError:
-        if out.is_dir() and any(out.iterdir()):  # in the other format: nothing is left to do
+        if directory_beside(out).is_dir() and any(
+            directory_beside(out).iterdir()
+        ):  # in the other format: nothing is left to do
             journal.remove()
         raise
     return report

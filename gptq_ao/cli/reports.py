@@ -65,7 +65,7 @@ def save_beside(weights: Path, report: "Report", model: str, source: Path) -> st
     if taken:  # it came along with the model, whose it is
         return f"no report was written, as the model has a file {FOLDER}/{taken[0]} of its own: report.save in Python"
     # It may be published: where the model was on this machine is nobody's business.
-    name = source.resolve().name if Path(model).is_dir() else model
+    name = source.resolve().name if Path(model).is_dir() else Path(model).name if Path(model).is_file() else model
     notes, warnings = ([line.replace(str(source), name) for line in lines] for lines in (report.notes, report.warnings))
     dataclasses.replace(report, notes=tuple(notes), warnings=tuple(warnings)).save(place, model=name)
     return None

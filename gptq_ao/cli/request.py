@@ -36,6 +36,7 @@ class OutFormat(StrEnum):
     compressed_tensors = "compressed-tensors"
     awq = "awq"
     mlx = "mlx"
+    gguf = "gguf"
 
 
 class EngineName(StrEnum):

@@ -20,7 +20,7 @@ from torchao.core.config import AOBaseConfig
 from gptq_ao.calibration.activation_store import ActivationStore
 from gptq_ao.calibration.advice import advice_on_rows, advice_on_text
 from gptq_ao.calibration.batches import Batch, digest
-from gptq_ao.checkpoint.origin import Origin, origin_of
+from gptq_ao.checkpoint.origin import Origin, origin_of, requantized
 from gptq_ao.config import GPTQConfig
 from gptq_ao.distributed.ranks import Ranks
 from gptq_ao.errors import CaptureError, ConfigError, StrictError, TrainingWarning
@@ -196,7 +196,7 @@ def quantize_weights(job: Job, origin: Origin | None = None, quality: QualityChe
         else:
             report = judge(with_all_ranks(_quantize(job), job.ranks))
     told = report.warnings if apart is None else (apart, *report.warnings)
-    report = dataclasses.replace(report, recipe=recipe, warnings=told)
+    report = requantized(dataclasses.replace(report, recipe=recipe, warnings=told), job.model)
     if origin is None:
         return report
     notes = (*report.notes, *origin.notes(job.model))

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from gptq_ao import cli, load_quantized
 from gptq_ao.checkpoint import hub
 from gptq_ao.cli import options, quantization
+from gptq_ao.cli.gguf_files import GGUF
 from gptq_ao.cli.request import EngineName, OutFormat
 from gptq_ao.config import ACT_ORDERS, EFFORTS, METHODS
 from gptq_ao.errors import CheckpointError, ConfigError
@@ -143,7 +145,27 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "device-gone": (("quantize", "MODEL", "OUT", "--method", "rtn", "--device", "cuda:77"), "--device cuda:77: "),
     "memory": (("quantize", "MODEL", "OUT", "--method", "rtn", "--max-memory", "8"), "'8' is not DEVICE=AMOUNT"),
     "memory-unit": (("quantize", "MODEL", "OUT", "--method", "rtn", "--max-memory", "cpu=8Q"), "8Q"),
-    "format": (("quantize", "MODEL", "OUT", "--method", "rtn", "--format", "gguf"), "'gguf' is not one of"),
+    "format": (("quantize", "MODEL", "OUT", "--method", "rtn", "--format", "ggml"), "'ggml' is not one of"),
+    "gguf-name": (("quantize", "MODEL", "OUT", "--method", "rtn", "--format", "gguf"), "gguf is one file: give a name"),
+    "gguf-name-only": (
+        ("quantize", "MODEL", "OUT.gguf", "--method", "rtn"),
+        "is the name of a GGUF file: give --format",
+    ),
+    "gguf-bits": (
+        ("quantize", "MODEL", "OUT.gguf", "--method", "rtn", "--bits", "3", "--format", "gguf"),
+        "--format gguf holds weights of 4 and 8 bits only",
+    ),
+    "gguf-mixed": (("plan", "MODEL", "--target-bits", "4.5", "--format", "gguf"), "holds weights of 4 and 8 bits only"),
+    "gguf-asym": (("plan", "MODEL", "--bits", "8", "--asym", "--format", "gguf"), "no asymmetric weights of 8 bits"),
+    "gguf-order": (("plan", "MODEL", "--act-order", "group", "--format", "gguf"), "--format gguf holds no weights of"),
+    "gguf-adapter": (
+        ("plan", "MODEL", "--adapter-rank", "4", "--format", "gguf"),
+        "--format gguf has no place for an adapter",
+    ),
+    "gguf-model": (
+        ("quantize", "GPT2", "OUT.gguf", "--method", "rtn", "--format", "gguf"),
+        "cannot be written as GGUF: language models of the types",
+    ),
     "format-awq-bits": (
         ("quantize", "MODEL", "OUT", "--method", "rtn", "--bits", "8", "--format", "awq"),
         "--format awq holds weights of 4 bits only",
@@ -225,6 +247,8 @@ def test_wrong_input_is_one_message_without_a_traceback(
     files = {"FILE": "text", "LIST": "[1, 2]", "BROKEN": "{a: ", "UNKNOWN": "bitz: 4", "RULES": "nothing: null"}
     places = {"MODEL": model, "OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
     (tmp_path / "empty").mkdir()
+    places |= {"OUT.gguf": str(tmp_path / "out.gguf"), "GPT2": str(tmp_path / "gpt2")}
+    GPT2Config(architectures=["GPT2LMHeadModel"], n_layer=1).save_pretrained(tmp_path / "gpt2")
     for name, text in files.items():
         places[name] = str(tmp_path / (f"{name}.txt" if name == "FILE" else f"{name}.yaml"))
         Path(places[name]).write_text(text)
@@ -268,7 +292,7 @@ def test_choices_are_those_of_the_package() -> None:
     assert [*options.ActOrder] == [*ACT_ORDERS]
     assert [*options.Effort] == [*EFFORTS]
     assert [*options.Method] == [*METHODS]
-    assert [*OutFormat] == [*FORMATS]
+    assert [*OutFormat] == [*FORMATS, GGUF]
     assert [*EngineName] == [*ENGINES]
 
 
@@ -336,7 +360,9 @@ def test_rules_and_presets(model: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)])
-@pytest.mark.parametrize("format", [*OutFormat])
+@pytest.mark.parametrize(
+    "format", [f for f in OutFormat if f != GGUF]
+)  # that is one file: tests/checkpoint/test_gguf.py
 def test_any_format_is_written(
     format: str, stream: tuple[str, ...], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,11 +7,13 @@ __all__ = ["sync_directory", "sync_file", "sync_tree"]
 
 
 def sync_tree(directory: Path) -> None:
-    """All that is in a directory is on the disk when the call returns.
+    """A file, or all that is in a directory, is on the disk when the call returns.
 
     Raises:
         OSError: it is not.
     """
+    if directory.is_file():
+        sync_file(directory)
     for folder, _, files in os.walk(directory):
         for name in files:
             sync_file(Path(folder) / name)

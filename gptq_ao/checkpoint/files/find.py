@@ -58,6 +58,8 @@ def local_directory(source: str | Path) -> Path | None:
         CheckpointError: it is a file, or a path where nothing is.
     """
     if os.path.isfile(source):
+        if str(source).endswith(".gguf"):
+            raise CheckpointError(f"{source} is a GGUF file, which only `gptq-ao quantize` reads")
         raise CheckpointError(f"{source} is a file: give the directory that it is in")
     if os.path.isdir(source):
         return Path(source)

@@ -26,7 +26,7 @@ from gptq_ao.report import Report, names_of
 from gptq_ao.tensor import GroupTensor
 from gptq_ao.version import VERSION
 
-__all__ = ["write_gguf"]
+__all__ = ["check_gguf", "write_gguf"]
 
 SUFFIX = ".gguf"
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -62,14 +62,8 @@ def write_gguf(model: nn.Module, path: Path, tokenizer: Any, report: Report | No
     if path.suffix != SUFFIX:
         raise ConfigError(f"a GGUF file is one file, whose name ends in {SUFFIX}: {path} is not such a path")
     gguf = gguf_package()
-    if not has_config(model):
-        raise CheckpointError(
-            f"GGUF holds models that llama.cpp has code for, here those of transformers: not a {type(model).__name__}"
-        )
-    architecture = architecture_of(model)
+    architecture, vocabulary = check_gguf(model, tokenizer, origin)
     entries = [*_entries(model, architecture)]
-    known = model.get_input_embeddings().weight  # type: ignore[operator]
-    vocabulary = vocabulary_of(tokenizer if tokenizer is not None else _tokenizer_of(origin), len(known))
     writer = gguf.GGUFWriter(None, architecture.name)
     _describe(writer, gguf, model, architecture, vocabulary, report, {e.kind for e in entries})
     moved: dict[str, float] = {}
@@ -91,6 +85,21 @@ def write_gguf(model: nn.Module, path: Path, tokenizer: Any, report: Report | No
                     moved[entry.name] = distance
         file.finish()
     _tell(model, path, (*architecture.notes, *vocabulary.notes), moved, origin)
+
+
+def check_gguf(model: Any, tokenizer: Any, origin: Origin | None) -> tuple[Architecture, Vocabulary]:
+    """What llama.cpp calls the model and its tokens. Weights are not looked at; they may be on the meta device.
+
+    Raises:
+        CheckpointError: it has no such model, or no such tokenizer.
+        ConfigError: the package gguf is missing.
+    """
+    if not has_config(model):
+        raise CheckpointError(
+            f"GGUF holds models that llama.cpp has code for, here those of transformers: not a {type(model).__name__}"
+        )
+    architecture, size = architecture_of(model), len(model.get_input_embeddings().weight)
+    return architecture, vocabulary_of(tokenizer if tokenizer is not None else _tokenizer_of(origin), size)
 
 
 def _entries(model: nn.Module, architecture: Architecture) -> Iterator[_Entry]:

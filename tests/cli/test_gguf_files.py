@@ -1,0 +1,127 @@
+"""GGUF files as what `quantize` writes, and as what it reads."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptq_ao import cli, load_quantized
+from gptq_ao.tensor import GroupTensor
+
+from ..checkpoint.test_gguf import built, saved
+from ..checkpoint.vocabularies import bytes_with_merges
+
+TINY = str(Path(__file__).parents[2] / "examples" / "tiny_lm")
+FEW = ("--effort", "fast", "--num-samples", "8", "--seq-len", "64", "--json")
+
+
+def run(patch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """stdout of a command that must succeed, as JSON."""
+    lines: list[str] = []
+    patch.setattr("builtins.print", lambda *a, **k: lines.append(str(a[0])) if "file" not in k else None)
+    patch.setattr(sys, "argv", ["gptq-ao", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 0
+    (line,) = lines
+    return json.loads(line)
+
+
+def fail(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that must fail says."""
+    patch.setattr(sys, "argv", ["gptq-ao", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code not in (0, None)
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        settings = ("--bits", "4", "--group-size", "32", "--format", "gguf")
+        return out, run(patch, "quantize", TINY, str(out), *settings, *FEW)
+
+
+def test_one_file_is_written_with_the_weights_that_were_solved(made: tuple[Path, dict[str, Any]]) -> None:
+    out, report = made
+    assert [p.name for p in out.parent.iterdir()] == [out.name]  # no directory, no report, nothing hidden
+    assert report["out"] == str(out)
+    reader = gguf.GGUFReader(out)
+    types = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert types["blk.0.attn_q.weight"] == "Q4_0"
+    assert sum(kind == "Q4_0" for kind in types.values()) == len(report["layers"])
+
+
+def test_a_file_is_quantized_again_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 8 bits, which change little: the result has the logits of the file."""
+    (tmp_path / "from").mkdir()
+    model = built("Llama", bits=4)
+    source, out = (
+        saved(model, tmp_path / "from" / "small.gguf", bytes_with_merges(None)),
+        tmp_path / "again",
+    )
+    quantized = sum(isinstance(p, GroupTensor) for p in model.parameters())
+    report = run(monkeypatch, "quantize", str(source), str(out), "--bits", "8", "--group-size", "32", *FEW)
+    (note,) = (n for n in report["notes"] if "was quantized before" in n)
+    assert f"{source.name} (" in note
+    assert f"{quantized} tensors Q4_0" in note
+    assert str(tmp_path) not in (out / "README.md").read_text()
+    assert "Q4_0" in (out / "README.md").read_text()
+    meant: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    found: Any = load_quantized(out)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = meant(ids).logits
+        assert (found(ids).logits - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"PK\x03\x04 and more", "is not a GGUF file: it begins with b'PK"),
+        (b"GGUF", "is truncated or damaged"),
+        (b"", "is not a GGUF file: it begins with b''"),
+    ],
+)
+def test_files_that_are_no_model(
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = tmp_path / "m.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    assert message in fail(monkeypatch, capsys, "quantize", str(path), str(tmp_path / "q"), "--method", "rtn")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_file_that_ends_too_soon(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = tmp_path / "m.gguf"
+    whole = made[0].read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    said = fail(monkeypatch, capsys, "quantize", str(path), str(tmp_path / "q"), "--method", "rtn")
+    assert "m.gguf is truncated or damaged" in said
+
+
+def test_other_commands_say_that_they_do_not_read_it(
+    made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    said = fail(monkeypatch, capsys, "inspect", str(made[0]))
+    assert "is a GGUF file, which only `gptq-ao quantize` reads" in said
+
+
+def test_the_engine_llama_cpp_wants_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    settings = ("--for", "llama.cpp", "--bits", "4", "--group-size", "32")
+    said = fail(monkeypatch, capsys, "quantize", TINY, str(tmp_path / "q"), *settings, *FEW[:-1])
+    assert "--format gguf is one file: give a name that ends in .gguf" in said
+    report = run(monkeypatch, "quantize", TINY, str(tmp_path / "q.gguf"), *settings, *FEW)
+    assert report["format"] == "gguf"
+    assert (tmp_path / "q.gguf").is_file()
