@@ -201,6 +201,7 @@ def test_another_meaning_of_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "gpt2"])
+@pytest.mark.filterwarnings("ignore:.*no engine is known to serve:gptq_ao.errors.EngineWarning")
 @pytest.mark.parametrize("sym", [True, False])
 def test_as_it_came_and_to_all_others(name: str, sym: bool, loaders: None, tmp_path: Path) -> None:
     """Experts are stacks in MLX's files, as in the model, and neither in a hub checkpoint."""

@@ -58,6 +58,7 @@ def test_the_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "reports",
         "quality",
         "diagnosis",
+        "gguf_files",
         "score",
     }
     expected = {"gptq_ao", "gptq_ao.cli", "gptq_ao.errors", "gptq_ao.version", "gptq_ao.__main__"}
@@ -312,7 +313,7 @@ def test_the_device_is_the_accelerator_there_is(monkeypatch: pytest.MonkeyPatch)
         (("--for", "vllm"), "compressed-tensors"),
         (("--for", "vllm", "--format", "gptq"), "gptq"),
         (("--for", "sglang-cpu"), "gptq"),
-        (("--for", "mlx"), "awq"),
+        (("--for", "mlx"), "mlx"),
         (("--for", "transformers", "--asym", "--bits", "3"), "gptq_v2"),
     ],
 )
