@@ -26,6 +26,7 @@ from gptq_ao.tensor import GroupTensor
 
 __all__ = ["Origin", "origin_of", "requantized"]
 
+_UNQUANTIZED = {"F64", "F32", "F16", "BF16"}  # types of GGUF
 _NO_CONFIG = (
     "there is no config.json (now, as seen from here, or in the hub's usual cache), and no other file of it is saved. "
     "If the model is in a folder of it, give from_pretrained the path of that folder, not subfolder="
@@ -124,11 +125,15 @@ def origin_of(model: Any) -> Origin | None:
 
 
 def requantized(report: Report, model: Any) -> Report:
-    """The report, which says so if the model was made of a GGUF file: of which, and of which types its tensors were."""
+    """The report, which says so if the model was made of a GGUF file with quantized tensors: of which file, and how many
+    it had of each type."""
     made_of = getattr(getattr(model, "config", None), "requantized_from", None)
     if not isinstance(made_of, dict) or not isinstance(made_of.get("types"), dict):
         return report
-    types = ", ".join(f"{count} tensors {kind}" for kind, count in made_of["types"].items())
+    if {*made_of["types"]} <= _UNQUANTIZED:
+        return report
+    counts = sorted(made_of["types"].items(), key=lambda each: (-each[1], each[0]))
+    types = ", ".join(f"{count} tensors {kind}" for kind, count in counts)
     file = f"{made_of.get('file')} ({types})"
     note = f"the model was quantized before, and is quantized again from what that was rounded to: {file}"
     recipe = {**report.recipe, "requantized from": file}

@@ -17,7 +17,7 @@ def gguf_package() -> Any:
         import gguf
     except ImportError as e:
         raise ConfigError(
-            f"GGUF files are written with the package gguf, which cannot be imported ({e}): pip install 'gptq_ao[gguf]'"
+            f"GGUF files need the package gguf, which cannot be imported ({e}): pip install 'gptq_ao[gguf]'"
         ) from e
     return gguf
 
