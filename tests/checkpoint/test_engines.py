@@ -71,6 +71,44 @@ def test_formats_to_choose_from_come_in_the_order_of_the_table() -> None:
         alternatives("ollama", contents(4), FORMATS)
 
 
+def matrix() -> list[str]:
+    """Lines of a table: format × bits, symmetric or not, in groups of 32, without experts; engine."""
+    lines = ["| format | bits | " + " | ".join(engine.version for engine in ENGINES.values()) + " |"]
+    lines.append("|---" * (2 + len(ENGINES)) + "|")
+    for format in ("gptq", "gptq_v2", "compressed-tensors", "awq", GGUF, "native"):
+        kinds = [(b, asymmetric) for asymmetric in (False, True) for b in BITS if holds(format, b, asymmetric)]
+        served = {
+            kind: [cell(name, format, contents(kind[0], groups=(32,), asymmetric=kind[1])) for name in ENGINES]
+            for kind in kinds
+        }
+        for cells in dict.fromkeys(map(tuple, served.values())):  # kinds that are served alike are one line
+            alike = [
+                f"{b}{' asym' if asymmetric else ''}" for (b, asymmetric), own in served.items() if tuple(own) == cells
+            ]
+            lines.append(f"| {format} | {', '.join(alike)} | {' | '.join(cells)} |")
+    return lines
+
+
+def holds(format: str, bits: int, asymmetric: bool) -> bool:
+    """Whether there are such files."""
+    if format == GGUF:
+        return bits == 4 or (bits == 8 and not asymmetric)
+    return (bits == 4 or format != "awq") and not (asymmetric and format == "gptq")
+
+
+def cell(engine: str, format: str, kind: Contents) -> str:
+    rule = alternatives(engine, kind, [format]).get(format)
+    if rule is None:
+        return "no"
+    return rule.known + (f", with {rule.needs}" if rule.needs else "") + ("" if rule.exact else ", not exact")
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    expected = "\n".join(matrix())
+    assert expected in readme, expected
+
+
 SETTINGS: list[tuple[str, dict[str, Any], Contents]] = [
     ("llama", {}, contents(4, groups=(32,))),
     ("llama", {"bits": 3, "sym": False}, contents(3, groups=(32,), asymmetric=True)),

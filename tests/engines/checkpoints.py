@@ -1,5 +1,6 @@
 """Checkpoints for engines: of which models, how quantized, in which formats. Small: an engine loads them in seconds."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_ao import gptq_config, quantize_, save_quantized
 from gptq_ao.checkpoint.engines import Contents, contents_of
+from gptq_ao.errors import FusedSettingsWarning
 
 from ..models import seeded, token_batches
 
@@ -57,7 +59,9 @@ def write(case: Case, folder: Path) -> Contents:
     model = MODELS[case.model]()
     settings = {"group_size": 32, "effort": "fast", **case.settings, "calibration": token_batches(4, vocabulary=257)}
     if case.formats != ("dense",):
-        quantize_(model, gptq_config(**settings))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FusedSettingsWarning)  # such are served with gptq_ao beside vLLM
+            quantize_(model, gptq_config(**settings))
     for format, name in case.directories.items():
         save_quantized(model, folder / name, format=format, tokenizer=AutoTokenizer.from_pretrained(TINY_LM))
     return contents_of(model)
