@@ -1,8 +1,8 @@
 """Which engine serves which checkpoint, as a table, and what is asked of it.
 
-Each rule says how it is known, of the version that is named: `make engines`, or a test of this package, loads such files
-and compares what comes out (`ran`); they were loaded and compared once, by hand or by `make conformance` (`tried`); or the
-engine's source says so (`read`).
+Each rule says how it is known, of the version that is named: `make engines`, or a test of this package, loads such
+files and compares what comes out (`ran`); they were loaded and compared once, by hand or by `make conformance`
+(`tried`); or the engine's source says so (`read`).
 """
 
 from collections.abc import Collection, Iterable, Mapping
