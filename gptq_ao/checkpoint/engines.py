@@ -1,7 +1,8 @@
 """Which engine serves which checkpoint, as a table, and what is asked of it.
 
-Each rule says how it is known, of the version that is named: `make engines` loads such files and compares what comes
-out (`ran`), they were loaded once by hand or by `make conformance` (`tried`), or the engine's source says so (`read`).
+Each rule says how it is known, of the version that is named: `make engines`, or a test of this package, loads such
+files and compares what comes out (`ran`); they were loaded and compared once, by hand or by `make conformance`
+(`tried`); or the engine's source says so (`read`).
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -64,6 +65,7 @@ class Rule:
         experts: bits of experts that it serves, 16 for dense ones.
         needs: a package that has to be installed beside the engine.
         known: how this is known, see the module.
+        exact: whether it computes with the weights that are meant; else some number of them is rounded.
     """
 
     bits: tuple[int, ...]
@@ -74,6 +76,7 @@ class Rule:
     ordered: bool = False
     experts: tuple[int, ...] = (UNCHANGED,)
     needs: str = ""
+    exact: bool = True
 
     def misses(self, contents: Contents) -> list[str]:
         """What of a model it does not serve, in words."""
@@ -157,15 +160,21 @@ ENGINES: dict[str, Engine] = {
         {
             "gguf": (
                 Rule((4, 8), TRIED, multiple=32, experts=(4, 8, UNCHANGED)),
-                Rule((4,), TRIED, multiple=32, asymmetric=True, experts=(4, UNCHANGED)),
+                Rule((4,), TRIED, multiple=32, asymmetric=True, experts=(4, UNCHANGED), exact=False),
             )
         },
     ),
     "mlx": Engine(
         "mlx-lm 0.32.2",
         {
-            "mlx": (Rule(BITS, RAN, multiple=32, asymmetric=True, experts=_ALL),),
-            "awq": (Rule((4,), TRIED, (32, 64, 128), asymmetric=True, experts=()),),
+            "mlx": (
+                Rule(BITS, RAN, multiple=32, experts=_ALL),
+                Rule(BITS, RAN, multiple=32, asymmetric=True, experts=_ALL, exact=False),
+            ),
+            "awq": (
+                Rule((4,), TRIED, (32, 64, 128), experts=()),
+                Rule((4,), TRIED, (32, 64, 128), asymmetric=True, experts=(), exact=False),
+            ),
         },
     ),
     "transformers": Engine(

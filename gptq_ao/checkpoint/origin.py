@@ -125,8 +125,8 @@ def origin_of(model: Any) -> Origin | None:
 
 
 def requantized(report: Report, model: Any) -> Report:
-    """The report, which says so if the model was made of a GGUF file with quantized tensors: of which file, and how many
-    it had of each type."""
+    """The report, which says so if the model was made of a GGUF file with quantized tensors: of which, and how many it
+    had of each type."""
     made_of = getattr(getattr(model, "config", None), "requantized_from", None)
     if not isinstance(made_of, dict) or not isinstance(made_of.get("types"), dict):
         return report
@@ -135,7 +135,7 @@ def requantized(report: Report, model: Any) -> Report:
     counts = sorted(made_of["types"].items(), key=lambda each: (-each[1], each[0]))
     types = ", ".join(f"{count} tensors {kind}" for kind, count in counts)
     file = f"{made_of.get('file')} ({types})"
-    note = f"the model was quantized before, and is quantized again from what that was rounded to: {file}"
+    note = f"quantized again, from what another quantization had left: {file}"
     recipe = {**report.recipe, "requantized from": file}
     return dataclasses.replace(report, recipe=recipe, notes=(*report.notes, note))
 

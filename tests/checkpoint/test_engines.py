@@ -71,6 +71,44 @@ def test_formats_to_choose_from_come_in_the_order_of_the_table() -> None:
         alternatives("ollama", contents(4), FORMATS)
 
 
+def matrix() -> list[str]:
+    """Lines of a table: format × bits, symmetric or not, in groups of 32, without experts; engine."""
+    lines = ["| format | bits | " + " | ".join(engine.version for engine in ENGINES.values()) + " |"]
+    lines.append("|---" * (2 + len(ENGINES)) + "|")
+    for format in ("gptq", "gptq_v2", "compressed-tensors", "awq", GGUF, "mlx", "native"):
+        kinds = [(b, asymmetric) for asymmetric in (False, True) for b in BITS if holds(format, b, asymmetric)]
+        served = {
+            kind: [cell(name, format, contents(kind[0], groups=(32,), asymmetric=kind[1])) for name in ENGINES]
+            for kind in kinds
+        }
+        for cells in dict.fromkeys(map(tuple, served.values())):  # kinds that are served alike are one line
+            alike = [
+                f"{b}{' asym' if asymmetric else ''}" for (b, asymmetric), own in served.items() if tuple(own) == cells
+            ]
+            lines.append(f"| {format} | {', '.join(alike)} | {' | '.join(cells)} |")
+    return lines
+
+
+def holds(format: str, bits: int, asymmetric: bool) -> bool:
+    """Whether there are such files."""
+    if format == GGUF:
+        return bits == 4 or (bits == 8 and not asymmetric)
+    return (bits == 4 or format != "awq") and not (asymmetric and format == "gptq")
+
+
+def cell(engine: str, format: str, kind: Contents) -> str:
+    rule = alternatives(engine, kind, [format]).get(format)
+    if rule is None:
+        return "no"
+    return rule.known + (f", with {rule.needs}" if rule.needs else "") + ("" if rule.exact else ", not exact")
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    expected = "\n".join(matrix())
+    assert expected in readme, expected
+
+
 SETTINGS: list[tuple[str, dict[str, Any], Contents]] = [
     ("llama", {}, contents(4, groups=(32,))),
     ("llama", {"bits": 3, "sym": False}, contents(3, groups=(32,), asymmetric=True)),
@@ -130,25 +168,3 @@ def test_converting_warns_as_saving_does(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "native", tmp_path / "gptq", "gptq", engine="sglang-cpu")
     with pytest.raises(ConfigError, match="engine is 'tgi': give one of"):
         convert_checkpoint(tmp_path / "gone", tmp_path / "out", "gptq", engine="tgi")
-
-
-def cell(engine: str, format: str) -> str:
-    """What the README's table says."""
-    rules = ENGINES[engine].serves.get(format, ())
-    if not rules:
-        return "no"
-    said: dict[tuple[str, str, str], None] = {}
-    for rule in rules:
-        bits = ", ".join(map(str, sorted(rule.bits)))
-        more = ("" if rule.asymmetric else " sym") + (" E" if {*rule.experts} - {UNCHANGED} else "")
-        mark = {"ran": "**{}**", "tried": "{}", "read": "*{}*"}[rule.known]
-        said[mark.format(bits + more), rule.needs, rule.known] = None
-    return "; ".join(text + (f" with {needs}" if needs else "") for text, needs, _ in said)
-
-
-def test_the_readme_has_the_table() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    formats = list(dict.fromkeys(f for engine in ENGINES.values() for f in engine.serves))
-    lines = [f"| | {' | '.join(formats)} |", f"|---|{'---|' * len(formats)}"]
-    lines += [f"| {e.version} | {' | '.join(cell(name, f) for f in formats)} |" for name, e in ENGINES.items()]
-    assert "\n".join(lines) in readme, "\n".join(lines)

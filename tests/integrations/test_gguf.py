@@ -51,6 +51,7 @@ def test_the_numbers_of_the_blocks(name: str, bits: int, tmp_path: Path) -> None
                                                       contents(tmp_path / "m.gguf")[1].values())  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*no engine is known to serve:gptq_ao.errors.EngineWarning")
 @pytest.mark.parametrize("stream", [(), ("--stream",)])
 def test_quantize_a_file(stream: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Report, card and config say what it was; the tokenizer goes along; nothing else is left."""
@@ -120,7 +121,7 @@ def with_kind(path: Path) -> None:
     )
 
 
-DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text": (with_text, r"m.gguf is not a GGUF file: it begins with b'no m'"),
     "empty": (lambda path: path.write_bytes(b""), r"is not a GGUF file: it begins with b''"),
     "magic only": (lambda path: path.write_bytes(b"GGUF"), r"is truncated or damaged"),

@@ -102,8 +102,8 @@ def _of_rank(layer: Any, weight: Tensor, rows: int, columns: int) -> Tensor:
         )
     if len(weight) % rows or weight.shape[1] % columns:
         raise CheckpointError(
-            f"{layer.prefix!r} has {rows} x {columns} features on a rank, and the checkpoint's weight is {weight!r}: "
-            "they do not fit"
+            f"{layer.prefix!r} has a weight [{rows}, {columns}] on a rank, which is no part of the checkpoint's "
+            f"{list(weight.shape)}"
         )
     own = share(weight, 0, rows, layer.tp_rank, layer.tp_size)
     return share(own, 1, columns, layer.tp_rank, layer.tp_size)
