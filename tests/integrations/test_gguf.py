@@ -75,7 +75,7 @@ def test_quantize_a_file(stream: tuple[str, ...], tmp_path: Path, monkeypatch: p
 
 def test_from_a_file_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 bits 4 are made; the file says so."""
-    file_of(tmp_path / "m.gguf", bits=8)
+    file_of(tmp_path / "m.gguf", tokenizer="SentencePiece's", bits=8)
     given = ("--format", "gguf", "--calibration", str(tmp_path / "text.txt"), "--num-samples", "2", "--seq-len", "16")
     (tmp_path / "text.txt").write_text(TEXT * 20)
     arguments = ("quantize", str(tmp_path / "m.gguf"), str(tmp_path / "n.gguf"), "--group-size", "32", *given)
@@ -121,7 +121,7 @@ def with_kind(path: Path) -> None:
     )
 
 
-DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (with_text, r"m.gguf is not a GGUF file: it begins with b'no m'"),
     "empty": (lambda path: path.write_bytes(b""), r"is not a GGUF file: it begins with b''"),
     "magic only": (lambda path: path.write_bytes(b"GGUF"), r"is truncated or damaged"),
