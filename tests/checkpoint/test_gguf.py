@@ -476,7 +476,7 @@ def test_nothing_is_left_of_a_file_that_cannot_be_finished(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("package", "message"),
     [
-        ("gguf", r"written with the package gguf, .*: pip install 'gptq_ao\[gguf\]'"),
+        ("gguf", r"GGUF files need the package gguf, .*: pip install 'gptq_ao\[gguf\]'"),
         (
             "transformers.modeling_gguf_pytorch_utils",
             r"by the tables with which transformers reads them .* pip install",
