@@ -46,6 +46,10 @@ VLLM_REFUSES: dict[str, dict[str, str]] = {
     "experts of 8 bits": {"gptq": NO_EXPERTS, "compressed-tensors": NO_EXPERTS},
     "activation order": {"gptq": "GPTQ group activation ordering (desc_act=True) is no longer supported"},
     "native": {"native": "Attempted to load nested weight"},
+    # Of Mixtral, what transformers calls a module is none of vLLM's.
+    "native, dense experts": {"native": "There is no module or parameter named 'layers.0.mlp'"},
+    "native, experts of 4 bits": {"native": "There is no module or parameter named 'layers.0.mlp'"},
+    "native, experts of 3 bits": {"native": "has no parameter 'w2_weight.codes'"},
 }
 TRANSFORMERS_REFUSES: dict[str, dict[str, str]] = {
     "4 bits, asymmetric": {"compressed-tensors": "You set `ignore_mismatched_sizes` to `False`"},
