@@ -212,7 +212,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
                 "(asymmetric weights); choose compressed-tensors or awq or native (with",
             ),
             ("vllm", ("--format", "gptq", "--group-size", "16"), "serves no gptq files with groups of 16; choose"),
-            ("llama.cpp", (), "--for llama.cpp: llama.cpp in "),
+            ("llama.cpp", ("--bits", "3"), "--for llama.cpp: llama.cpp in "),
         )
     },
     "for-no-engine": (("plan", "MODEL", "--for", "ollama"), "'ollama' is not one of"),

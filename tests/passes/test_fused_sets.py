@@ -75,7 +75,7 @@ def test_one_warning_at_the_line_of_the_caller(call: Any) -> None:
     (warning,) = caught
     assert warning.filename == __file__
     assert str(warning.message).count("\n") == 4  # two layers, attention and MLP
-    assert len(result.warnings) == 4
+    assert len([w for w in result.warnings if not w.startswith("calibration data: ")]) == 4
     assert result.to_dict()["warnings"] == list(result.warnings)
     assert all(f"warning: {text}" in str(result) for text in result.warnings)
     assert "layers.1.mlp.gate_proj.weight: not quantized" in result.warnings[3]
