@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from gptq_ao.cli.options import AsJson, Device, Dtype, DtypeOption, TrustRemoteCode, device_of, dtype_of, show
+from gptq_ao.cli.options import (
+    AsJson,
+    ChunksTogether,
+    Column,
+    Device,
+    Dtype,
+    DtypeOption,
+    HeldOut,
+    Split,
+    TrustRemoteCode,
+    device_of,
+    dtype_of,
+    show,
+)
 from gptq_ao.errors import CheckpointError, ConfigError
 
 __all__ = ["diagnose"]
@@ -17,16 +30,16 @@ RULES, FACTS = "rules.yaml", "diagnosis.json"
 def diagnose(
     model: Annotated[str, typer.Argument(help="A quantized model: a directory or a hub id.")],
     reference: Annotated[str, typer.Option(help="The original model.")],
-    data: Annotated[str, typer.Option(help="Text the model was not calibrated on: a file or a dataset's name.")],
+    data: HeldOut,
     out: Annotated[
         Path | None, typer.Option(help="Directory for diagnosis.json and rules.yaml.", show_default="MODEL/report")
     ] = None,
     add_bits: Annotated[float, typer.Option(help="What the advice may cost, in bits per quantized weight.")] = 0.1,
-    column: Annotated[str, typer.Option(help="Field of the data that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
+    column: Column = "text",
+    split: Split = "test",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")] = 512,
     max_chunks: Annotated[int, typer.Option(min=1, help="Use at most this many, evenly spaced.")] = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Chunks that run together.")] = 4,
+    batch_size: ChunksTogether = 4,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     trust_remote_code: TrustRemoteCode = False,

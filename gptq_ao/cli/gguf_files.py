@@ -13,9 +13,19 @@ from gptq_ao.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from gptq_ao.journal.journal import Journal
 
-__all__ = ["GGUF", "SUFFIX", "check_name", "check_settings", "check_vocabulary", "directory_beside", "unpacked"]
+__all__ = [
+    "GGUF",
+    "NO_REPORT",
+    "SUFFIX",
+    "check_name",
+    "check_settings",
+    "check_vocabulary",
+    "directory_beside",
+    "unpacked",
+]
 
 GGUF, SUFFIX = "gguf", ".gguf"
+NO_REPORT = "no report is written beside a single file: --json prints what was done"
 
 
 def check_settings(request: Request) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from gptq_ao.cli.gguf_files import (
     GGUF,
+    NO_REPORT,
     SUFFIX,
     check_name,
     check_settings,
@@ -111,7 +112,9 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
         report = dataclasses.replace(report, warnings=(*report.warnings, *given.warnings))
         if report.adapter:
             _save_adapter(source, grown / "adapter", report, request)
-        unwritten = save_beside(grown, report, model, source) if request.report and grown.is_dir() else None
+        unwritten = None
+        if request.report:
+            unwritten = save_beside(grown, report, model, source) if grown.is_dir() else NO_REPORT
         written = destination(out, report)
         journal.publish(grown, written)
     lines = [f"written to {written}", *([unwritten] if unwritten else [])]

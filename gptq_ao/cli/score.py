@@ -5,21 +5,34 @@ from typing import Annotated
 
 import typer
 
-from gptq_ao.cli.options import AsJson, Device, Dtype, DtypeOption, TrustRemoteCode, device_of, dtype_of, show
+from gptq_ao.cli.options import (
+    AsJson,
+    ChunksTogether,
+    Column,
+    Device,
+    Dtype,
+    DtypeOption,
+    HeldOut,
+    Split,
+    TrustRemoteCode,
+    device_of,
+    dtype_of,
+    show,
+)
 
 __all__ = ["demo", "evaluate"]
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A quantized or unquantized model: a directory or a hub id.")],
-    data: Annotated[str, typer.Option(help="Text the model was not calibrated on: a file or a dataset's name.")],
+    data: HeldOut,
     reference: Annotated[str | None, typer.Option(help="The original model, for the KL divergence from it.")] = None,
-    column: Annotated[str, typer.Option(help="Field of the data that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
+    column: Column = "text",
+    split: Split = "test",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a chunk.")] = 2048,
     # 10^9 stands for all of them.
     max_chunks: Annotated[int, typer.Option(min=1, help="Score at most this many, evenly spaced.")] = 10**9,
-    batch_size: Annotated[int, typer.Option(min=1, help="Chunks that run together.")] = 4,
+    batch_size: ChunksTogether = 4,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     trust_remote_code: TrustRemoteCode = False,

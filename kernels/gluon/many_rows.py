@@ -80,6 +80,22 @@ def _next(
 
 
 @gluon.jit
+def _release(
+    LEADER: gl.constexpr, x_desc, w_desc, xs, ws, full, empty, s, phase, w, m, row, step, end,
+    work, tiles_m, last_m, steps, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, AT_ONCE: gl.constexpr,
+):  # fmt: skip
+    """A group is done with stage s. The leader waits for the other one, fills the stage again, and goes on to what it
+    asks for next."""
+    if LEADER:
+        mbarrier.wait(empty.index(s), phase)
+        _ask(x_desc, w_desc, xs, ws, full, s, m, row, step, w < work, BN, BM, AT_ONCE)
+        w, m, row, step, end = _next(w, m, row, step, end, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE)
+    else:
+        mbarrier.arrive(empty.index(s))
+    return w, m, row, step, end
+
+
+@gluon.jit
 def _put(chunk, y_desc, ys, bias, m, n, rows, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
     """chunk [64, C] fp32 and the bias to y [m : m + C, n : n + 64], through shared memory."""
     chunk = gl.convert_layout(chunk, LAYOUT, assert_trivial=True)
@@ -194,14 +210,10 @@ def _group(
                 acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
                 # The step before is done. If that was the last of its stage, and there was one, that is free.
                 if (half == 1 and AT_ONCE == 1) or (half == 0 and pair > 0):
-                    if LEADER:
-                        mbarrier.wait(empty.index(before), before_phase)
-                        _ask(x_desc, w_desc, xs, ws, full, before, lm, lrow, lstep, lw < work, BN, BM, AT_ONCE)
-                        lw, lm, lrow, lstep, lend = _next(
-                            lw, lm, lrow, lstep, lend, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE
-                        )
-                    else:
-                        mbarrier.arrive(empty.index(before))
+                    lw, lm, lrow, lstep, lend = _release(
+                        LEADER, x_desc, w_desc, xs, ws, full, empty, before, before_phase, lw, lm, lrow, lstep, lend,
+                        work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE,
+                    )  # fmt: skip
                 if half == 1 or AT_ONCE == 1:
                     before = s
                     before_phase = phase
@@ -210,14 +222,10 @@ def _group(
                         s = 0
                         phase ^= 1
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-        if LEADER:
-            mbarrier.wait(empty.index(before), before_phase)
-            _ask(x_desc, w_desc, xs, ws, full, before, lm, lrow, lstep, lw < work, BN, BM, AT_ONCE)
-            lw, lm, lrow, lstep, lend = _next(
-                lw, lm, lrow, lstep, lend, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE
-            )
-        else:
-            mbarrier.arrive(empty.index(before))
+        lw, lm, lrow, lstep, lend = _release(
+            LEADER, x_desc, w_desc, xs, ws, full, empty, before, before_phase, lw, lm, lrow, lstep, lend,
+            work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE,
+        )  # fmt: skip
 
         if SPLIT == 1:
             _put_all(acc, y_desc, ys.index(GROUP_OF_WARPS), bias, m, row * 16, rows, BM, EC, CHUNK, DTYPE)
