@@ -6,7 +6,9 @@
 One step (a token for each sequence of the batch, static key-value cache, greedy choice) is compiled by torch.compile,
 captured in a CUDA graph and replayed. Compares bf16, packed weights of this project (random codes, packed where they
 are: speed does not depend on them), the same with projections fused (q, k and v; gate and up), and torchao's
-Int4WeightOnlyConfig, which runs PyTorch's tinygemm.
+Int4WeightOnlyConfig, which runs PyTorch's tinygemm. "+ passes" is compiled by this project's backend.
+
+--prefill 2048 also times the first step of so many tokens, compiled: the latency of the first token.
 """
 
 import argparse
@@ -21,9 +23,10 @@ from packed import Shape, ring  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from gptq_ao import fuse_projections_
+from gptq_ao.inference.backend import backend as gptq_ao_backend
 from gptq_ao.tensor import tensor_class
 
-KINDS = ["bf16", "gptq_ao", "fused", "torchao"]
+KINDS = ["bf16", "bf16 + passes", "gptq_ao", "fused", "fused + passes", "torchao"]
 
 
 def linears(model: nn.Module, head: bool) -> list[nn.Linear]:
@@ -48,7 +51,29 @@ def quantize_by_torchao(model: nn.Module, group: int, head: bool) -> None:
     quantize_(model, config, filter_fn=lambda m, name: id(m) in chosen)
 
 
-def tokens_per_second(model: Any, batch: int, prompt: int, tokens: int) -> float:
+def first_token(model: Any, prompt: int, backend: Any) -> float:
+    """Milliseconds."""
+    torch._dynamo.reset()  # or it would take the number of tokens for one that changes
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=next(model.parameters()).device)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=prompt + 64)
+
+    def step(ids: Tensor) -> Tensor:
+        return model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+
+    run = torch.compile(step, fullgraph=True, backend=backend)
+    took = []
+    for _ in range(8):
+        cache.reset()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run(ids)
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return min(took) * 1e3
+
+
+def tokens_per_second(model: Any, batch: int, prompt: int, tokens: int, backend: Any) -> float:
+    torch._dynamo.reset()  # or it would take the batch size for one that changes
     device = next(model.parameters()).device
     cache = transformers.StaticCache(config=model.config, max_cache_len=-(-(prompt + tokens + 8) // 64) * 64)
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
@@ -57,7 +82,7 @@ def tokens_per_second(model: Any, batch: int, prompt: int, tokens: int) -> float
     def step(token: Tensor) -> Tensor:
         return model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
-    run = torch.compile(step, fullgraph=True)
+    run = torch.compile(step, fullgraph=True, backend=backend)
     for _ in range(3):
         token.copy_(run(token))
     graph = torch.cuda.CUDAGraph()
@@ -82,6 +107,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--head", action="store_true", help="quantize the output head too")
+    parser.add_argument("--prefill", type=int, default=0, help="tokens")
     parser.add_argument("--kinds", nargs="*", default=KINDS)
     args = parser.parse_args()
 
@@ -91,10 +117,11 @@ def main() -> None:
     for kind in args.kinds:
         torch._dynamo.reset()
         model = llama(args.layers, args.vocabulary, "cuda")
+        backend = gptq_ao_backend if kind.endswith("passes") else "inductor"
         try:
-            if kind in ("gptq_ao", "fused"):
+            if kind.startswith(("gptq_ao", "fused")):
                 pack(model, args.bits, args.group_size, args.head)
-            if kind == "fused":
+            if kind.startswith("fused"):
                 fuse_projections_(model, torch.zeros(1, 8, dtype=torch.long, device="cuda"))
             elif kind == "torchao":
                 quantize_by_torchao(model, args.group_size, args.head)
@@ -102,17 +129,20 @@ def main() -> None:
             size = torch.cuda.memory_allocated() / 2**30
             for batch in args.batch:
                 start = time.perf_counter()
-                speed = tokens_per_second(model, batch, args.prompt, args.tokens)
+                speed = tokens_per_second(model, batch, args.prompt, args.tokens, backend)
                 took = time.perf_counter() - start
                 print(
-                    f"{kind:>8} batch {batch:>3}: {speed:>8.1f} tokens/s, {batch / speed * 1e3:>7.3f} ms a step, "
+                    f"{kind:>14} batch {batch:>3}: {speed:>8.1f} tokens/s, {batch / speed * 1e3:>7.3f} ms a step, "
                     f"weights {size:.2f} GiB (measured in {took:.0f} s)",
                     flush=True,
                 )
+            if args.prefill:
+                latency = first_token(model, args.prefill, backend)
+                print(f"{kind:>14} first token after {args.prefill}: {latency:.2f} ms", flush=True)
         except Exception as error:
             if kind != "torchao":
                 raise
-            print(f"{kind:>8}: absent ({type(error).__name__}: {str(error)[:200]})")
+            print(f"{kind:>14}: absent ({type(error).__name__}: {str(error)[:200]})")
         del model
         gc.collect()
         torch.cuda.empty_cache()

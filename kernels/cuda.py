@@ -22,7 +22,17 @@ from gptq_ao.kernels import reference
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning import heuristics, many_rows, measured
 
-__all__ = ["bucket", "dequantize", "forget", "in_one_pass", "linear", "max_rows", "reads_many_rows"]
+__all__ = [
+    "bucket",
+    "dequantize",
+    "few_rows",
+    "forget",
+    "in_one_pass",
+    "linear",
+    "max_rows",
+    "reads_many_rows",
+    "usable",
+]
 
 SCRATCH = 256 * 2**20  # bytes of dense weight at a time
 TESTED = {(9, 0)}  # compute capabilities; for others kernels were at most compiled
@@ -48,7 +58,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     if not stacked and rows >= many_rows.FEWEST_ROWS and qdata.data_ptr() % 16 == 0:
         launch = _launch_many(rows, out_features, in_features, bits, group_size, x.dtype, device)
     if launch is None:
-        launch = _launch(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
+        launch = few_rows(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
     if launch is not None and packed.is_contiguous() and (bias is None or bias.dtype == x.dtype):
         return launch(x.contiguous(), packed, None if bias is None else bias.contiguous())
     packed = packed._replace(perm=None)  # x is in the order of the codes
@@ -98,12 +108,12 @@ def in_one_pass(device: torch.device, bits: int, group_size: int, in_features: i
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
     runs = group_size == in_features or group_size % heuristics.SMALLEST_RUN == 0
-    return runs and (not torch.cuda.is_available() or _usable(device, bits))
+    return runs and (not torch.cuda.is_available() or usable(device, bits))
 
 
 def max_rows(device: torch.device, dtype: torch.dtype, bits: int, group_size: int, in_features: int) -> int:
     """The number of rows of x up to which `linear` reads packed codes; 0 if it always dequantizes."""
-    if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available() or not _usable(device, bits):
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available() or not usable(device, bits):
         return 0
     capability = torch.cuda.get_device_capability(device)[0]
     most = heuristics.FUSED_ROWS[min(capability, 9)]
@@ -126,7 +136,7 @@ def bucket(rows: int) -> int:
 def forget() -> None:
     """Forget which configurations were chosen, and what the tuning file said."""
     _tuned.cache_clear()
-    _launch.cache_clear()
+    few_rows.cache_clear()
     _launch_many.cache_clear()
     _launch_dequantize.cache_clear()
 
@@ -137,7 +147,7 @@ def _tuned(device_name: str) -> dict[measured.Product, measured.Tuned]:
 
 
 @functools.cache
-def _launch(
+def few_rows(
     rows: int,
     out_features: int,
     in_features: int,
@@ -147,7 +157,11 @@ def _launch(
     dtype: torch.dtype,
     device: int,
 ) -> Callable[..., Tensor] | None:
-    """The kernel that reads packed codes, ready to be launched; None if it does not compute this, or not faster."""
+    """The kernel that reads packed codes, ready to be launched; None if it does not compute this, or not faster.
+
+    Args:
+        rows: of x, as `bucket` gives them.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     config = _config(rows, out_features, in_features, bits, group_size, experts, torch.device("cuda", device))
@@ -176,7 +190,7 @@ def _launch_many(
 def _config(
     rows: int, out_features: int, in_features: int, bits: int, group_size: int, experts: int, device: torch.device
 ) -> heuristics.LinearConfig | None:
-    if not _usable(device, bits):
+    if not usable(device, bits):
         return None
     properties = torch.cuda.get_device_properties(device)
     product = measured.Product(rows, out_features, in_features, bits, group_size, experts)
@@ -189,7 +203,7 @@ def _config(
 
 
 @functools.cache
-def _usable(device: torch.device, bits: int) -> bool:
+def usable(device: torch.device, bits: int) -> bool:
     """Whether there is Triton, and its kernels can be trusted on this device."""
     capability = torch.cuda.get_device_capability(device)
     # ROCm's devices are called "cuda", too. The kernels are for Ampere (8.0) and later.
@@ -205,7 +219,7 @@ def _usable(device: torch.device, bits: int) -> bool:
 @functools.cache
 def _usable_many(device: torch.device) -> bool:
     """Whether the kernel for many rows, which has Hopper's instructions, can be trusted on this device."""
-    if torch.cuda.get_device_capability(device) != (9, 0) or not _usable(device, 4):
+    if torch.cuda.get_device_capability(device) != (9, 0) or not usable(device, 4):
         return False
     from gptq_ao.kernels.triton.self_check import many_rows_agree
 

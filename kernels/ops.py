@@ -24,17 +24,18 @@ from gptq_ao.kernels.derivatives import register_derivatives
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning import many_rows
 
-__all__ = ["dequantize", "grouped_linear", "grouped_linear_backward", "kernel_name", "linear"]
+__all__ = ["PACKED", "dequantize", "grouped_linear", "grouped_linear_backward", "kernel_name", "linear"]
 
-_PACKED = (
+# What stands for a weight in a schema.
+PACKED = (
     "Tensor qdata, Tensor scale_zero, Tensor? high_plane, Tensor? perm, "
     "int bits, int group_size, int out_features, int in_features"
 )
 _library = torch.library.Library("gptq_ao", "DEF")
-_library.define(f"linear(Tensor x, {_PACKED}, Tensor? bias=None) -> Tensor")
-_library.define(f"grouped_linear(Tensor x, {_PACKED}, Tensor offsets) -> Tensor")
-_library.define(f"grouped_linear_backward(Tensor grad, {_PACKED}, Tensor offsets) -> Tensor")
-_library.define(f"dequantize({_PACKED}, ScalarType dtype) -> Tensor")
+_library.define(f"linear(Tensor x, {PACKED}, Tensor? bias=None) -> Tensor")
+_library.define(f"grouped_linear(Tensor x, {PACKED}, Tensor offsets) -> Tensor")
+_library.define(f"grouped_linear_backward(Tensor grad, {PACKED}, Tensor offsets) -> Tensor")
+_library.define(f"dequantize({PACKED}, ScalarType dtype) -> Tensor")
 
 
 def _of_packed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

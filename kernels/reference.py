@@ -1,5 +1,6 @@
 """The meaning of every kernel, in plain torch: unpack, dequantize, multiply. Runs on any device."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,18 @@ from gptq_ao.codes.grid import dequantize as dequantize_codes
 from gptq_ao.codes.tiles import unpack_codes, unpack_scale_zero
 from gptq_ao.kernels.packed import Packed
 
-__all__ = ["by_expert", "check_experts", "dequantize", "linear", "linear_experts"]
+__all__ = [
+    "ACTIVATIONS",
+    "attend_once",
+    "by_expert",
+    "check_experts",
+    "dequantize",
+    "gated",
+    "linear",
+    "linear_add",
+    "linear_experts",
+    "rms_norm",
+]
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -27,6 +39,41 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     from x [E, M, K] and a stack of E matrices."""
     weight = dequantize(packed, x.dtype)
     return F.linear(x, weight, bias) if weight.dim() == 2 else torch.bmm(x, weight.mT)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x / √(mean(x²) + eps) · (offset + weight), over the last dimension (arXiv 1910.07467); computed in fp32 and
+    rounded once, to the dtype of x. Gemma has an offset of one, others of zero."""
+    v = x.float()
+    return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * (offset + weight.float())).to(x.dtype)
+
+
+def gated(gate: Tensor, x: Tensor, activation: str) -> Tensor:
+    """activation(gate)·x, the gated unit of SwiGLU and GEGLU (arXiv 2002.05202), activation being one of `ACTIVATIONS`;
+    computed in fp32 and rounded once, to the dtype of x."""
+    return (ACTIVATIONS[activation](gate.float()) * x.float()).to(x.dtype)
+
+
+def linear_add(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """x·Wᵀ + bias + residual: a matrix, and a residual of the shape and dtype of the result."""
+    return linear(x, packed, bias) + residual
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale·q·kᵀ + mask)·v [B, H, 1, D] of one new token q [B, H, 1, D] for each sequence, in its dtype.
+
+    Args:
+        k, v: [B, heads, S, D], where H is a multiple of `heads`: neighbouring heads of q share one.
+        mask: [B or 1, 1, 1, S], bool (what to attend to) or what is added to scores; or None.
+    """
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
 def linear_experts(x: Tensor, packed: Packed, offsets: Tensor) -> Tensor:

@@ -192,13 +192,21 @@ class LinearLaunch:
         """The same, but a second kernel adds up the sums of a split: for a CUDA graph that gets no counters."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, last_adds=False))
 
-    def __call__(self, x: Tensor, packed: Packed, bias: Tensor | None = None, counters: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        packed: Packed,
+        bias: Tensor | None = None,
+        counters: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """[..., N] from x [..., K], all contiguous, on the current device; x, bias [N] and result are of `self.dtype`.
 
         Args:
             packed: a matrix, or a stack of `self.experts`; columns of x are in the order of its codes.
             counters: int32 zeros, one for each program of one split, that no other launch uses at the same time. Those
                 of this stream are taken if none are given.
+            residual: as the result, which it is added to; by a matrix only.
         """
         c, experts, n, k = self.config, self.experts, self.out_features, self.in_features
         rows = x.numel() // (experts * k)
@@ -209,17 +217,17 @@ class LinearLaunch:
         elif counters is None and rows:
             counters = self._counters(experts * blocks, stream)
             if counters is None:
-                return self.without_counters(x, packed, bias)
+                return self.without_counters(x, packed, bias, residual=residual)
         y = x.new_empty((*x.shape[:-1], n))
         # A grid of no programs cannot be launched.
         if rows == 0:
             return y
         # Allocated in each call, so that every CUDA graph has its own.
         partial = None if c.split == 1 else x.new_empty((experts, c.split, rows, n), dtype=torch.float32)
-        tensors = (x, packed.qdata, packed.high_plane, packed.scale_zero, bias, y, partial, counters, None)
+        tensors = (x, packed.qdata, packed.high_plane, packed.scale_zero, bias, y, partial, counters, None, residual)
         self.product((blocks, c.split, experts), stream, tensors, (rows, n, k, k // self.group_size))
         if c.split > 1 and not c.last_adds:
-            self.add_splits((-(-rows * n // ADD_BLOCK), experts, 1), stream, (partial, bias, y), (rows, n))
+            self.add_splits((-(-rows * n // ADD_BLOCK), experts, 1), stream, (partial, bias, residual, y), (rows, n))
         return y
 
     def _counters(self, count: int, stream: int) -> Tensor | None:
@@ -259,6 +267,6 @@ def warm_up(
     partial = torch.float32 if c.split > 1 else None
     counters = torch.int32 if c.split > 1 and c.last_adds else None
     high_plane = torch.int32 if bits == 3 else None
-    tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters, None)
+    tensors = (dtype, torch.int32, high_plane, torch.int32, None, dtype, partial, counters, None, None)
     numbers = (rows, out_features, in_features, in_features // group_size)
     linear_kernel.warmup(*tensors, *numbers, grid=(1, 1, 1), **values, **options)

@@ -29,7 +29,7 @@ def launch_experts(x: Tensor, packed: Packed, offsets: Tensor, c: LinearConfig, 
     if y.numel() == 0:
         return y
     blocks = most_blocks(rows, experts, c.block_m) * -(-n // c.block_n)
-    tensors = (x, qdata, high_plane, scale_zero, None, y, None, None, offsets)
+    tensors = (x, qdata, high_plane, scale_zero, None, y, None, None, offsets, None)
     device = x.get_device()
     stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
     run = _kernel(c, bits, group_size, n, k, experts, x.dtype, device, fast)

@@ -102,6 +102,7 @@ def linear_kernel(
     partial,
     counters,
     offsets,  # None unless the rows of x are sorted by expert
+    residual,  # None, or as y: what is added to it
     M,
     N,
     K,
@@ -215,17 +216,21 @@ def linear_kernel(
                     total += tl.load(partial + part * M * N + at, mask=mask, other=0.0, cache_modifier=".cg")
                 if bias is not None:
                     total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+                if residual is not None:
+                    total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
                 tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
                 tl.store(counter, 0)  # for the next launch
     else:
         if bias is not None:
             total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if residual is not None:
+            total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
-def add_splits_kernel(partial, bias, y, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
-    """y [E, M, N] = Σ_split partial [E, SPLIT, M, N] + bias, in the order of the splits."""
+def add_splits_kernel(partial, bias, residual, y, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    """y [E, M, N] = Σ_split partial [E, SPLIT, M, N] + bias + residual [M, N], in the order of the splits."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.program_id(1).to(tl.int64)
     mask = i < M * N
@@ -238,4 +243,6 @@ def add_splits_kernel(partial, bias, y, M, N, SPLIT: tl.constexpr, BLOCK: tl.con
         total += tl.load(partial + split * M * N + i, mask=mask, other=0.0)
     if bias is not None:
         total += tl.load(bias + i % N, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:  # then there is one matrix
+        total += tl.load(residual + i, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + expert * M * N + i, total.to(y.dtype.element_ty), mask=mask)

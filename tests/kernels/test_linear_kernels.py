@@ -620,14 +620,14 @@ def test_an_unknown_gpu_is_checked_and_believed_or_not(monkeypatch: pytest.Monke
 
     device = torch.device("cuda", 0)
     monkeypatch.setattr(cuda, "TESTED", set())
-    cuda._usable.cache_clear()
+    cuda.usable.cache_clear()
     cuda.forget()
-    assert all(cuda._usable(device, bits) for bits in (2, 3, 4, 8))
-    cuda._usable.cache_clear()
+    assert all(cuda.usable(device, bits) for bits in (2, 3, 4, 8))
+    cuda.usable.cache_clear()
     right = dequantize.dequantize
     monkeypatch.setattr(dequantize, "dequantize", lambda *a: right(*a) + 1)
     with pytest.warns(UserWarning, match="4-bit Triton kernels disagree with the reference on"):
-        assert not cuda._usable(device, 4)
-    assert not cuda._usable(device, 4)  # known, and said once
-    cuda._usable.cache_clear()
+        assert not cuda.usable(device, 4)
+    assert not cuda.usable(device, 4)  # known, and said once
+    cuda.usable.cache_clear()
     cuda.forget()
