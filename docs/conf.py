@@ -18,11 +18,18 @@ INCLUDED = {
 LINK = re.compile(r"\]\(([^)#:]+)(?=[)#])")
 
 project = "gptq_ao"
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "gptq_ao"
 myst_heading_anchors = 4
+
+# Docstrings are written for terminals: `this` is code, and types of other libraries are no links.
+default_role = "code"
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+nitpick_ignore_regex = [("py:.*", ".*")]
 
 
 def lead_to_pages(text: str, file: Path, page: Path) -> str:
