@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -69,6 +70,16 @@ def test_links_lead_somewhere() -> None:
 NAMED = re.compile(r"`([\w/]+\.py)`|\b((?:gptq_ao|passes|kernels|tests|benchmarks|examples)/[\w/]+\.py)")
 
 
+@pytest.mark.parametrize("name", ["graph", "stage", "tile"])
+def test_drawings_are_what_the_code_does(name: str) -> None:
+    """Else: python docs/drawings/draw.py."""
+    folder = ROOT / "docs" / "drawings"
+    drawings = runpy.run_path(str(folder / "draw.py"))["DRAWINGS"]
+    assert {path.stem for path in folder.glob("*.svg")} == {path.removesuffix(".svg") for path in drawings}
+    assert drawings[f"{name}.svg"]() == (folder / f"{name}.svg").read_text(encoding="utf-8")
+    assert f"](drawings/{name}.svg)" in (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+
+
 def test_numbers_that_decide_are_measured_ones() -> None:
     """Each number with a point on the page of decisions is also on a page that says how it was measured; but for bits
     per weight, which follow from the format: those of a code, and 32 for each group."""
@@ -90,7 +101,9 @@ def test_files_that_prose_names_exist() -> None:
         ROOT / "Makefile",
         ROOT / "pyproject.toml",
     ]
-    sources = [p for folder in ("gptq_ao", "kernels", "passes", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    sources = [
+        p for folder in ("gptq_ao", "kernels", "passes", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.py")
+    ]
     missing = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in [*pages, *sources]
