@@ -2,12 +2,19 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+sys.path.append(str(DOCS))
+
+from messages import of  # noqa: E402
+
 # Pages that are files elsewhere in the repository, and included: links to those files lead to these pages.
 INCLUDED = {
     ROOT / "README.md": DOCS / "overview.md",
@@ -42,6 +49,17 @@ def lead_to_pages(text: str, file: Path, page: Path) -> str:
     return LINK.sub(target, text)
 
 
+class Messages(SphinxDirective):
+    """The messages of a class of errors (the argument), as files or folders (the lines) make them."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        listed = sorted({m.text for m in of(self.arguments[0], list(self.content)) if m.text})
+        return [nodes.bullet_list("", *(nodes.list_item("", nodes.paragraph(text=text)) for text in listed))]
+
+
 def setup(app: Sphinx) -> None:
     def read(app: Sphinx, name: str, source: list[str]) -> None:
         page = DOCS / f"{name}.md"
@@ -50,5 +68,6 @@ def setup(app: Sphinx) -> None:
     def include(app: Sphinx, file: Path, name: str, source: list[str]) -> None:
         source[0] = lead_to_pages(source[0], (DOCS / file).resolve(), DOCS / f"{name}.md")
 
+    app.add_directive("messages", Messages)
     app.connect("source-read", read)
     app.connect("include-read", include)
