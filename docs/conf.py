@@ -29,11 +29,14 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "gptq_ao"
+html_show_copyright = False
+smartquotes_action = "D"  # dashes: quotation marks are code here
 myst_heading_anchors = 4
 
 # Docstrings are written for terminals: `this` is code, and types of other libraries are no links.
 default_role = "code"
 autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 nitpick_ignore_regex = [("py:.*", ".*")]

@@ -39,7 +39,7 @@ def main() -> None:
     now = moment(1)
     with torch.no_grad():
         before = policy(**now)
-    # What sees and what acts are small and sensitive: they get more bits.
+    # What sees and what acts are small, so that more bits for them cost little.
     rules = {"re:eye.*": {"bits": 8}, "action": {"bits": 8}}
     report = quantize_(policy, gptq_config(bits=4, rules=rules, calibration=[moment(8) for _ in range(16)]))
     print(report)
