@@ -9,6 +9,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from gptq_ao.version import VERSION
+
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.append(str(DOCS))
@@ -28,7 +30,7 @@ project = "gptq_ao"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
-html_title = "gptq_ao"
+html_title = f"gptq_ao {VERSION}"
 html_show_copyright = False
 smartquotes_action = "D"  # dashes: quotation marks are code here
 myst_heading_anchors = 4
