@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test long crash-test lint wheel families conformance engines trainers clean
+.PHONY: demo test long crash-test lint docs wheel families conformance engines trainers clean
 
 demo: $(STAMP)
 	$(BIN)/gptq-ao demo
@@ -28,6 +28,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages of docs/ as a site in docs/_build; a link that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build
+
 # Builds a wheel as a zip archive of the repository would (symlinks lost), and imports it in a clean environment.
 wheel: $(STAMP)
 	bash tests/check_wheel.sh $(BIN)/python
@@ -37,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	touch $(STAMP)
 
 # Tries every model in tests/families and writes docs/supported-models.md. Half an hour on two cores.
@@ -85,4 +89,4 @@ trainers: $(STAMP)
 	$(BIN)/python -m tests.integrations.trainers $(CURDIR)/$(TRAINERS)/bin/python
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRAINERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(TRAINERS) docs/_build build dist *.egg-info

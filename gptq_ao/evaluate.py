@@ -22,7 +22,13 @@ __all__ = ["Evaluation", "evaluate", "next_tokens"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`kl` is None without a reference. `tokens`: how many predictions were scored."""
+    """The result of `evaluate`.
+
+    Attributes:
+        perplexity: of the model.
+        kl: KL(reference ‖ model), in nats per token; None without a reference.
+        tokens: how many predictions were scored.
+    """
 
     perplexity: float
     kl: float | None

@@ -224,6 +224,7 @@ class Report:
         return 8 * sum(a.nbytes for a in self.adapter.values()) / sum(math.prod(w.shape) for w in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
+        """What is in the JSON, see docs/report.md."""
         return {
             "weights": len(self.weights),
             "stages": self.stages,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from gptq_ao import cli
 from gptq_ao.tiny_lm.corpus import documents
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+FOLDERS = [ROOT / "docs", ROOT / "docs" / "tutorials"]
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for folder in FOLDERS for p in sorted(folder.glob("*.md")))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -68,10 +70,39 @@ def test_links_lead_somewhere() -> None:
 NAMED = re.compile(r"`([\w/]+\.py)`|\b((?:gptq_ao|passes|kernels|tests|benchmarks|examples)/[\w/]+\.py)")
 
 
+@pytest.mark.parametrize("name", ["graph", "stage", "tile"])
+def test_drawings_are_what_the_code_does(name: str) -> None:
+    """Else: python docs/drawings/draw.py."""
+    folder = ROOT / "docs" / "drawings"
+    drawings = runpy.run_path(str(folder / "draw.py"))["DRAWINGS"]
+    assert {path.stem for path in folder.glob("*.svg")} == {path.removesuffix(".svg") for path in drawings}
+    assert drawings[f"{name}.svg"]() == (folder / f"{name}.svg").read_text(encoding="utf-8")
+    assert f"](drawings/{name}.svg)" in (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+
+
+def test_numbers_that_decide_are_measured_ones() -> None:
+    """Each number with a point on the page of decisions is also on a page that says how it was measured; but for bits
+    per weight, which follow from the format: those of a code, and 32 for each group."""
+    pages = ["README.md", "docs/accuracy.md", "docs/comparison.md", "docs/performance.md"]
+    number = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.]*\w)")
+    measured = {n for page in pages for n in number.findall((ROOT / page).read_text(encoding="utf-8"))}
+    stored = {f"{bits + 32 / group:.2f}" for bits in (2, 3, 4, 8) for group in (32, 64, 128)} | {"0.75"}
+    used = set(number.findall((ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")))
+    assert len(used) > 30
+    assert used - measured - stored == set()
+
+
 def test_files_that_prose_names_exist() -> None:
     """In Markdown, Python and the Makefile: a file is beside the one that names it, or below one of the roots."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]
-    sources = [p for folder in ("gptq_ao", "kernels", "passes", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*/*.md"),
+        *ROOT.glob("docs/tutorials/*.md"),
+        ROOT / "Makefile",
+        ROOT / "pyproject.toml",
+    ]
+    folders = ("gptq_ao", "kernels", "passes", "benchmarks", "docs/drawings")
+    sources = [p for folder in folders for p in (ROOT / folder).rglob("*.py")]
     missing = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in [*pages, *sources]

@@ -1,13 +1,18 @@
 """What `import gptq_ao` offers, what it costs, and that it needs neither Triton nor a GPU."""
 
 import importlib
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import gptq_ao
+from gptq_ao import errors
 
 PUBLIC = {
     "Fusion",
@@ -86,6 +91,46 @@ assert all(not logging.getLogger(name).filters for name in ("torchao", "torch.ut
 def test_documented_paths(module: str) -> None:
     found = importlib.import_module(f"gptq_ao.{module}")
     assert set(dir(found)) >= DOCUMENTED[module]
+
+
+ROOT = Path(__file__).parents[1]
+API = re.findall(
+    r"^\.\. auto\w+:: gptq_ao\.([\w.]+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+)
+
+
+def found(path: str) -> object:
+    """What `gptq_ao.path` is, whether or not the modules on the way have been imported."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"gptq_ao.{module}" if module else "gptq_ao"), name)
+
+
+def imported_by_pages() -> Iterator[str]:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.md")]
+    for page in [*pages, *(ROOT / "examples").glob("*.py"), *(ROOT / "examples" / "training").glob("*.py")]:
+        text = page.read_text(encoding="utf-8")
+        for module, names in re.findall(r"^ *from gptq_ao(?:\.([\w.]+))? import ([\w, ]+)", text, re.MULTILINE):
+            if not module.startswith("tiny_lm"):  # the embedded model's own text
+                yield from (f"{module}.{name}" if module else name for name in names.split(", "))
+
+
+def test_every_public_name_is_in_the_api_reference_once() -> None:
+    """Those above, those that any page or example imports, and every error; a name may be that of another module."""
+    listed = [id(found(name)) for name in API]
+    assert len(listed) == len(set(listed))
+    named = {*PUBLIC, *(f"{m}.{n}" for m in DOCUMENTED if m != "errors" for n in DOCUMENTED[m]), *imported_by_pages()}
+    assert [n for n in sorted(named) if id(found(n)) not in listed and not n.startswith("errors.")] == []
+    assert "errors" in API  # with all its members
+
+
+@pytest.mark.parametrize("name", API)
+def test_docstrings_say_what_is_raised_in_the_form_that_the_reference_reads(name: str) -> None:
+    """`Class, Class: when`, each in one line, and indented where it goes on; nothing else stands there."""
+    section = re.search(r"^Raises:\n((?:    .*\n?)+)", inspect.getdoc(found(name)) or "", re.MULTILINE)
+    for line in section[1].splitlines() if section else ():
+        assert re.match(r"    (    |(?:\w+(?:Error), )*\w+Error: )", line), line
+        for error in re.findall(r"\w+Error", line.split(":")[0] if line[4] != " " else ""):
+            assert issubclass(getattr(errors, error), errors.GPTQError)
 
 
 def test_every_public_function_documents_what_it_raises() -> None:

@@ -1,7 +1,4 @@
-"""LoRA adapters on a quantized model whose weights are spread over processes (FSDP2).
-
-torchrun --nproc-per-node 2 examples/training/fsdp2.py
-"""
+"""LoRA on a quantized model spread over processes (FSDP2): torchrun --nproc-per-node 2 examples/training/fsdp2.py"""
 
 import copy
 import tempfile

@@ -83,7 +83,8 @@ def quantize_(
     """Quantize the weights of `model`, in place. The modules stay what they are; only parameters are replaced. Wrappers
     that change no result (torch.compile, DataParallel, checkpoint_wrapper and their like), the caller's autocast and
     inference mode make no difference. A TrainingWarning says if an optimizer holds parameters that are replaced, or if
-    several ranks calibrate, each by itself.
+    several ranks calibrate, each by itself. Whatever is raised, the model is as it was, unless a note on the exception
+    says that there was no room to keep the weights that had been replaced: then the model has to be loaded again.
 
     Args:
         config: from `gptq_config`. Any other torchao config is handed to `torchao.quantization.quantize_`.
@@ -117,11 +118,9 @@ def quantize_(
         What was done, per weight; None for another library's config.
 
     Raises:
-        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, QualityError, RankError,
-        SolverError, StrictError: see each message.
+        CalibrationError, CaptureError, ConfigError, NoLinearError: model, data or settings do not fit.
+        NonFiniteError, QualityError, RankError, SolverError, StrictError: see each message.
         CheckpointError: the journal is damaged or in use, or cannot be written. (That of another run is a ConfigError.)
-        Whatever is raised, the model is as it was, unless a note on the exception says that there was no room to keep
-        the weights that had been replaced: then the model has to be loaded again.
     """
     if not isinstance(config, GPTQConfig):
         import torchao.quantization

@@ -61,6 +61,8 @@ def quantize_checkpoint(
     `save_quantized` would, tensor by tensor the same. At no time is the model in memory: only the weights that run or
     are solved at the moment, the activations of the calibration data, and a shard of the result.
 
+    Nothing is left at `out`, whatever is raised; beside it, what was finished is.
+
     Args:
         config, filter_fn, progress, distributed, process_group: see `quantize_`. Each rank reads `source` by itself,
             and rank 0 writes `out`.
@@ -77,11 +79,10 @@ def quantize_checkpoint(
         snapshot_every, quality: see `quantize_`. Both models run layer by layer, with their weights from the files.
 
     Raises:
-        CalibrationError, CaptureError, ConfigError, NoLinearError, NonFiniteError, QualityError, RankError,
-            SolverError: as `quantize_`.
+        CalibrationError, CaptureError, ConfigError, NoLinearError: as `quantize_`.
+        NonFiniteError, QualityError, RankError, SolverError: as `quantize_`.
         CheckpointError: `source` is unsafe, incomplete or does not fit its config; `out` holds something; the disk is
             full; another process writes there, or a run that did not end has left its work and `resume` is False.
-            Nothing is left at `out`, whatever is raised; beside it, what was finished is.
     """
     if output_sharding not in ("first", "rank"):
         raise ConfigError(f'output_sharding is {output_sharding!r}: give "first" or "rank", who writes the shards')

@@ -97,6 +97,7 @@ class QuantizationPlan:
         return 8 * sum(w.bytes for w in self.weights) / sum(math.prod(w.shape) for w in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
+        """What `gptq-ao plan --json` prints."""
         facts = asdict(self)
         layers = list(facts.pop("weights"))
         facts |= {"weights": len(layers), "bits_per_weight": self.bits_per_weight, "layers": layers}

@@ -27,10 +27,13 @@ class GroupTensor(Shards, TorchAOBaseTensor, metaclass=ParameterClass):
     """The shared base: everything but the number of bits.
 
     Attributes:
-        qdata, high_plane, scale_zero: packed codes, scales and zero points, see `codes/tiles.py`.
+        qdata: packed codes, see `codes/tiles.py`.
+        high_plane: the rest of codes of 3 bits, else None.
+        scale_zero: packed scales and zero points.
         perm: int32 [in_features] or None. Column i of the codes belongs to input feature `perm[i]`.
         group_size: number of neighbouring columns that share a scale.
-        out_features, in_features: the logical size, without padding.
+        out_features: the logical size, without padding.
+        in_features: as out_features.
         transposed: whether the shape is [..., in_features, out_features].
         view_shape: the shape, if it is that of neither a matrix nor a stack: a convolution's [out, in, height, width].
             The (transposed) matrix has the same elements in the same order.

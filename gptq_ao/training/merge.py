@@ -53,6 +53,8 @@ def merge_and_requantize_(
     are. The weights are dense one stage at a time, if the model can be captured as one graph; otherwise all those with
     adapters are at once, in the dtype of the model.
 
+    Whatever is raised, the model is as it was, with its adapters, with the exception that `quantize_` makes.
+
     Args:
         model: a `PeftModel`, or a model into which PEFT has put adapters. Adapters of every kind that PEFT can merge
             into dense weights, and `modules_to_save`.
@@ -67,7 +69,6 @@ def merge_and_requantize_(
         CalibrationError, CaptureError, NonFiniteError, SolverError, StrictError: as `quantize_`.
         ConfigError: the adapters are not of a kind that can be merged, are merged or disabled, or change no quantized
             weight; a rule is for none of these; PEFT is not installed.
-        Whatever is raised, the model is as it was, with its adapters, with the exception that `quantize_` makes.
     """
     require_peft()
     plain = PlainModel.of(same_forward(model))
