@@ -119,6 +119,8 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
         written = destination(out, report)
         journal.publish(grown, written)
     lines = [f"written to {written}", *([unwritten] if unwritten else [])]
+    if "calibration data" in report.recipe:
+        lines.append(f"calibrated with {report.recipe['calibration data']}")
     if request.beside:
         lines.append(f"{request.engine} serves it{request.beside}")
     if report.adapter:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptq_ao.data.chats import Document, chat_in
 from gptq_ao.data.files import SUFFIXES, columns_of, file_rows
-from gptq_ao.data.hub import BUFFER, hub_rows, located, named
+from gptq_ao.data.hub import BUFFER, hub_rows, located, named, whole_dataset
 from gptq_ao.errors import CalibrationError
 
 __all__ = ["Opened", "Source", "checked", "opened", "read_documents"]
@@ -58,7 +58,7 @@ def opened(source: Source, *, split: str = "train", column: str = "text", seed: 
         raise CalibrationError(f"there is no file {str(source)!r}")
     # What lies here has that name already.
     elif os.path.isdir(source) or (dataset := named(str(source), split=split, column=column)) is None:
-        documents = _documents(_dataset(str(source), split, column), column, name)
+        documents = _documents(whole_dataset(str(source), split, column), column, name)
         said = f"{said if os.path.isdir(source) else source}, split {split}"
     else:
         return _streamed(located(dataset), seed)
@@ -113,21 +113,6 @@ def checked(documents: Iterable[Any], name: str) -> Iterator[Document]:
         except UnicodeEncodeError as e:  # half of a pair, such as "\\ud83d" in JSON
             raise CalibrationError(f"{where} is no text: {e}") from e
         yield document
-
-
-def _dataset(name: str, split: str, column: str) -> Iterable[Any]:
-    import datasets
-
-    # "name:configuration".
-    path, _, configuration = name.partition(":")
-    try:
-        rows = datasets.load_dataset(path, configuration or None, split=split)
-    except Exception as e:  # a missing name, no network, no such split: datasets raises a different error for each
-        raise CalibrationError(f"dataset {name!r}, split {split!r}, cannot be loaded: {type(e).__name__}: {e}") from e
-    columns = columns_of(rows.column_names, column)
-    if not columns:
-        raise CalibrationError(f"dataset {name!r} has the columns {rows.column_names}, not {column!r}")
-    return rows.select_columns(columns)
 
 
 def _rows(source: Iterable[Any], split: str, column: str) -> Iterable[Any]:

@@ -2,14 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gptq_ao.data.files import columns_of
 from gptq_ao.data.presets import PRESETS
 from gptq_ao.errors import CalibrationError
 
-__all__ = ["BUFFER", "Dataset", "hub_rows", "located", "named"]
+__all__ = ["BUFFER", "Dataset", "hub_rows", "located", "named", "whole_dataset"]
 
 # Rows that are shuffled at once, beside the order of the files; it is part of what makes the order the same again.
 BUFFER = 1000
@@ -38,6 +39,12 @@ class Dataset:
     revision: str | None
     license: str | None
     lines: bool = False
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        at = f" at {self.revision}" if self.revision else ""
+        return f"dataset {self.repository!r}{at}, split {self.split!r},"
 
     def __str__(self) -> str:
         preset = self.name.partition("@")[0]
@@ -115,8 +122,8 @@ def located(dataset: Dataset) -> Dataset:
         from huggingface_hub import HfApi
 
         info = HfApi().dataset_info(dataset.repository, revision=dataset.revision)
-    except Exception as e:  # no network, no such name, no access: a different error for each
-        raise _unavailable(dataset, e) from e
+    except Exception as e:
+        raise _unavailable(dataset.where, e) from e
     card: Any = getattr(info, "card_data", None)
     stated = getattr(card, "license", None)
     told = ", ".join(map(str, stated)) if isinstance(stated, list) else stated
@@ -138,25 +145,40 @@ def hub_rows(dataset: Dataset, seed: int) -> Iterator[Any]:
         if not dataset.lines:
             loaded = loaded.shuffle(seed=seed % 2**64, buffer_size=BUFFER)
         rows = iter(loaded)
-    except Exception as e:  # a missing name, no network, no such split: datasets raises a different error for each
-        raise _unavailable(dataset, e) from e
+    except Exception as e:
+        raise _unavailable(dataset.where, e) from e
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
         except Exception as e:  # files are fetched when they are read
-            raise _unavailable(dataset, e) from e
+            raise _unavailable(dataset.where, e) from e
         yield row
 
 
-def _unavailable(dataset: Dataset, e: Exception) -> CalibrationError:
+def whole_dataset(name: str, split: str, column: str) -> Iterable[Any]:
+    """Rows with the field `column`, or a chat's, of what `datasets` loads as `"name"` or `"name:configuration"`.
+
+    Raises:
+        CalibrationError: it cannot be loaded, or has no such column.
+    """
+    path, _, configuration = name.partition(":")
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(path, configuration or None, split=split)
+    except Exception as e:
+        raise _unavailable(f"dataset {name!r}, split {split!r},", e) from e
+    columns = columns_of(rows.column_names, column)
+    if not columns:
+        raise CalibrationError(f"dataset {name!r} has the columns {rows.column_names}, not {column!r}")
+    return rows.select_columns(columns)
+
+
+def _unavailable(what: str, e: Exception) -> CalibrationError:
+    """A missing name, no network, no such split: there is a different error for each."""
+    otherwise = "give a local file (.jsonl, .json, .txt, .parquet) or a folder of such files"
     if isinstance(e, ImportError):
-        return CalibrationError(
-            f"{dataset.name} needs a package that is missing ({e}): pip install datasets, or give a local file"
-        )
-    at = f" at {dataset.revision}" if dataset.revision else ""
-    return CalibrationError(
-        f"dataset {dataset.repository!r}{at}, split {dataset.split!r}, cannot be loaded: {type(e).__name__}: {e}\n"
-        "Without a network, give a local file (.jsonl, .json, .txt, .parquet) or a folder of such files"
-    )
+        return CalibrationError(f"{what} needs a package that is missing ({e}): pip install datasets, or {otherwise}")
+    return CalibrationError(f"{what} cannot be loaded: {type(e).__name__}: {e}\nWithout a network, {otherwise}")
