@@ -62,7 +62,8 @@ class Samples:
     @property
     def described(self) -> str:
         counts = torch.bincount(self.origin, minlength=len(self.sources)).tolist()
-        return "; ".join(f"{n} sequences of {said}" for n, said in zip(counts, self.sources, strict=True))
+        parts = zip(counts, self.sources, strict=True)
+        return "; ".join(f"{_count(n)} of {said}" for n, said in parts)
 
     def batches(self, batch_size: int) -> TextBatches:
         parts = [self[start : start + batch_size].inputs for start in range(0, len(self), batch_size)]
@@ -158,9 +159,10 @@ def text_samples(
         plain |= texts.plain
         have = len(drawn[-1])
         if len(sources) > 1 and have < count:
+            full = f" of {seq_len} tokens" if pack else ""
             raise CalibrationError(
-                f"{found.name} has {have} sequences{f' of {seq_len} tokens' if pack else ''}, and its share of "
-                f"{num_samples} is {count}: give more text, a smaller weight, or fewer samples"
+                f"{found.name} has {_count(have)}{full}, and its share of {num_samples} is {count}: give more text, a "
+                "smaller weight, or fewer samples"
             )
         if have < count:
             drawn[-1] = replace(drawn[-1], said=f"{drawn[-1].said}, fewer than the {count} that were asked for")
@@ -247,6 +249,10 @@ class _Texts:
     def tokens(self, text: str) -> list[int]:
         # Special tokens are placed by hand. Not verbose: the tokenizer would warn of long documents.
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _count(sequences: int) -> str:
+    return f"{sequences} sequence{'' if sequences == 1 else 's'}"
 
 
 def _shuffled(count: int, seed: int) -> Tensor:

@@ -100,3 +100,96 @@ def test_no_network(
     assert "ConnectionError: no route" in said
     assert "Without a network, give a local file" in said
     assert not (tmp_path / "q").exists()
+
+
+def test_a_mixture(
+    arguments: Arguments, hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = with_calibration(arguments("--json"), "c4=0.7", f"{tmp_path / 'text.txt'}=0.3")
+    given = tuple("10" if part == "2" else part for part in given)
+    found = run(monkeypatch, *given)["recipe"]
+    assert found["calibration data"].startswith("7 sequences of c4: allenai/c4, en, split train")
+    assert found["calibration data"].endswith("; 3 sequences of text.txt")
+    again = run(monkeypatch, *given[:2], str(tmp_path / "again"), *given[3:])["recipe"]
+    assert again == found
+    kept = run(monkeypatch, *given[:2], str(tmp_path / "kept"), *given[3:], "--check-split", "2")
+    assert kept["quality"]["tokens"] == 2 * 31
+    counts = [int(part.split(" ")[0]) for part in kept["recipe"]["calibration data"].split("; ")]
+    assert sum(counts) == 10
+    assert 6 <= counts[0] <= 8  # of 8 and 4 that were drawn, without the two that are kept
+
+
+def test_without_weights_all_give_as_much(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a file may be called like one with a weight."""
+    names = [tmp_path / "a=0.9", tmp_path / "b=2.txt"]
+    names[0].mkdir()
+    names[1].write_text((tmp_path / "text.txt").read_text())
+    sources = [str(names[1]), str(tmp_path / "text.txt")]
+    found = run(monkeypatch, *with_calibration(arguments("--json"), *sources))["recipe"]
+    assert found["calibration data"] == "1 sequence of b=2.txt; 1 sequence of text.txt"
+    weighted = [f"{names[1]}=3", f"{tmp_path / 'text.txt'}=1"]
+    given = tuple("4" if part == "2" else part for part in with_calibration(arguments("--json"), *weighted))
+    found = run(monkeypatch, *given[:2], str(tmp_path / "w"), *given[3:])["recipe"]
+    assert found["calibration data"] == "3 sequences of b=2.txt; 1 sequence of text.txt"
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (("c4=0.7,text.txt=0.3",), "one source in each, --calibration c4=0.7 --calibration text.jsonl=0.3"),
+        (("c4=", "b.txt=1"), "--calibration c4=: '' is no weight: give a number above 0"),
+        (("c4=much",), "'much' is no weight: give a number above 0"),
+        (("c4=0", "b.txt=1"), "'0' is no weight"),
+        (("c4=nan", "b.txt=1"), "'nan' is no weight"),
+        (("c4=inf",), "'inf' is no weight"),
+        (("c4=-1",), "'-1' is no weight"),
+        (("c4", "b.txt=1"), "--calibration c4 has no weight, and others have one: give c4=WEIGHT"),
+        (("c4=1", "c4=1000"), "source 0, counting from 0, of weight 1.0 gives none of 2 samples"),
+    ],
+)
+def test_mixtures_that_cannot_be(
+    sources: tuple[str, ...],
+    message: str,
+    arguments: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = fail(monkeypatch, capsys, *with_calibration(arguments(), *sources))
+    assert message in " ".join(said.split())
+    assert not (tmp_path / "q").exists()
+
+
+def test_documents_that_are_not_joined(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["the cat", "the dog and the cat sat", "a mat " * 30]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    given = with_calibration(arguments("--json", "--no-pack"), str(tmp_path / "texts.jsonl"))
+    given = tuple("3" if part == "2" else part for part in given)
+    found = run(monkeypatch, *given)
+    from gptq_ao.data import text_batches
+    from gptq_ao.integrations.transformers import load_tokenizer
+
+    batches = text_batches(load_tokenizer(TINY), texts, seq_len=32, num_samples=3, batch_size=3, pack=False)
+    tokens = int(batches[0]["attention_mask"].sum())
+    assert {w["rows"] for w in found["layers"] if w["stage"]} == {tokens}
+    assert found["recipe"]["calibration data"] == batches.described.replace("documents in memory", "texts.jsonl")
+    planned = run(monkeypatch, "plan", *given[1:])
+    assert planned["stages"] == found["stages"]
+    said = " ".join(fail(monkeypatch, capsys, *given, "--check-split", "1").split())
+    assert "--check-split compares predictions of full sequences, and --no-pack makes padded ones" in said
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_decoder_gets_what_the_encoder_gets(masked: bool) -> None:
+    import torch
+
+    from gptq_ao.cli.quantization import _inputs
+
+    batch = {"input_ids": torch.ones(1, 4)} | ({"attention_mask": torch.ones(1, 4)} if masked else {})
+    names = {*batch, *(f"decoder_{name}" for name in batch)}
+    assert set(_inputs(SimpleNamespace(is_encoder_decoder=True), **batch)) == names
+    assert _inputs(SimpleNamespace(is_encoder_decoder=False), **batch) == batch
