@@ -162,9 +162,7 @@ def test_mixtures_that_cannot_be(
     assert not (tmp_path / "q").exists()
 
 
-def test_documents_that_are_not_joined(
-    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_documents_that_are_not_joined(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["the cat", "the dog and the cat sat", "a mat " * 30]
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     given = with_calibration(arguments("--json", "--no-pack"), str(tmp_path / "texts.jsonl"))
@@ -179,7 +177,12 @@ def test_documents_that_are_not_joined(
     assert found["recipe"]["calibration data"] == batches.described.replace("documents in memory", "texts.jsonl")
     planned = run(monkeypatch, "plan", *given[1:])
     assert planned["stages"] == found["stages"]
-    said = " ".join(fail(monkeypatch, capsys, *given, "--check-split", "1").split())
+
+
+def test_padded_sequences_are_not_checked_with(
+    arguments: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = " ".join(fail(monkeypatch, capsys, *arguments("--no-pack", "--check-split", "1")).split())
     assert "--check-split compares predictions of full sequences, and --no-pack makes padded ones" in said
 
 
