@@ -238,7 +238,7 @@ def with_data(request: Request, source: Path) -> Given:
     calibrated = request.calibration is not None or request.config.method == "gptq"
     if not calibrated and request.check is None:
         return Given(request.config)
-    from gptq_ao.data import TextBatches, text_samples
+    from gptq_ao.data import Batches, text_samples
     from gptq_ao.integrations.transformers import load_tokenizer
     from gptq_ao.model.architecture import model_class, read_config
     from gptq_ao.tiny_lm import corpus
@@ -270,7 +270,7 @@ def with_data(request: Request, source: Path) -> Given:
     )
     drawn, kept = kept_back(request, drawn)
     found = drawn.batches(request.batch_size)
-    batches = TextBatches([_inputs(config, **batch) for batch in found], found.described)
+    batches = Batches([_inputs(config, **batch) for batch in found], found.described)
     said: tuple[str, ...] = (_DEFAULT_TEXT,) if request.calibration is None else ()
     if getattr(tokenizer, "chat_template", None) and drawn.plain:
         said += (_WITHOUT_TEMPLATE,)

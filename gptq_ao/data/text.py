@@ -16,25 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_ao.data.batches import Batches
 from gptq_ao.data.chats import Document, as_chats, rendered
 from gptq_ao.data.documents import Opened, Source, checked, opened
 from gptq_ao.errors import CalibrationError, ConfigError
 
-__all__ = ["Samples", "TextBatches", "shares", "spaced", "text_batches", "text_samples", "token_chunks"]
+__all__ = ["Samples", "shares", "spaced", "text_batches", "text_samples", "token_chunks"]
 
 Tokenizer = Callable[..., Any]
-
-
-class TextBatches(list[dict[str, Tensor]]):
-    """Batches, and what they are of.
-
-    Attributes:
-        described: the sources, with how many sequences each gave, for the report.
-    """
-
-    def __init__(self, batches: Iterable[dict[str, Tensor]], described: str) -> None:
-        super().__init__(batches)
-        self.described = described
 
 
 @dataclass(frozen=True)
@@ -65,9 +54,9 @@ class Samples:
         parts = zip(counts, self.sources, strict=True)
         return "; ".join(f"{_count(n)} of {said}" for n, said in parts)
 
-    def batches(self, batch_size: int) -> TextBatches:
+    def batches(self, batch_size: int) -> Batches:
         parts = [self[start : start + batch_size].inputs for start in range(0, len(self), batch_size)]
-        return TextBatches(parts, self.described)
+        return Batches(parts, self.described)
 
 
 def text_batches(
@@ -83,7 +72,7 @@ def text_batches(
     column: str = "text",
     pack: bool = True,
     chat_template: bool = False,
-) -> TextBatches:
+) -> Batches:
     """Calibration batches `{"input_ids": int64 [batch_size, seq_len]}` from text; a list.
 
     Args:

@@ -196,3 +196,26 @@ def test_a_decoder_gets_what_the_encoder_gets(masked: bool) -> None:
     names = {*batch, *(f"decoder_{name}" for name in batch)}
     assert set(_inputs(SimpleNamespace(is_encoder_decoder=True), **batch)) == names
     assert _inputs(SimpleNamespace(is_encoder_decoder=False), **batch) == batch
+
+
+def test_the_same_text_has_the_same_digest_wherever_it_came_from(
+    arguments: Arguments, hub: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preset, a file and a list in Python: of the report's JSON, of the model card, and of the function that a
+    journal compares by."""
+    from gptq_ao.calibration.batches import digest, read_batches
+    from gptq_ao.data import read_documents, text_batches
+    from gptq_ao.integrations.transformers import load_tokenizer
+
+    (text,) = read_documents("wikitext2")
+    assert isinstance(text, str)
+    (tmp_path / "same.txt").write_text(text)
+    sources = {"preset": "wikitext2", "file": str(tmp_path / "same.txt")}
+    found = {}
+    for name, source in sources.items():
+        given = with_calibration(arguments("--json"), source)
+        found[name] = run(monkeypatch, *given[:2], str(tmp_path / name), *given[3:])["recipe"]["calibration"]
+        assert f"- calibration: {found[name]}" in (tmp_path / name / "README.md").read_text()
+    batches = text_batches(load_tokenizer(TINY), [text], num_samples=2, seq_len=32, batch_size=8)
+    expected = f"1 batches, sha256 {digest(read_batches(batches))}"
+    assert found == {"preset": expected, "file": expected}
