@@ -76,6 +76,18 @@ def test_every_revision_of_the_table_is_a_commit() -> None:
     assert all(p.license for p in PRESETS.values())
 
 
+def test_the_table_is_documented() -> None:
+    """And the help of the command names all of it."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "calibration.md").read_text(encoding="utf-8")
+    for name, p in PRESETS.items():
+        revision = "the newest" if p.revision is None else p.revision[:7]
+        cells = (f"`{name}`", p.repository, p.config, p.test or "", p.license, revision)
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in page
+        assert name in (root / "gptq_ao" / "cli" / "request.py").read_text(encoding="utf-8")
+        assert name in (root / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("revision", ["main", "v1.0", "refs/convert/parquet", "f" * 40])
 def test_another_revision_of_a_preset(revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, rows_for("c4"))
