@@ -208,9 +208,7 @@ def _request(
     ] = True,
     check: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXT", help="Compare the result with the original on this text, a file, a preset or a dataset."
-        ),
+        typer.Option(metavar="TEXT", help="Compare the result with the original on this file, preset or dataset."),
     ] = None,
     check_samples: Annotated[int, typer.Option(min=1, help="Sequences of it at most, evenly spaced.")] = 32,
     check_split: Annotated[
