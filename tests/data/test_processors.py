@@ -99,15 +99,15 @@ def test_a_dataset(streamed: bool) -> None:
 @pytest.mark.parametrize("kind", ["raw_speech", "audio", "bare", "rated"])
 def test_audio(kind: str) -> None:
     arrays = sounds(3)
-    samples: list[Any] = {
+    kinds: dict[str, list[Any]] = {
         "raw_speech": [{"raw_speech": a} for a in arrays],
         "audio": [{"audio": a} for a in arrays],
         "bare": arrays,
         "rated": [{"audio": {"array": a, "sampling_rate": 16000, "path": None}} for a in arrays],
-    }[kind]
+    }
     expected = dict(whisper()(arrays, sampling_rate=16000, return_tensors="pt"))
-    how = {} if kind == "rated" else {"sampling_rate": 16000}
-    equal(processor_batches(whisper(), samples, batch_size=3, **how), [expected])
+    how: dict[str, Any] = {} if kind == "rated" else {"sampling_rate": 16000}
+    equal(processor_batches(whisper(), kinds[kind], batch_size=3, **how), [expected])
 
 
 def test_rates_that_differ() -> None:
@@ -193,6 +193,7 @@ def test_quantizing_with_images_and_text() -> None:
     samples = [{"image": p, "text": f"picture {n}" * (1 + n % 2)} for n, p in enumerate(images(6))]
     batches = processor_batches(clip(), samples, batch_size=3, padding="max_length", max_length=40)
     report = quantize_(model, gptq_config(4, 16, effort="fast", calibration=batches))
+    assert report is not None
     rows = {w.name.split(".")[0]: w.rows for w in report.weights if ".k_proj." in w.name}
     assert rows == {"text_model": sum(int(b["attention_mask"].sum()) for b in batches), "vision_model": 6 * 5}
     assert report.recipe["calibration data"] == "6 samples in memory, by CLIPProcessor"
