@@ -43,9 +43,10 @@ NATIVE = "native"
 _WITHOUT_TEMPLATE = (
     "calibration data: the model has a chat template, and the text is not in it: give --chat-template if chats count"
 )
+_OWN_TEXT = "the sources of Python's standard library"
 _DEFAULT_TEXT = (
-    "calibration data: no --calibration was given, so the model was calibrated with the sources of Python's standard "
-    "library, which are code and English; text like that which the model is for is better"
+    f"calibration data: no --calibration was given, so the model was calibrated with {_OWN_TEXT}, which are code and "
+    "English; text like that which the model is for is better"
 )
 
 
@@ -268,6 +269,9 @@ def with_data(request: Request, source: Path) -> Given:
         pack=request.pack,
         chat_template=request.chat_template,
     )
+    if request.calibration is None:
+        said_as = (said.replace("documents in memory", _OWN_TEXT) for said in drawn.sources)
+        drawn = dataclasses.replace(drawn, sources=tuple(said_as))
     drawn, kept = kept_back(request, drawn)
     found = drawn.batches(request.batch_size)
     batches = Batches([_inputs(config, **batch) for batch in found], found.described)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from gptq_ao.data.files import columns_of
@@ -48,8 +49,10 @@ class Dataset:
 
     def __str__(self) -> str:
         preset = self.name.partition("@")[0]
+        # Where a folder lies on this machine is nobody's business.
+        name = os.path.basename(self.repository) if os.path.isdir(self.repository) else self.repository
         parts = (
-            f"{preset}: {self.repository}" if preset in PRESETS else self.repository,
+            f"{preset}: {name}" if preset in PRESETS else name,
             self.config,
             f"split {self.split}",
             f"column {self.column}",
@@ -121,7 +124,7 @@ def located(dataset: Dataset) -> Dataset:
     try:
         from huggingface_hub import HfApi
 
-        info = HfApi().dataset_info(dataset.repository, revision=dataset.revision)
+        info = HfApi().dataset_info(dataset.repository, revision=dataset.revision, timeout=60)
     except Exception as e:
         raise _unavailable(dataset.where, e) from e
     card: Any = getattr(info, "card_data", None)
@@ -169,16 +172,18 @@ def whole_dataset(name: str, split: str, column: str) -> Iterable[Any]:
 
         rows = datasets.load_dataset(path, configuration or None, split=split)
     except Exception as e:
-        raise _unavailable(f"dataset {name!r}, split {split!r},", e) from e
+        meant = get_close_matches(name, PRESETS, 1, 0.7)
+        hint = f"\nThere is a preset {meant[0]!r}" if meant else ""
+        raise _unavailable(f"dataset {name!r}, split {split!r},", e, hint) from e
     columns = columns_of(rows.column_names, column)
     if not columns:
         raise CalibrationError(f"dataset {name!r} has the columns {rows.column_names}, not {column!r}")
     return rows.select_columns(columns)
 
 
-def _unavailable(what: str, e: Exception) -> CalibrationError:
+def _unavailable(what: str, e: Exception, hint: str = "") -> CalibrationError:
     """A missing name, no network, no such split: there is a different error for each."""
     otherwise = "give a local file (.jsonl, .json, .txt, .parquet) or a folder of such files"
     if isinstance(e, ImportError):
         return CalibrationError(f"{what} needs a package that is missing ({e}): pip install datasets, or {otherwise}")
-    return CalibrationError(f"{what} cannot be loaded: {type(e).__name__}: {e}\nWithout a network, {otherwise}")
+    return CalibrationError(f"{what} cannot be loaded: {type(e).__name__}: {e}\nWithout a network, {otherwise}{hint}")

@@ -178,7 +178,8 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ConfigError(f"the weight {weight!r} of a source is no number above 0")
-    parts = [Fraction(repr(w)) for w in weights]  # as it was written: 0.7 is seven tenths
+    # As it was written: 0.7 is seven tenths.
+    parts = [Fraction(w) if isinstance(w, int) else Fraction(repr(float(w))) for w in weights]
     exact = [total * part / sum(parts) for part in parts]
     counts = [math.floor(x) for x in exact]
     order = sorted(range(len(exact)), key=lambda n: (counts[n] - exact[n], n))

@@ -39,7 +39,7 @@ class Hub:
 
             return datasets.IterableDataset.from_generator(generate)
 
-        def look(_: Any, repository: str, *, revision: str | None = None) -> Any:
+        def look(_: Any, repository: str, *, revision: str | None = None, timeout: float) -> Any:
             self.lookups.append((repository, revision))
             return SimpleNamespace(sha=COMMIT, card_data=SimpleNamespace(license=license))
 
@@ -215,6 +215,8 @@ def test_a_repository_that_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for split in ("train", "test"):
             found = read_documents(f"hf:{folder}:{config}:{split}#body")
             assert sorted(map(str, found)) == [f"{config} {split} {n}" for n in range(3)]
+    said = text_batches(Bytes(), f"hf:{folder}:default:train#body", num_samples=1, seq_len=4).described
+    assert said.startswith("1 sequence of name, default, split train, column body, license not stated")
     with pytest.raises(CalibrationError, match=r"has the columns \['body', 'n'\], not 'text': name one, #COLUMN"):
         read_documents(f"hf:{folder}:default")
     with pytest.raises(CalibrationError, match=r"split 'nope', cannot be loaded: ValueError.*\n.*give a local file"):
@@ -249,6 +251,16 @@ def test_without_a_network(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         text_batches(Bytes(), "openthoughts" if place == "lookup" else "c4", seq_len=4)
     assert "cannot be loaded: ConnectionError: Couldn't reach the hub" in str(e.value)
     assert "Without a network, give a local file (.jsonl, .json, .txt, .parquet) or a folder" in str(e.value)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("wikitext", "wikitext2"), ("fineweb_edu", "fineweb-edu"), ("C4x", None)])
+def test_a_name_that_is_almost_a_preset(name: str, meant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(CalibrationError, match=rf"dataset '{name}', split 'train', cannot be loaded") as e:
+        read_documents(name)
+    assert str(e.value).endswith(f"\nThere is a preset {meant!r}") == (meant is not None)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

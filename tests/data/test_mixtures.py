@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from .models import Bytes, Chatting
         ([1e-3, 1e3], 2_000_002, [2, 2_000_000]),
         ([1e300, 1e300], 3, [2, 1]),
         ([5], 4, [4]),
+        ([np.float64(0.7), np.float64(0.3)], 10, [7, 3]),
         ([2.5, 1.5, 1.0], 1001, [501, 300, 200]),  # 500.5, 300.3, 200.2
     ],
 )
