@@ -136,6 +136,8 @@ def text_samples(
         raise ConfigError(f"seed is {seed!r}: give a number of at most 64 bits")
     if isinstance(sources, str) or not isinstance(sources, Sequence):
         raise ConfigError(f"weights are of several sources, and source is one ({type(sources).__name__}): give a list")
+    if not sources:
+        raise ConfigError("there are no sources: give one or more")
     weights = [1.0] * len(sources) if weights is None else weights
     if len(weights) != len(sources):
         raise ConfigError(f"there are {len(sources)} sources and {len(weights)} weights: give one for each")
@@ -277,8 +279,8 @@ def _chunks(texts: _Texts, seq_len: int, at_most: int | None = None) -> Tensor:
     count = len(tokens) // seq_len
     if count == 0:
         raise CalibrationError(
-            f"the text has {len(tokens)} tokens, less than one sequence of {seq_len}: give more text "
-            "or a smaller seq_len"
+            f"the text has {len(tokens)} tokens, less than one sequence of {seq_len}, in {texts.source.name}: give "
+            "more text or a smaller seq_len"
         )
     return torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
 

@@ -126,6 +126,10 @@ def test_a_source_that_has_too_little(pack: bool, tmp_path: Path) -> None:
 def test_one_weight_for_each_source() -> None:
     with pytest.raises(ConfigError, match="there are 2 sources and 3 weights: give one for each"):
         text_batches(Bytes(), ["a.txt", "b.txt"], weights=[1, 1, 1])
+    with pytest.raises(ConfigError, match="there are no sources: give one or more"):
+        text_batches(Bytes(), [], weights=[])
+    with pytest.raises(CalibrationError, match="the text has 4 tokens, less than one sequence of 8, in the list"):
+        text_batches(Bytes(), [letters("a", 9), ["abc"]], weights=[1, 1], seq_len=8, num_samples=2)
     for source in ("a.txt", Path("a.txt"), {"text": 1}):
         with pytest.raises(ConfigError, match="weights are of several sources, and source is one"):
             text_batches(Bytes(), source, weights=[1])
