@@ -197,3 +197,42 @@ def test_quantizing_with_images_and_text() -> None:
     rows = {w.name.split(".")[0]: w.rows for w in report.weights if ".k_proj." in w.name}
     assert rows == {"text_model": sum(int(b["attention_mask"].sum()) for b in batches), "vision_model": 6 * 5}
     assert report.recipe["calibration data"] == "6 samples in memory, by CLIPProcessor"
+
+
+def test_quantizing_with_audio() -> None:
+    sizes = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 8, "max_source_positions": 50}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "vocab_size": 64}
+    config = transformers.WhisperConfig(**sizes, **heads, **tokens, max_target_positions=16)
+    model = seeded(transformers.WhisperForConditionalGeneration(config)).eval()
+    batches = processor_batches(whisper(), sounds(4), batch_size=2, sampling_rate=16000)
+    for batch in batches:
+        batch["decoder_input_ids"] = torch.ones(2, 4, dtype=torch.long)
+    report = quantize_(model, gptq_config(4, 8, effort="fast", calibration=batches))
+    assert report is not None
+    assert {w.rows for w in report.weights if "encoder.layers" in w.name} == {4 * 50}
+    assert report.recipe["calibration data"] == "4 samples in memory, by WhisperFeatureExtractor"
+
+
+def test_chats_with_images_run_through_their_model() -> None:
+    processor = llava()
+    tokenizer = processor.tokenizer
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    text = transformers.LlamaConfig(**sizes, vocab_size=len(tokenizer))
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    how = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, **how)
+    model = seeded(transformers.LlavaForConditionalGeneration(config)).eval()
+    processor.num_additional_image_tokens = 1
+    asked = ("what is it", "a cat or a dog")
+    content = [[{"type": "image"}, {"type": "text", "text": words}] for words in asked]
+    samples = [
+        {"image": picture, "messages": [{"role": "user", "content": parts}]}
+        for picture, parts in zip(images(2), content, strict=True)
+    ]
+    batches = processor_batches(processor, samples, batch_size=2)
+    report = quantize_(model, gptq_config(4, 16, effort="fast", calibration=batches))
+    assert report is not None
+    rows = {w.rows for w in report.weights if "language_model" in w.name and w.stage}
+    assert rows == {sum(int(b["attention_mask"].sum()) for b in batches)}
