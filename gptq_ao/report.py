@@ -171,9 +171,9 @@ class Report:
         excluded: name → reason, for every matrix of the model that stays as it is.
         hessians: how many were accumulated.
         seconds: phase → wall time: capture, plan, precision, calibrate, solve.
-        peak_bytes: so far in this process. "host": resident memory; "cuda": PyTorch's allocator, where CUDA is in use.
-            Of this call, if it was calibrated: the activations that waited on the device ("activations"), in host
-            memory besides ("offloaded"), and in files ("files").
+        peak_bytes: so far in this process. "host": resident memory (not known on Windows); "cuda": PyTorch's allocator,
+            where CUDA is in use. Of this call, if it was calibrated: the activations that waited on the device
+            ("activations"), in host memory besides ("offloaded"), and in files ("files").
         warnings: what may be a problem for whoever uses the result.
         capture: how the model was followed: "export", as one graph; "replay", by running its own forwards; "none",
             without data.

@@ -5,4 +5,4 @@ It is a number here, not asked of the installed distribution: there is none wher
 
 __all__ = ["VERSION"]
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -14,6 +14,7 @@ git -C "$root" archive --format=zip HEAD -o "$work/source.zip"
 "$python" -m zipfile -e "$work/source.zip" "$work/source"
 test -f "$work/source/gptq_ao/passes"
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$work/wheel" "$work/source"
+ls "$work"/wheel/*-py3-none-any.whl > /dev/null  # for every system
 
 "$python" -m build --no-isolation --sdist --outdir "$work/sdist" "$work/source" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 ! tar -tvf "$work"/sdist/*.tar.gz | grep '^l'  # no links: Windows could not unpack them

@@ -51,6 +51,15 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "32 x 64" in lines[2]
 
 
+def test_import_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "import_time.py"))
+    monkeypatch.setattr(sys, "argv", ["x", "--runs", "1"])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["torch", "torchao", "gptq_ao"]
+    assert all(re.search(r" \d+\.\d\d s, at least \d+\.\d\d$", line) for line in lines[1:])
+
+
 def test_capture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "capture.py"))
     script["MODELS"]["8B"]["num_hidden_layers"] = 1

@@ -50,9 +50,14 @@ def advice_on_text(batches: Sequence[Batch], config: Any) -> tuple[str, ...]:
 
 
 def _token_ids(batch: Batch) -> list[Tensor]:
+    """[n, L] each; without what is padding, of each row its own."""
     ids = batch.kwargs.get("input_ids", batch.args[0] if batch.args else None)
-    is_ids = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() and not ids.is_meta
-    return [ids.detach().cpu().to(torch.int64)] if is_ids and isinstance(ids, Tensor) else []
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.is_meta:
+        return []
+    ids, mask = ids.detach().cpu().to(torch.int64), batch.kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        return [ids]
+    return [row[kept].unsqueeze(0) for row, kept in zip(ids, mask.cpu() != 0, strict=True) if kept.any()]
 
 
 def _repeated(rows: list[Tensor]) -> str | None:

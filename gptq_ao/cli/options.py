@@ -69,7 +69,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the unquantized model
 Model = Annotated[
     str, typer.Argument(help="A local Hugging Face directory, a hub id, or (quantize only) a file MODEL.gguf.")
 ]
-HeldOut = Annotated[str, typer.Option(help="Text the model was not calibrated on: a file or a dataset's name.")]
+HeldOut = Annotated[str, typer.Option(help="Text the model was not calibrated on: a file, preset or dataset.")]
 Column = Annotated[str, typer.Option(help="Field of the data that holds the text.")]
 Split = Annotated[str, typer.Option(help="Split of a dataset.")]
 ChunksTogether = Annotated[int, typer.Option(min=1, help="Chunks that run together.")]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gptq_ao.cli.request import Request
+    from gptq_ao.data.text import Samples
     from gptq_ao.quality.check import QualityCheck
     from gptq_ao.report import Report
 
@@ -31,6 +32,10 @@ def check_limits(request: "Request") -> None:
             "--max-kl and --max-perplexity-ratio are about text that is not calibrated on: give --check FILE, or "
             "--check-split NUMBER to keep so many sequences of the calibration data"
         )
+    if request.check_split is not None and not request.pack:
+        raise ConfigError(
+            "--check-split compares predictions of full sequences, and --no-pack makes padded ones: give --check TEXT"
+        )
     if request.check_split is not None and request.calibration is None:
         raise ConfigError(
             f"--check-split {request.check_split} keeps a part of the calibration data: give --calibration"
@@ -41,9 +46,11 @@ def held_out(request: "Request", tokenizer: Any) -> "QualityCheck | None":
     """With the text of `--check`."""
     if request.check is None:
         return None
-    from gptq_ao.data import as_chats, read_documents, spaced, token_chunks
+    from gptq_ao.data import PRESETS, as_chats, read_documents, spaced, token_chunks
 
-    documents = read_documents(request.check, column=request.column)
+    # Of a preset it is known what is held out.
+    split = "test" if request.check.partition("@")[0] in PRESETS else "train"
+    documents = read_documents(request.check, split=split, column=request.column)
     chunks = token_chunks(
         tokenizer, as_chats(tokenizer, documents) if request.chat_template else documents, request.seq_len
     )
@@ -52,22 +59,22 @@ def held_out(request: "Request", tokenizer: Any) -> "QualityCheck | None":
     return _check(request, used, text)
 
 
-def kept_back(request: "Request", ids: "Tensor") -> "tuple[Tensor, QualityCheck | None]":
-    """Of the sequences [n, L] that were drawn, those to calibrate with, and a check with the others.
+def kept_back(request: "Request", drawn: "Samples") -> "tuple[Samples, QualityCheck | None]":
+    """Of the sequences that were drawn, those to calibrate with, and a check with the others.
 
     Raises:
         CalibrationError: none would be left to calibrate with.
     """
     if request.check_split is None:
-        return ids, None
-    left = len(ids) - request.check_split
+        return drawn, None
+    left = len(drawn) - request.check_split
     if left < 1:
         raise CalibrationError(
-            f"--check-split {request.check_split} leaves nothing to calibrate with, as the data has {len(ids)} "
+            f"--check-split {request.check_split} leaves nothing to calibrate with, as the data has {len(drawn)} "
             f"sequences of {request.seq_len} tokens: keep fewer, give more text, or a smaller --seq-len"
         )
     text = f"{request.check_split} sequences of {request.seq_len} tokens kept from the calibration data ({left} others)"
-    return ids[:left], _check(request, ids[left:], text)
+    return drawn[:left], _check(request, drawn[left:].inputs["input_ids"], text)
 
 
 def _check(request: "Request", chunks: "Tensor", text: str) -> "QualityCheck":

@@ -21,6 +21,7 @@ from gptq_ao.cli.gguf_files import (
     unpacked,
 )
 from gptq_ao.cli.interruption import stopped_gently
+from gptq_ao.cli.mixture import mixture
 from gptq_ao.cli.options import AsJson, Model, device_of, dtype_of, limits_of, show
 from gptq_ao.cli.quality import check_limits, destination, held_out, kept_back, rejected
 from gptq_ao.cli.reports import save_beside, show_report
@@ -42,9 +43,10 @@ NATIVE = "native"
 _WITHOUT_TEMPLATE = (
     "calibration data: the model has a chat template, and the text is not in it: give --chat-template if chats count"
 )
+_OWN_TEXT = "the sources of Python's standard library"
 _DEFAULT_TEXT = (
-    "calibration data: no --calibration was given, so the model was calibrated with the sources of Python's standard "
-    "library, which are code and English; text like that which the model is for is better"
+    f"calibration data: no --calibration was given, so the model was calibrated with {_OWN_TEXT}, which are code and "
+    "English; text like that which the model is for is better"
 )
 
 
@@ -118,6 +120,8 @@ def _quantize(model: str, out: Path, request: Request, as_json: bool, ranks: "Ra
         written = destination(out, report)
         journal.publish(grown, written)
     lines = [f"written to {written}", *([unwritten] if unwritten else [])]
+    if "calibration data" in report.recipe:
+        lines.append(f"calibrated with {report.recipe['calibration data']}")
     if request.beside:
         lines.append(f"{request.engine} serves it{request.beside}")
     if report.adapter:
@@ -165,7 +169,11 @@ def plan(
     if config.method == "gptq":
         # Only shapes count for a plan, so no text is read and no tokenizer loaded.
         ids = torch.empty(request.num_samples, request.seq_len, dtype=torch.int64, device="meta")
-        config = config.with_calibration([_inputs(frame.config, rows) for rows in ids.split(request.batch_size)])
+        batches = [
+            {"input_ids": rows} if request.pack else {"input_ids": rows, "attention_mask": torch.empty_like(rows)}
+            for rows in ids.split(request.batch_size)
+        ]
+        config = config.with_calibration([_inputs(frame.config, **batch) for batch in batches])
     weights = StreamedWeights(frame) if request.stream else ModelWeights(frame)
     # `quantize_checkpoint` holds one file of its result in memory, of at most 2^30 bytes.
     shard_bytes = 2**30 if request.stream else 0
@@ -231,9 +239,7 @@ def with_data(request: Request, source: Path) -> Given:
     calibrated = request.calibration is not None or request.config.method == "gptq"
     if not calibrated and request.check is None:
         return Given(request.config)
-    import torch
-
-    from gptq_ao.data import as_chats, read_documents, text_batches
+    from gptq_ao.data import Batches, text_samples
     from gptq_ao.integrations.transformers import load_tokenizer
     from gptq_ao.model.architecture import model_class, read_config
     from gptq_ao.tiny_lm import corpus
@@ -246,34 +252,40 @@ def with_data(request: Request, source: Path) -> Given:
             f"the {kind.__name__} takes {takes}, and would be calibrated with text: call quantize_(model, gptq_config("
             "calibration=…)) with its own inputs, or give --method rtn, which needs none"
         )
+    # Before a tokenizer is loaded: a mistyped weight is to fail at once.
+    sources, weights = ([corpus.documents("train")], None) if request.calibration is None else mixture(request)
     tokenizer = load_tokenizer(str(source), trust_remote_code=request.trust_remote_code)
     check = held_out(request, tokenizer)
     if not calibrated:
         return Given(request.config, check)
-    said: tuple[str, ...] = ()
-    if request.calibration is None:
-        documents, said = corpus.documents("train"), (_DEFAULT_TEXT,)
-    else:
-        documents = read_documents(request.calibration, column=request.column)
-    drawn = text_batches(
+    drawn = text_samples(
         tokenizer,
-        as_chats(tokenizer, documents) if request.chat_template else documents,
+        sources,
+        weights,
         num_samples=request.num_samples + (request.check_split or 0),
         seq_len=request.seq_len,
         seed=request.seed,
+        column=request.column,
+        pack=request.pack,
+        chat_template=request.chat_template,
     )
-    ids, kept = kept_back(request, torch.cat([each["input_ids"] for each in drawn]))
-    batches = [_inputs(config, rows) for rows in ids.split(request.batch_size)]
-    plain = getattr(tokenizer, "chat_template", None) and not request.chat_template
-    if plain:
+    if request.calibration is None:
+        said_as = (said.replace("documents in memory", _OWN_TEXT) for said in drawn.sources)
+        drawn = dataclasses.replace(drawn, sources=tuple(said_as))
+    drawn, kept = kept_back(request, drawn)
+    found = drawn.batches(request.batch_size)
+    batches = Batches([_inputs(config, **batch) for batch in found], found.described)
+    said: tuple[str, ...] = (_DEFAULT_TEXT,) if request.calibration is None else ()
+    if getattr(tokenizer, "chat_template", None) and drawn.plain:
         said += (_WITHOUT_TEMPLATE,)
     return Given(request.config.with_calibration(batches), check or kept, said)
 
 
-def _inputs(config: Any, ids: "Tensor") -> dict[str, "Tensor"]:
+def _inputs(config: Any, **inputs: "Tensor") -> dict[str, "Tensor"]:
     """A batch of text as a model takes it."""
     # A decoder that is to write what the encoder reads: text of the kind that it will write.
-    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
+    decoder = {f"decoder_{name}": value for name, value in inputs.items()} if config.is_encoder_decoder else {}
+    return {**inputs, **decoder}
 
 
 def _save_adapter(source: Path, directory: Path, report: "Report", request: Request) -> None:

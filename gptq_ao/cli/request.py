@@ -56,9 +56,11 @@ class Request:
     """
     Attributes:
         config: without calibration data.
-        calibration: a file or a dataset's name; None: text that every Python brings along.
+        calibration: files, presets or datasets' names, each perhaps with `=WEIGHT`; None: text that every Python brings
+            along.
         column: the field of it that holds the text.
         seed: of the choice of sequences.
+        pack: whether documents are joined to sequences of full length.
         limits: as `--max-memory` has them.
         format: to write; None: what `engine` reads.
         engine: what is to serve it.
@@ -76,12 +78,13 @@ class Request:
     """
 
     config: "GPTQConfig"
-    calibration: str | None
+    calibration: tuple[str, ...] | None
     column: str
     num_samples: int
     seq_len: int
     batch_size: int
     seed: int
+    pack: bool
     stream: bool
     limits: str | None
     format: str | None
@@ -153,9 +156,11 @@ def _request(
         bool, typer.Option("--calibrate-all-experts", help="Every token reaches every expert, for the Hessians only.")
     ] = False,
     calibration: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="A .jsonl, .json, .txt or .parquet file, or a dataset's name.",
+            metavar="TEXT[=WEIGHT]",
+            help="A .jsonl, .json, .txt or .parquet file, wikitext2, c4, fineweb-edu, ultrachat, tulu3, openthoughts, "
+            "hf:REPOSITORY, or a dataset's name; several times, with weights: a mixture.",
             show_default="the sources of Python's standard library",
         ),
     ] = None,
@@ -164,6 +169,10 @@ def _request(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of sequences.")] = 0,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack/--no-pack", help="Join documents to full sequences, or pad each to the longest."),
+    ] = True,
     format: Annotated[
         OutFormat | None, typer.Option(help="What to write.", show_default="native, or what --for reads")
     ] = None,
@@ -199,7 +208,7 @@ def _request(
     ] = True,
     check: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Compare the result with the original on this text, a file or a dataset."),
+        typer.Option(metavar="TEXT", help="Compare the result with the original on this file, preset or dataset."),
     ] = None,
     check_samples: Annotated[int, typer.Option(min=1, help="Sequences of it at most, evenly spaced.")] = 32,
     check_split: Annotated[
@@ -239,12 +248,13 @@ def _request(
     settings |= {k: v.value if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None}
     return Request(
         gptq_config(**settings),
-        calibration,
+        tuple(calibration) if calibration else None,
         column,
         num_samples,
         seq_len,
         batch_size,
         seed,
+        pack,
         stream,
         max_memory,
         format.value if format is not None else OutFormat.native.value if engine is None else None,

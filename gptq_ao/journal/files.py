@@ -40,7 +40,10 @@ def open_plain(path: Path, flags: int) -> int:
     """
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link: a journal has none, so this was not written here")
-    file = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    # O_BINARY: without it, Windows writes two bytes for each that is a newline.
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    file = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise CheckpointError(f"{path} is no file: a journal has nothing else, so this was not written here")

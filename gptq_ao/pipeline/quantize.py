@@ -5,8 +5,6 @@ prepare → (with target_bits: choose the precision) → per stage: calibrate �
 
 import contextlib
 import dataclasses
-import resource
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -52,7 +50,7 @@ from gptq_ao.pipeline.sharded_weights import ShardedWeights
 from gptq_ao.pipeline.training_code import left_behind, ranks_apart
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import Limits, MaxMemory
-from gptq_ao.planning.memory import allot, free_bytes
+from gptq_ao.planning.memory import allot, free_bytes, peak_bytes
 from gptq_ao.planning.output_bytes import result_size
 from gptq_ao.planning.portions import note_of
 from gptq_ao.planning.prepare import Prepared, check_support, prepare, select
@@ -238,7 +236,10 @@ def _recipe(config: GPTQConfig, batches: list[Batch] | None) -> dict[str, str]:
     rules = {"rules": str(config.rules)} if config.rules else {}
     if batches is None:
         return {"recipe": settings, **rules, "calibration": "none"}
-    return {"recipe": settings, **rules, "calibration": f"{len(batches)} batches, sha256 {digest(batches)}"}
+    # Of `gptq_ao.data`, which knows what it has read.
+    described = getattr(config.calibration, "described", None)
+    data = {} if described is None else {"calibration data": described}
+    return {"recipe": settings, **rules, "calibration": f"{len(batches)} batches, sha256 {digest(batches)}", **data}
 
 
 def _quantize(job: Job) -> Report:
@@ -376,10 +377,7 @@ def _uncompensated(prepared: Prepared) -> str | None:
 
 def _report(job: Job, done: list[WeightReport], prepared: Prepared, waiting: Mapping[str, int] | None = None) -> Report:
     stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_initialized():
-        peak["cuda"] = torch.cuda.max_memory_allocated()
+    peak = peak_bytes()
     if waiting is not None:
         peak |= {"activations": waiting["device"], "offloaded": waiting["host"], "files": waiting["disk"]}
     return Report(

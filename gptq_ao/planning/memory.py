@@ -1,5 +1,6 @@
 """How much memory there is, how much may be used, and what of the waiting activations goes where."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,12 @@ from gptq_ao.planning.portions import Room, divisible, whole
 from gptq_ao.planning.prepare import Prepared
 from gptq_ao.planning.simulate import simulate
 
-__all__ = ["Allotment", "allot", "choose_budget", "free_bytes", "model_bytes", "readable", "room_of"]
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["Allotment", "allot", "choose_budget", "free_bytes", "model_bytes", "peak_bytes", "readable", "room_of"]
 
 
 DEVICE_SHARE = 0.9  # of what is free: the rest is for workspaces of libraries and for fragmentation
@@ -151,6 +157,17 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     found = [_available(), _left_of_cgroup()]
     return min((n for n in found if n is not None), default=None)
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most that this process has taken so far, of what can be known here: "host", "cuda"."""
+    found = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        found["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 def readable(size: int) -> str:

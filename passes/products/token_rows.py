@@ -93,7 +93,8 @@ class TokenRows:
         ids = program.placeholders.get("decoder_input_ids")
         reached = {ids} if ids is not None else set()
         for node in program.graph.nodes:
-            if any(i in reached for i in node.all_input_nodes):
+            # Not through sizes: that of the batch, which all have, may be asked of the decoder's ids.
+            if any(i in reached for i in node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
                 reached.add(node)
         # Without a decoder, nothing is reached, and `attention_mask` speaks of every node.
         return reached if mask == "decoder_attention_mask" else set(program.graph.nodes) - reached

@@ -153,6 +153,7 @@ def test_without_data_there_is_the_text_that_python_brings_along(
     assert all(x["rows"] == 8 * 64 for x in report["layers"])
     (said,) = (w for w in report["warnings"] if "no --calibration was given" in w)
     assert "the sources of Python's standard library" in said
+    assert report["recipe"]["calibration data"].endswith("sequences of the sources of Python's standard library")
     again = run(monkeypatch, "quantize", TINY, str(tmp_path / "again"), *few)
     assert [x["error"] for x in again["layers"]] == [x["error"] for x in report["layers"]]
 

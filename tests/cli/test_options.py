@@ -59,6 +59,7 @@ def test_the_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "quality",
         "diagnosis",
         "gguf_files",
+        "mixture",
         "score",
     }
     expected = {"gptq_ao", "gptq_ao.cli", "gptq_ao.errors", "gptq_ao.version", "gptq_ao.__main__"}

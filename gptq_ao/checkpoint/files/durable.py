@@ -28,7 +28,7 @@ def sync_directory(directory: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Its contents are on the disk when the call returns."""
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # there only what may be written
     try:
         os.fsync(file)
     finally:

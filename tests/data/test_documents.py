@@ -8,17 +8,7 @@ import torch
 from gptq_ao.data import read_documents, spaced, text_batches, token_chunks
 from gptq_ao.errors import CalibrationError, ConfigError
 
-
-class Bytes:
-    """A tokenizer: byte b is token b + 1, 0 begins a text."""
-
-    bos_token_id: int | None = 0
-    eos_token_id: int | None = 300
-
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
-        assert kwargs["add_special_tokens"] is False
-        return {"input_ids": [b + 1 for b in text.encode()]}
-
+from .models import Bytes
 
 DOCUMENTS = ["abc", "", "defgh", "ij"]
 
