@@ -1,7 +1,7 @@
 """Run by the Python of an environment with GPTQModel: {} PROMPTS STEPS DIRECTORY …
 
-Prints what `run_vllm.py` prints, of GPTQModel's own loader and its products in PyTorch. gptq_ao is not there. All weights
-are unpacked for each token, so there are few.
+Prints what `run_vllm.py` prints, of GPTQModel's own loader and its products in PyTorch. gptq_ao is not there. All
+weights are unpacked for each token, so there are few.
 """
 
 import json

@@ -38,9 +38,7 @@ NO_MARLIN = "Marlin does not support weight_bits = uint8b128"
 NO_EXPERTS = "No WNA16 MoE backend supports the deployment configuration"
 # What is refused on this CPU: case → format → in which words.
 VLLM_REFUSES: dict[str, dict[str, str]] = {
-    **{
-        f"{b} bits, asymmetric": {"gptq_v2": f"Unsupported quantization config: bits={b}, sym=False"} for b in (2, 3, 8)
-    },
+    **{f"{b} bits, asymmetric": {"gptq_v2": f"Unsupported quantization config: bits={b}, sym=False"} for b in BITS},
     "8 bits": {"gptq": NO_MARLIN, "compressed-tensors": NO_KERNEL},
     "4 and 8 bits": {"gptq": NO_MARLIN, "compressed-tensors": NO_KERNEL},
     "3 bits": {"gptq": "Unsupported quantization config: bits=3, sym=True", "compressed-tensors": NO_KERNEL},
@@ -65,7 +63,8 @@ PAIRS = [pytest.param(case, format, id=name) for case in CASES for format, name 
 READ_BY_MLX = [p for p in PAIRS if p.values[1] == "mlx"]
 READ_BY_VLLM = [p for p in PAIRS if p not in READ_BY_MLX]
 # Of experts it knows the names in some models only: Mixtral's are "Missing required quantized weights".
-READ_BY_GPTQMODEL = [p for p in PAIRS if p.values[1] in ("gptq", "gptq_v2") and p.values[0].model not in WITH_EXPERTS]
+NO_EXPERTS_IN = {name for case in CASES if case.model not in WITH_EXPERTS for name in case.directories.values()}
+READ_BY_GPTQMODEL = [p for p in PAIRS if p.values[1] in ("gptq", "gptq_v2") and p.id in NO_EXPERTS_IN]
 READ_BY_TRANSFORMERS = [p for p in PAIRS if p.values[1] in ("dense", "compressed-tensors", "native")]
 
 
