@@ -62,7 +62,7 @@ conformance: $(STAMP)
 
 # Has engines load checkpoints and compares what they compute, each in an environment of its own, without gptq_ao; and
 # vLLM once more with gptq_ao beside it.
-# Optional: 5 GB in $(ENGINES), a quarter of an hour on two cores. vLLM's other requirements are for images and sound.
+# Optional: 10 GB in $(ENGINES), half an hour on two cores; gptqmodel builds from source. vLLM's other requirements are for images and sound.
 ENGINES ?= $(CURDIR)/.engines
 engines: $(STAMP)
 	test -d $(ENGINES)/vllm || $(PYTHON) -m venv $(ENGINES)/vllm
@@ -77,6 +77,9 @@ engines: $(STAMP)
 	$(ENGINES)/transformers/bin/python -m pip install --quiet -c constraints.txt compressed-tensors transformers accelerate
 	test -d $(ENGINES)/mlx || $(PYTHON) -m venv $(ENGINES)/mlx
 	$(ENGINES)/mlx/bin/python -m pip install --quiet 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+	test -d $(ENGINES)/gptqmodel || $(PYTHON) -m venv $(ENGINES)/gptqmodel
+	$(ENGINES)/gptqmodel/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" setuptools wheel ninja numpy packaging
+	$(ENGINES)/gptqmodel/bin/python -m pip install --quiet --no-build-isolation "$$(grep '^torch==' constraints.txt)" gptqmodel==7.6.0
 	GPTQ_AO_ENGINES=$(ENGINES) $(BIN)/python -m pytest -m engines -s tests/engines
 
 # Runs the examples of training with the codebases that they are for, in an environment of their own. Optional.

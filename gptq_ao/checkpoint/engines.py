@@ -164,6 +164,13 @@ ENGINES: dict[str, Engine] = {
             )
         },
     ),
+    "gptqmodel": Engine(
+        "GPTQModel 7.6.0 on a CPU",
+        {
+            "gptq": (Rule(BITS, RAN, ordered=True, experts=()),),
+            "gptq_v2": (Rule(BITS, RAN, asymmetric=True, experts=()),),
+        },
+    ),
     "mlx": Engine(
         "mlx-lm 0.32.2",
         {

@@ -47,6 +47,7 @@ class EngineName(StrEnum):
     sglang = "sglang"
     sglang_cpu = "sglang-cpu"
     llama_cpp = "llama.cpp"
+    gptqmodel = "gptqmodel"
     mlx = "mlx"
     transformers = "transformers"
 

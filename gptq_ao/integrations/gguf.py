@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gptq_ao.checkpoint.gguf.architecture import unlike_file
 from gptq_ao.checkpoint.gguf.package import gguf_package
 from gptq_ao.checkpoint.save import save_quantized
 from gptq_ao.errors import CheckpointError
@@ -19,7 +20,7 @@ __all__ = ["dense_from_gguf", "is_gguf"]
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
-_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def is_gguf(source: str | Path) -> bool:
@@ -41,7 +42,7 @@ def dense_from_gguf(path: Path, directory: Path, dtype: torch.dtype | None = Non
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    types = _checked(path)
+    types, keys = _checked(path)
     place, how = str(path.parent), {"gguf_file": path.name}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -54,6 +55,12 @@ def dense_from_gguf(path: Path, directory: Path, dtype: torch.dtype | None = Non
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(k[0]) for k in info["mismatched_keys"])})
     if wrong:
         raise CheckpointError(f"{path} does not fit the {type(model).__name__} of transformers: {names_of(wrong)}")
+    # It has no place for some numbers, and goes on with usual ones.
+    unlike = unlike_file(model, keys)
+    if unlike is not None:
+        raise CheckpointError(
+            f"{path} becomes another model when transformers reads it: {unlike}. Start from the original weights"
+        )
     model.config.requantized_from = {"file": path.name, "types": types}
     model.config._name_or_path = ""  # the folder of the file: what else lies there does not belong to it
     save_quantized(model, directory, format="dense", tokenizer=tokenizer)
@@ -63,8 +70,8 @@ def dense_from_gguf(path: Path, directory: Path, dtype: torch.dtype | None = Non
         os.utime(made, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def _checked(path: Path) -> dict[str, int]:
-    """How many tensors there are of each type of GGUF.
+def _checked(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """How many tensors there are of each type of GGUF; and the numbers of the file, by their keys.
 
     Raises:
         CheckpointError: it is no GGUF file, or transformers would drop something.
@@ -85,13 +92,14 @@ def _checked(path: Path) -> dict[str, int]:
         raise CheckpointError(f"{path} is one of {keys['split.count']} parts of a model: merge them first (gguf-split)")
     name = keys.get("general.architecture")
     scaling = keys.get(f"{name}.rope.scaling.type", "none")
-    if _ROPE_FACTORS in tensors or scaling != "none":
-        what = f"a tensor {_ROPE_FACTORS!r}" if _ROPE_FACTORS in tensors else f"rope.scaling.type {scaling!r}"
+    factors = [tensor for tensor in _ROPE_FACTORS if tensor in tensors]
+    if factors or scaling != "none":
+        what = f"a tensor {factors[0]!r}" if factors else f"rope.scaling.type {scaling!r}"
         raise CheckpointError(
             f"{path} has {what}: its rotary frequencies are scaled, which transformers does not read from GGUF files, "
             "and the model would be another one. Start from the original weights"
         )
-    return dict(Counter(t.tensor_type.name for t in tensors.values()).most_common())
+    return dict(Counter(t.tensor_type.name for t in tensors.values()).most_common()), keys
 
 
 def _first_line(e: Exception) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as kinds
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from gptq_ao import cli, gptq_config, quantize_, save_quantized
@@ -31,17 +31,33 @@ from gptq_ao.tensor import GroupTensor, tensor_class
 from gptq_ao.version import VERSION
 
 from ..models import seeded, tiny_llama, token_batches
-from .llama_cpp import MODELS, SMALL
+from .llama_cpp import GEMMA3, MODELS, PHI3, SMALL, WINDOWS, longrope
 from .test_directories import assert_same_logits, quantized
 from .vocabularies import SPLITS, TEXT, TOKENIZERS, bytes_with_merges, pieces
 
-# transformers takes heads of Qwen3 to have 128 numbers, and its experts 768, whatever a file says.
+
+def usual_heads(name: str) -> Any:
+    """A Gemma with heads of 256 numbers."""
+
+    def config() -> Any:
+        made = MODELS[name]()
+        made.head_dim = made.query_pre_attn_scalar = 256
+        return made
+
+    return config
+
+
+# transformers takes heads of Qwen3 to have 128 numbers, and its experts 768, and the scores of a Gemma to be scaled for
+# heads of 256, whatever a file says.
 READABLE = {**MODELS, "Qwen3": lambda: transformers.Qwen3Config(**{**SMALL, "head_dim": 128})}
+USUAL = ("Gemma 2", "Gemma 2, caps", "Gemma 3", "Gemma 3, other frequencies")
+READABLE |= {name: usual_heads(name) for name in USUAL}
 READABLE["Qwen3, experts"] = lambda: transformers.Qwen3MoeConfig(
     **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=768, norm_topk_prob=True
 )
-# transformers does not read how frequencies are scaled.
-FAMILIES = [name for name in MODELS if "scal" not in name and "biases" not in name]
+# transformers does not read how frequencies are scaled, nor what has a value of its own in the largest Gemma 2.
+UNREAD = ("scal", "biases", "frequencies", "factors", "large", "caps")
+FAMILIES = [name for name in MODELS if not any(word in name for word in UNREAD)]
 
 
 def built(name: str = "Llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -171,13 +187,17 @@ def test_weights_without_blocks(weight: Any, why: str) -> None:
 def test_transformers_reads_the_same_model(name: str, bits: int, tmp_path: Path) -> None:
     """Names, shapes, settings, and the order of rows of q and k in a Llama; every weight bit by bit."""
     model = built(name, bits=bits, group_size=64)
-    saved(model, tmp_path / "m.gguf")
+    tokenizer = TOKENIZERS["a token for each byte"]()
+    tokenizer.pad_token = tokenizer.eos_token  # else transformers takes a Phi-3 to have its usual one
+    saved(model, tmp_path / "m.gguf", tokenizer)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     meant = {n: p.dequantize() if isinstance(p, GroupTensor) else p for n, p in model.named_parameters()}
     found = dict(loaded.named_parameters())
     assert set(found) == set(meant)
     for parameter, value in found.items():
-        assert torch.equal(value, meant[parameter]), parameter
+        # A Gemma multiplies by 1 + weight, and that sum is in the file.
+        larger = float("norm" in parameter and name.startswith("Gemma"))
+        assert torch.equal(value + larger, meant[parameter] + larger), parameter
     for key in ("hidden_size", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters"):
         expected = getattr(model.config, key)
         assert getattr(loaded.config, key) == (pytest.approx(expected) if isinstance(expected, float) else expected)
@@ -277,14 +297,18 @@ def test_tokenizers(kind: str, tmp_path: Path) -> None:
     special = {i for i in range(360) if types[i] == gguf.TokenType.CONTROL}
     assert special == {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - unknown
     assert keys["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
-    assert keys["tokenizer.ggml.add_bos_token"] == (kind in ("Llama 3's", "SentencePiece's"))
+    assert keys["tokenizer.ggml.add_bos_token"] == (kind in ("Llama 3's", "SentencePiece's", "Gemma's"))
     assert keys["tokenizer.ggml.add_eos_token"] is False
     assert keys.get("tokenizer.chat_template") == tokenizer.chat_template
-    expected = {"Llama 3's": "llama-bpe", "Qwen2's": "qwen2", "SentencePiece's": "default"}.get(kind, "gpt-2")
+    expected = {"Llama 3's": "llama-bpe", "Qwen2's": "qwen2", "SentencePiece's": "default", "Gemma's": "default"}.get(
+        kind, "gpt-2"
+    )
     assert keys["tokenizer.ggml.pre"] == expected
-    if kind == "SentencePiece's":
+    if expected == "default":
         assert keys["tokenizer.ggml.model"] == "llama"
-        assert by_score(TEXT, tokens, keys["tokenizer.ggml.scores"], types) == tokenizer(TEXT).input_ids[1:]
+        assert keys["tokenizer.ggml.add_space_prefix"] == (kind == "SentencePiece's")
+        space = " " * keys["tokenizer.ggml.add_space_prefix"]
+        assert by_score(space + TEXT, tokens, keys["tokenizer.ggml.scores"], types) == tokenizer(TEXT).input_ids[1:]
     else:
         merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
         assert keys["tokenizer.ggml.merges"] == ([" ".join(m) for m in merges] or ["ĀĀ Ā"])
@@ -294,7 +318,7 @@ def by_score(text: str, tokens: list[str], scores: list[float], types: list[int]
     """SentencePiece's rule: put together the two neighbours that make the token of the highest score; what is no token
     in the end is its bytes."""
     known = {t: i for i, t in enumerate(tokens)}
-    symbols = [*("▁" + text.replace(" ", "▁"))]
+    symbols = [*text.replace(" ", "▁")]
     while True:
         pairs = [(scores[known[a + b]], -i) for i, (a, b) in enumerate(pairwise(symbols))
                  if a + b in known and types[known[a + b]] == gguf.TokenType.NORMAL]  # fmt: skip
@@ -399,10 +423,72 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
     assert contents(tmp_path / "m.gguf")[0]["llama.context_length"] == 64
 
 
+def test_a_gemma(tmp_path: Path) -> None:
+    """What llama.cpp knows of one by its name is not in the file; norms are multiplied by 1 + weight."""
+    keys, tensors = contents(saved(built("Gemma 2, caps"), tmp_path / "a.gguf"))
+    assert (keys["gemma2.attn_logit_softcapping"], keys["gemma2.final_logit_softcapping"]) == (5.0, 10.0)
+    assert (keys["gemma2.attention.sliding_window"], keys["gemma2.context_length"]) == (16, 256)
+    model = built("Gemma 3, other frequencies")
+    keys, tensors = contents(saved(model, tmp_path / "b.gguf"))
+    assert (keys["gemma3.rope.freq_base"], keys["gemma3.rope.freq_base_swa"]) == (1e4, 500.0)
+    for name, norm in (
+        ("output_norm", model.model.norm),
+        ("blk.5.attn_q_norm", model.model.layers[5].self_attn.q_norm),
+    ):
+        assert torch.equal(read(tensors[f"{name}.weight"]), 1 + norm.weight)
+    assert "output.weight" not in tensors  # tied
+
+
+def test_a_phi3_with_factors(tmp_path: Path) -> None:
+    """Fused products stay fused; llama.cpp chooses between two lists of factors itself, which is said."""
+    model = of(transformers.Phi3Config(**longrope(512)))
+    with pytest.warns(UserWarning, match=r"takes the long_factor of .* contexts of more than 512 tokens, however few"):
+        saved(model, tmp_path / "m.gguf")
+    keys, tensors = contents(tmp_path / "m.gguf")
+    assert keys["phi3.rope.dimension_count"] == 48
+    assert keys["phi3.rope.scaling.original_context_length"] == 512
+    # As transformers has it: √(1 + log(1024 / 512) / log 512).
+    assert keys["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 1 / 9) ** 0.5)
+    assert read(tensors["rope_factors_short.weight"]).tolist() == [1 + i / 32 for i in range(24)]
+    assert read(tensors["rope_factors_long.weight"]).tolist() == [4.0 + i for i in range(24)]
+    gate_up = model.model.layers[1].mlp.gate_up_proj.weight
+    assert torch.equal(read(tensors["blk.1.ffn_up.weight"]), gate_up.dequantize(torch.float32))
+
+
+def with_phi3_tokens(tokenizer: Any, **how: Any) -> Any:
+    tokenizer.add_tokens([AddedToken(t, special=True, **how) for t in ("<unk>", "<s>", "</s>", "<|endoftext|>")])
+    return tokenizer
+
+
+def test_a_name_by_which_llama_cpp_looks_for_tokens(tmp_path: Path) -> None:
+    """It does not load a model whose name has "phi-3" in it, and whose tokens are others."""
+    model = of(transformers.Phi3Config(**PHI3))
+    assert contents(saved(model, tmp_path / "a.gguf"))[0].get("general.name") is None
+    known = with_phi3_tokens(bytes_with_merges(SPLITS["qwen2"]), rstrip=True)
+    assert contents(saved(model, tmp_path / "b.gguf", known))[0]["general.name"] == "Phi3ForCausalLM"
+    save_quantized(model, tmp_path / "my-Phi-3-mini")
+    model.config._name_or_path = str(tmp_path / "my-Phi-3-mini")
+    with pytest.warns(UserWarning, match=r"no name of the model in it: .* the token '</s>' .*'my-Phi-3-mini'"):
+        saved(model, tmp_path / "c.gguf")
+    assert contents(saved(model, tmp_path / "d.gguf", known))[0]["general.name"] == "my-Phi-3-mini"
+
+
+def test_tokens_that_take_spaces_away(tmp_path: Path) -> None:
+    stripping = with_phi3_tokens(bytes_with_merges(SPLITS["qwen2"]), rstrip=True)
+    with pytest.warns(UserWarning, match=r"special tokens that take spaces beside them away, which they do not in lla"):
+        saved(built(), tmp_path / "m.gguf", stripping)
+
+
 def of(config: Any, kind: Any = AutoModelForCausalLM) -> Any:
     model = seeded(kind.from_config(config, dtype=torch.float32))
     quantize_(model, gptq_config(group_size=32, method="rtn"))
     return model
+
+
+def gemma(generation: int, **changes: Any) -> Any:
+    if generation == 2:
+        return of(transformers.Gemma2Config(**{**WINDOWS, **changes}))
+    return of(transformers.Gemma3TextConfig(**{**GEMMA3, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -416,6 +502,12 @@ def of(config: Any, kind: Any = AutoModelForCausalLM) -> Any:
             r"a LlamaForSequenceClassification",
         ),
         (lambda: of(transformers.LlamaConfig(**SMALL, hidden_act="gelu")), r"hidden_act 'gelu', and .* 'silu'"),
+        (lambda: gemma(2, query_pre_attn_scalar=32), r"query_pre_attn_scalar 32, and .* always computes 64: write an"),
+        (lambda: gemma(2, layer_types=["full_attention"] * 2), r"layer_types \['full_a.* always computes \['s"),
+        (lambda: gemma(2, attn_logit_softcapping=None), r"no attn_logit_softcapping, and llama.cpp always .* with one"),
+        (lambda: gemma(3, attn_logit_softcapping=9.0), r"attn_logit_softcapping 9.0, and .* always computes None"),
+        (lambda: gemma(3, hidden_activation="silu"), r"hidden_activation 'silu', and .* 'gelu_pytorch_tanh'"),
+        (lambda: gemma(3, attention_bias=True), r"attention_bias True, and .* always computes False"),
         (
             lambda: of(transformers.LlamaConfig(**{**SMALL, "rope_parameters": {
                 "rope_type": "yarn", "rope_theta": 1000.0, "factor": 2.0, "original_max_position_embeddings": 128}})),
@@ -437,7 +529,8 @@ def of(config: Any, kind: Any = AutoModelForCausalLM) -> Any:
         (tiny_llama, r"the model has no quantized weight"),
         (lambda: nn.Sequential(nn.Linear(32, 32)), r"models that llama.cpp has code for.*: not a Sequential"),
     ],
-    ids=["gpt2", "mixtral", "body", "head", "act", "yarn", "rope", "experts", "2", "16", "8-asym", "dense", "plain"],
+    ids=["gpt2", "mixtral", "body", "head", "act", "scores", "windows", "no-caps", "caps", "gelu", "biases",
+         "yarn", "rope", "experts", "2", "16", "8-asym", "dense", "plain"],
 )  # fmt: skip
 def test_models_that_cannot_be_written(model: Any, message: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():

@@ -35,9 +35,9 @@ def bytes_with_merges(split: str | None, *, whole: bool = False, bos: bool = Fal
     return made
 
 
-def pieces() -> PreTrainedTokenizerFast:
+def pieces(*, gemma: bool = False) -> PreTrainedTokenizerFast:
     """As one that was converted from SentencePiece: a token for every byte, and all merges that make a token, in the
-    order of scores."""
+    order of scores. Gemma's puts no space in front."""
     words = [
         "▁d",
         "ef",
@@ -63,10 +63,16 @@ def pieces() -> PreTrainedTokenizerFast:
     known = {t: i for i, t in enumerate(vocabulary)}
     merges = [(w[:i], w[i:]) for w in words for i in range(1, len(w)) if w[:i] in known and w[i:] in known]
     tokenizer = Tokenizer(models.BPE(known, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if gemma:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(parts)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", made.bos_token_id)]
     )
@@ -79,4 +85,5 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "Llama 3's": lambda: bytes_with_merges(SPLITS["llama3"], whole=True, bos=True),
     "Qwen2's": lambda: bytes_with_merges(SPLITS["qwen2"]),
     "SentencePiece's": pieces,
+    "Gemma's": lambda: pieces(gemma=True),
 }

@@ -84,6 +84,7 @@ CASES = [
     *(Case("4 bits, groups of 32", name, {}) for name in LLAMAS),
     *(Case("4 bits, one scale per row", name, {"group_size": -1}) for name in LLAMAS),
     Case("4 bits, asymmetric", "llama", {"sym": False}, ("gptq_v2", "compressed-tensors", "awq")),
+    *(Case(f"{bits} bits, asymmetric", "llama", {"bits": bits, "sym": False}, ("gptq_v2",)) for bits in (2, 3, 8)),
     *(Case("a dense layer", name, {"rules": {"re:.*layers.0.*": None}}) for name in LLAMAS),
     Case("dense attention", "llama", {"rules": {"re:.*self_attn.*": None}}),
     Case("a quantized head", "llama", {"rules": {"lm_head": {"bits": 4}}}),

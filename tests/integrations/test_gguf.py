@@ -33,19 +33,26 @@ def file_of(path: Path, name: str = "Llama", tokenizer: str = QWEN2, **settings:
     return model
 
 
-@pytest.mark.parametrize("name", ["Llama", "Llama, tied", "Qwen2", "Qwen3", "Qwen3, experts"])
+READ = dict.fromkeys(["Llama", "Llama, tied", "Qwen2", "Qwen3", "Qwen3, experts"], QWEN2)
+# Of these transformers reads their own kinds of tokenizers only.
+READ |= {"Gemma 2": "Gemma's", "Gemma 3": "Gemma's", "Phi-3": "SentencePiece's"}
+
+
+@pytest.mark.parametrize(("name", "tokenizer"), READ.items())
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_numbers_of_the_blocks(name: str, bits: int, tmp_path: Path) -> None:
-    model = file_of(tmp_path / "m.gguf", name, bits=bits)
+def test_the_numbers_of_the_blocks(name: str, tokenizer: str, bits: int, tmp_path: Path) -> None:
+    model = file_of(tmp_path / "m.gguf", name, tokenizer, bits=bits)
     (tmp_path / "dense").mkdir()
     dense_from_gguf(tmp_path / "m.gguf", tmp_path / "dense")
     loaded: Any = load_model(str(tmp_path / "dense"))
     for parameter, value in loaded.named_parameters():
         meant = model.get_parameter(parameter)
         meant = meant.dequantize() if isinstance(meant, GroupTensor) else meant
-        assert torch.equal(value, meant), parameter
+        # A Gemma multiplies by 1 + weight, and that sum is in the file.
+        larger = float("norm" in parameter and name.startswith("Gemma"))
+        assert torch.equal(value + larger, meant + larger), parameter
     text = AutoTokenizer.from_pretrained(tmp_path / "dense")
-    assert text(TEXT).input_ids == TOKENIZERS[QWEN2]()(TEXT).input_ids
+    assert text(TEXT).input_ids == TOKENIZERS[tokenizer]()(TEXT).input_ids
     kinds = loaded.config.requantized_from["types"]
     assert kinds[{4: "Q4_0", 8: "Q8_0"}[bits]] == sum(t.tensor_type.name in ("Q4_0", "Q8_0") for t in
                                                       contents(tmp_path / "m.gguf")[1].values())  # fmt: skip
@@ -145,16 +152,34 @@ def test_files_that_are_none(
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.filterwarnings("ignore:.*takes the long_factor")
 @pytest.mark.parametrize(
     ("name", "what"),
     [
         ("Llama 3, scaled frequencies", "a tensor 'rope_freqs.weight'"),
         ("Llama, linear scaling", "rope.scaling.type 'lin"),
+        ("Gemma 3, linear scaling", "rope.scaling.type 'lin"),
+        ("Phi-3, long factors", "a tensor 'rope_factors_long.weight'"),
     ],
 )
 def test_frequencies_that_transformers_does_not_read(name: str, what: str, tmp_path: Path) -> None:
     file_of(tmp_path / "m.gguf", name)
     with pytest.raises(CheckpointError, match=rf"has {what}.* the model would be another one"):
+        dense_from_gguf(tmp_path / "m.gguf", tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("Gemma 2, large", r"query_pre_attn_scalar 256, and llama.cpp always computes 32"),
+        ("Gemma 3, other frequencies", r"gemma3.rope.freq_base_swa 500.0, and the model 10000.0"),
+        ("Gemma 2, caps", r"gemma2.attn_logit_softcapping 5.0, and the model 50.0"),
+    ],
+)
+def test_numbers_that_transformers_does_not_read(name: str, what: str, tmp_path: Path) -> None:
+    """It would go on with the usual ones of such models."""
+    file_of(tmp_path / "m.gguf", name)
+    with pytest.raises(CheckpointError, match=rf"becomes another model when transformers reads it: .*{what}"):
         dense_from_gguf(tmp_path / "m.gguf", tmp_path / "dense")
 
 

@@ -25,6 +25,9 @@ _SPLITS = {
 _NO_MERGES = ["ĀĀ Ā"]
 _SPACE = "▁"
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+# Where the name of a model has this, llama.cpp looks up these tokens, takes spaces behind special ones away, and does
+# not load a vocabulary without them.
+_STRIPPED, _LOOKED_UP = re.compile("phi-?3", re.IGNORECASE), ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,26 @@ class Vocabulary:
     Attributes:
         add: what puts it into a GGUFWriter.
         notes: what may not be as in transformers, a sentence each.
+        texts: of all tokens.
+        strips: whether there are tokens that take spaces away.
     """
 
     add: Callable[[Any], None]
     notes: tuple[str, ...] = ()
+    texts: frozenset[str] = frozenset(_LOOKED_UP)
+    strips: bool = False
+
+    def why_no_name(self, name: str) -> str | None:
+        """Why a model with these tokens cannot be called so; None: it can."""
+        missing = [t for t in _LOOKED_UP if t not in self.texts] if _STRIPPED.search(name) else []
+        return f"llama.cpp looks for the token {missing[0]!r} in models that are called {name!r}" if missing else None
+
+    def notes_for(self, name: str) -> tuple[str, ...]:
+        """`notes`, in a model of that name."""
+        if not self.strips or _STRIPPED.search(name):
+            return self.notes
+        note = "the tokenizer has special tokens that take spaces beside them away, which they do not in llama.cpp"
+        return (*self.notes, note)
 
 
 def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
@@ -100,7 +119,8 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
         )
     if not pieces and steps["normalizer"]:
         notes.append("the tokenizer brings text into Unicode's form NFC first, which llama.cpp does not")
-    return Vocabulary(add, tuple(notes))
+    strips = any(token[side] for token in added.values() for side in ("lstrip", "rstrip"))
+    return Vocabulary(add, tuple(notes), frozenset(texts.values()), strips)
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
@@ -131,8 +151,13 @@ def _split(tokenizer: Any, model: Mapping[str, Any], steps: Mapping[str, list[di
 
 def _check_pieces(tokenizer: Any, steps: Mapping[str, list[dict[str, Any]]]) -> str:
     """llama.cpp's name for what is done before the merges: spaces become a letter, and nothing else."""
+    gone = False  # whether there are no spaces left
     for step in (s for place in steps.values() for s in place):
-        spaces = step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE
+        at_spaces = step.get("pattern") == {"String": " "}
+        spaces = step["type"] == "Replace" and at_spaces and step["content"] == _SPACE
+        gone = gone or spaces
+        if gone and step["type"] == "Split" and at_spaces:
+            continue  # Gemma's, which finds none
         whole = step["type"] == "Metaspace" and step.get("replacement") == _SPACE and not step.get("split", True)
         if not (spaces or whole or (step["type"] == "Prepend" and step["prepend"] == _SPACE)):
             raise _refused(tokenizer, f"before the merges it does {step}, which llama.cpp does not")

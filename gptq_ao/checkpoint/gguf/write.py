@@ -65,7 +65,12 @@ def write_gguf(model: nn.Module, path: Path, tokenizer: Any, report: Report | No
     architecture, vocabulary = check_gguf(model, tokenizer, origin)
     entries = [*_entries(model, architecture)]
     writer = gguf.GGUFWriter(None, architecture.name)
-    _describe(writer, gguf, model, architecture, vocabulary, report, {e.kind for e in entries})
+    given = Path(str(getattr(model.config, "_name_or_path", "") or "")).name
+    name = given or type(model).__name__
+    why_no_name = vocabulary.why_no_name(name)
+    if why_no_name is None:
+        writer.add_name(name)
+    _describe(writer, gguf, architecture, vocabulary, report, {e.kind for e in entries})
     moved: dict[str, float] = {}
     with OutputFile(path) as file:
         sizes = [gguf.quant_shape_to_byte_shape(e.shape, gguf.GGMLQuantizationType[e.kind]) for e in entries]
@@ -84,7 +89,10 @@ def write_gguf(model: nn.Module, path: Path, tokenizer: Any, report: Report | No
                 if distance:
                     moved[entry.name] = distance
         file.finish()
-    _tell(model, path, (*architecture.notes, *vocabulary.notes), moved, origin)
+    notes = [*architecture.notes, *vocabulary.notes_for(name if why_no_name is None else "")]
+    if given and why_no_name is not None:
+        notes.append(f"the file has no name of the model in it: {why_no_name}")
+    _tell(model, path, tuple(notes), moved, origin)
 
 
 def check_gguf(model: Any, tokenizer: Any, origin: Origin | None) -> tuple[Architecture, Vocabulary]:
@@ -116,19 +124,22 @@ def _entries(model: nn.Module, architecture: Architecture) -> Iterator[_Entry]:
         if stacked:
             stacks.setdefault(known, []).append(([int(n) for n in name.split(".") if n.isdigit()], tensor))
         else:
-            yield _entry(known, [tensor], tuple(tensor.shape), architecture.row_order(known, len(tensor)))
+            yield _entry(known, [tensor], tuple(tensor.shape), *architecture.rows(known, len(tensor)))
     for name, numbered in stacks.items():
         parts = [tensor for _, tensor in sorted(numbered, key=lambda part: part[0])]
-        yield _entry(name, parts, (len(parts), *parts[0].shape), None)
+        yield _entry(name, parts, (len(parts), *parts[0].shape))
     for name, tensor in architecture.extra.items():
-        yield _entry(name, [tensor], tuple(tensor.shape), None)
+        yield _entry(name, [tensor], tuple(tensor.shape))
 
 
-def _entry(name: str, parts: list[Tensor], shape: tuple[int, ...], order: Tensor | None) -> _Entry:
+def _entry(
+    name: str, parts: list[Tensor], shape: tuple[int, ...], order: Tensor | None = None, larger: int = 0
+) -> _Entry:
     """
     Args:
         parts: what is in the file one after the other, of one shape.
         order: which row of a part each one of the file is; None: the same.
+        larger: what is added to numbers that are not quantized.
     """
     weights = [part for part in parts if isinstance(part, GroupTensor)]
     if weights:
@@ -145,7 +156,7 @@ def _entry(name: str, parts: list[Tensor], shape: tuple[int, ...], order: Tensor
 
     def values() -> tuple[Tensor, float]:
         own = torch.cat([part.detach().cpu().to(dtype) for part in parts])
-        own = own if order is None else own[order]
+        own = (own if order is None else own[order]) + larger
         return own.contiguous().view(torch.uint8), 0.0
 
     return _Entry(name, _DENSE[dtype], shape, values)
@@ -166,7 +177,6 @@ def _tokenizer_of(origin: Origin | None) -> Any:
 def _describe(
     writer: Any,
     gguf: Any,
-    model: Any,
     architecture: Architecture,
     vocabulary: Vocabulary,
     report: Report | None,
@@ -174,7 +184,6 @@ def _describe(
 ) -> None:
     """All that is not a tensor."""
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(str(model.config._name_or_path or type(model).__name__)).name)
     writer.add_quantized_by(f"gptq_ao {VERSION}")
     if report is not None:
         writer.add_description("; ".join(f"{key}: {value}" for key, value in report.recipe.items()))
