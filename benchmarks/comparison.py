@@ -53,7 +53,7 @@ def default(model: nn.Module, task: Task) -> nn.Module | None:
 
 
 def autoround(model: nn.Module, task: Task) -> nn.Module | None:
-    from auto_round import AutoRound
+    from auto_round import AutoRound  # type: ignore[import-not-found]
 
     assert task.sequences is not None
     found = AutoRound(
