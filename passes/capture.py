@@ -29,7 +29,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from gptq_ao.calibration.batches import Batch
-from gptq_ao.errors import CaptureError
+from gptq_ao.errors import CalibrationError, CaptureError
 from gptq_ao.passes.records import Program, static_size
 from gptq_ao.passes.tracing.calibration_mode import calibration_mode
 from gptq_ao.passes.tracing.explain import explain
@@ -110,15 +110,17 @@ def _captured(
     rigid: frozenset[tuple[int, int]],
     fixed: frozenset[int] = frozenset(),
     repeats: bool = True,
+    doubled: bool = True,
 ) -> Program:
     """
     Args:
+        doubled: a batch of one row is traced as two.
         repeats: layers that are alike are traced twice only, as far as nothing stands against it.
         rigid: (position among the flattened inputs, axis) of the sizes that become part of the graph.
         fixed: positions of the inputs whose values do.
     """
     # Values that become part of the graph have to be those of the batch itself: then it is not doubled.
-    sample = batch if fixed else _two_rows(batch)
+    sample = _two_rows(batch) if doubled and not fixed else batch
     first_name = first_names(model)
     # Made here rather than by torch.export: `_guards` reads from it afterwards which branches were taken.
     env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
@@ -153,9 +155,12 @@ def _captured(
                 raise CaptureError(explain(e)) from e
         else:
             program = _program(exported, batch, first_name, env)
-            return dataclasses.replace(program, repeated=0 if layers is None else layers.repeated)
+            if sample is batch or _takes(program, batch):
+                return dataclasses.replace(program, repeated=0 if layers is None else layers.repeated)
+            # The model loops over the rows, over images say, so that their number became a part of the graph.
+            return _captured(model, batch, device, rigid, fixed, repeats, doubled=False)
     # Of the model as a whole: without copies of layers it may go well, and only then is its error the user's.
-    return _captured(model, batch, device, rigid, fixed, repeats=False)
+    return _captured(model, batch, device, rigid, fixed, repeats=False, doubled=doubled)
 
 
 @contextlib.contextmanager
@@ -205,6 +210,15 @@ def _plain_outputs(value: Any, inside: frozenset[int] = frozenset()) -> Any:
 
 def _is_object(leaf: Any) -> bool:
     return hasattr(leaf, "__dict__") and not isinstance(leaf, type | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _takes(program: Program, batch: Batch) -> bool:
+    """Whether the graph is valid for a batch."""
+    try:
+        program.bind(batch, "the batch")
+    except CalibrationError:
+        return False
+    return True
 
 
 def _two_rows(batch: Batch) -> Batch:

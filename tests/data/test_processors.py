@@ -214,7 +214,9 @@ def test_quantizing_with_audio() -> None:
     assert report.recipe["calibration data"] == "4 samples in memory, by WhisperFeatureExtractor"
 
 
-def test_chats_with_images_run_through_their_model() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_chats_with_images_run_through_their_model(batch_size: int) -> None:
+    """The model loops over images, so that their number becomes a part of its graph."""
     processor = llava()
     tokenizer = processor.tokenizer
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -231,7 +233,7 @@ def test_chats_with_images_run_through_their_model() -> None:
         {"image": picture, "messages": [{"role": "user", "content": parts}]}
         for picture, parts in zip(images(2), content, strict=True)
     ]
-    batches = processor_batches(processor, samples, batch_size=2)
+    batches = processor_batches(processor, samples, batch_size=batch_size)
     report = quantize_(model, gptq_config(4, 16, effort="fast", calibration=batches))
     assert report is not None
     rows = {w.rows for w in report.weights if "language_model" in w.name and w.stage}
