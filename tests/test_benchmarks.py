@@ -150,7 +150,7 @@ def test_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     script["main"]()
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("original: perplexity")
-    assert lines[2].startswith("round to nearest, group 128  gptq_ao")
+    assert lines[2].startswith("4x128 round to nearest gptq_ao")
 
 
 def test_call_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def test_chosen_kernels_compile_without_spilling(
     chosen = choose_experts(rows, 4096, 4096, bits, group, experts, sms, architecture // 10)
     assert chosen is not None
     values, options = constants(chosen, bits, group, 4096, BF16, architecture // 10, True, experts)
-    values |= {"bias": None, "partial": None, "counters": None} | ({} if bits == 3 else {"high": None})
+    values |= dict.fromkeys(("bias", "residual", "partial", "counters")) | ({} if bits == 3 else {"high": None})
     types = {"x": "*bf16", "y": "*bf16", "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
     compiled, usage = compile_ahead(linear_kernel, values, types, "*i32", options, architecture, ("N", "K"))
     assert set(re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])) <= {"0"}  # see `_settled`

@@ -208,8 +208,8 @@ def test_constants_are_in_the_order_of_the_kernel() -> None:
     from gptq_ao.kernels.triton.linear import add_splits_kernel, linear_kernel
 
     values, _ = constants(BLOCK, 4, 128, 4096, BF16, 9, fast=True)
-    assert linear_kernel.arg_names[13:] == list(values)
-    assert add_splits_kernel.arg_names[5:] == ["SPLIT", "BLOCK", "AHEAD"]
+    assert linear_kernel.arg_names[14:] == list(values)
+    assert add_splits_kernel.arg_names[6:] == ["SPLIT", "BLOCK", "AHEAD"]
 
 
 def test_more_shared_memory_is_taken_only_where_it_is_known_how_much_there_is() -> None:
@@ -344,7 +344,7 @@ def test_without_counters_a_second_kernel_adds(monkeypatch: pytest.MonkeyPatch) 
     assert counters is None
     assert not constants["LAST_ADDS"]
     assert partial.shape == (1, 2, 3, 48)
-    assert (added[0] is partial, added[2] is y) == (True, True)
+    assert (added[0] is partial, added[2], added[3] is y) == (True, None, True)
     call(p.x(), p.packed(), counters=torch.zeros(8, dtype=torch.int32))
     assert sources[0].compiled[1][2]["LAST_ADDS"]
     assert len(sources[1].compiled) == 1
@@ -377,7 +377,7 @@ def test_chosen_kernels_compile_without_spilling(
     chosen = choose(rows, 4096, in_features, bits, group, 1, 132 if architecture == 90 else 108, architecture // 10)
     assert chosen is not None
     values, options = constants(chosen, bits, group, in_features, BF16, architecture // 10, fast=True)
-    values |= {"bias": None, "offsets": None} | ({} if bits == 3 else {"high": None})
+    values |= {"bias": None, "offsets": None, "residual": None} | ({} if bits == 3 else {"high": None})
     if chosen.split == 1:
         values |= {"partial": None, "counters": None}
     types = {"x": "*bf16", "y": "*bf16", "partial": "*fp32", "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
