@@ -192,6 +192,7 @@ def test_as_a_process_stdout_is_one_json_object(quantized: tuple[Path, dict[str,
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.long
 def test_demo_shows_that_gptq_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     from gptq_ao import demo
 

@@ -228,6 +228,7 @@ def _links_dynamically(compiler: str, directory: Path) -> bool:
     return made.returncode == 0 and b"libstdc++.so.6\0" in library.read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("dynamic_libstdcpp")
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_package_runs_in_another_process(device: str, tmp_path: Path) -> None:

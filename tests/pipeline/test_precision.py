@@ -332,6 +332,7 @@ def test_models_without_gradients(tmp_path: Path) -> None:
         quantize_(Branches(), gptq_config(target_bits=8.0))
 
 
+@pytest.mark.long
 def test_the_harm_is_the_divergence_that_is_measured() -> None:
     """Of the embedded model, one unit quantized at a time: in the right order, and on the calibration data in nats."""
     original, tokenizer = load_model(str(TINY_LM)), load_tokenizer(str(TINY_LM))

@@ -183,6 +183,7 @@ print("done")
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits private memory")
 def test_a_quarter_of_the_model_s_size_is_enough_memory(tmp_path: Path) -> None:
     """The limit is on what is allocated from now on, imports aside, and it is hard: an allocation beyond it fails."""
