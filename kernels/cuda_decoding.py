@@ -1,4 +1,9 @@
-"""What the operators of `decoding.py` run on a CUDA device: the Triton kernels for few rows, else `reference.py`."""
+"""What the operators of `decoding.py` run on a CUDA device: the Triton kernels for few rows, else `reference.py`.
+
+Kernels that were never run on this architecture are compared with the reference once, and not used if they are wrong.
+"""
+
+import functools
 
 import torch
 from torch import Tensor
@@ -12,12 +17,14 @@ FEW_ROWS = 64  # of x. With more, what is between products takes longer than a l
 LONGEST_ROW = 2**14  # that one program normalizes
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128, 256)
+MOST_APART = 2**31  # elements of one sequence: what the kernel can count to
+MOST_SEQUENCES = 2**16 - 1  # of one launch
 
 
 def runs(x: Tensor) -> bool:
     """Whether there are kernels for so many rows, of this dtype and device, whatever the values."""
     few = 0 < x.shape[:-1].numel() <= FEW_ROWS and 0 < x.shape[-1] <= LONGEST_ROW
-    return x.device.type == "cuda" and x.dtype in HALVES and few and cuda.usable(x.device, 4)
+    return x.device.type == "cuda" and x.dtype in HALVES and few and _usable(x.device)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -32,7 +39,9 @@ def attends(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         fits = mask.dim() == 4 and mask.shape[1:] == (1, 1, k.shape[2]) and mask.shape[0] in (1, len(q))
         if not fits or mask.dtype not in (torch.bool, q.dtype):
             return False
-    return all(t.stride(3) == 1 for t in (q, k, v)) and cuda.usable(q.device, 4)
+    if not all(t.stride(3) == 1 and _span(t) < MOST_APART for t in (q, k, v)) or len(q) > MOST_SEQUENCES:
+        return False
+    return _usable(q.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -73,6 +82,23 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
     from gptq_ao.kernels.triton.launch_attention import launch_attention
 
     return launch_attention(q, k, v, None if mask is None else mask[:, 0, 0], scale)
+
+
+def _span(t: Tensor) -> int:
+    """How far apart the first and the last element of a sequence's heads are."""
+    return sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
+
+
+@functools.cache
+def _usable(device: torch.device) -> bool:
+    """Whether the kernels between products can be trusted on this device."""
+    if not cuda.usable(device, 4):
+        return False
+    if torch.cuda.get_device_capability(device) in cuda.TESTED:
+        return True
+    from gptq_ao.kernels.triton.self_check import decoding_agrees
+
+    return decoding_agrees(device)
 
 
 def _rows(x: Tensor) -> Tensor:

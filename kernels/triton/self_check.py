@@ -11,11 +11,13 @@ from gptq_ao.kernels import reference
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton import dequantize
 from gptq_ao.kernels.triton.launch import VERSION, launch
+from gptq_ao.kernels.triton.launch_around import launch_gated, launch_rms_norm
+from gptq_ao.kernels.triton.launch_attention import launch_attention
 from gptq_ao.kernels.triton.launch_experts import launch_experts
 from gptq_ao.kernels.tuning import heuristics
 from gptq_ao.kernels.tuning.many_rows import ManyRowsConfig
 
-__all__ = ["agree", "many_rows_agree", "same_as_reference"]
+__all__ = ["agree", "decoding_agrees", "decoding_same", "many_rows_agree", "same_as_reference"]
 
 RUN_WITH = {(3, 6)}  # versions of Triton
 
@@ -63,6 +65,32 @@ def _many_rows_same(device: torch.device) -> bool:
     launches = (prepared(c, group, n, k, torch.bfloat16, x.get_device(), 4) for c in configs)
     with torch.cuda.device(device):
         return all(_close(launch(x, packed), x, weight[0]) for launch in launches)
+
+
+def decoding_agrees(device: torch.device) -> bool:
+    """Whether the kernels between products compute what the reference does: a warning says so if not."""
+    name = torch.cuda.get_device_name(device)
+    return _warned(
+        lambda: decoding_same(device, torch.bfloat16),
+        "the Triton kernels between products",
+        f"on {name}; plain PyTorch operators are used instead, which are slower",
+    )
+
+
+def decoding_same(device: torch.device, dtype: torch.dtype) -> bool:
+    """For few rows, and for attention with a mask, heads that share keys, and more than one part of positions."""
+    numbers = torch.linspace(-2, 3, 3 * 8 * 200 * 64, device=device)
+    rows = numbers[:6000].view(3, 2000).to(dtype)
+    gate, x, weight = rows[:, :1000], rows[:, 1000:], rows[0, :1000].contiguous()
+    pairs = [(launch_rms_norm(x, weight, 1e-5, 1.0), reference.rms_norm(x, weight, 1e-5, 1.0))]
+    pairs += [(launch_gated(gate, x, a), reference.gated(gate, x, a)) for a in reference.ACTIVATIONS]
+    heads = numbers.sin().view(3, 8, 200, 64).to(dtype)
+    q, k, v = heads[:, :, :1], heads[:, :2], heads[:, 2:4]
+    mask = torch.arange(200, device=device).expand(3, 1, 1, -1) < 130
+    exact = reference.attend_once(q.float(), k.float(), v.float(), mask, 0.125)
+    pairs.append((launch_attention(q, k, v, mask[:, 0, 0], 0.125), exact))
+    # Results are rounded to 8 bits at least; weights of attention, too, before they are multiplied.
+    return all(bool(((y - e).abs() <= 2**-6 * (e.abs() + e.abs().max() / 8)).all()) for y, e in pairs)
 
 
 def same_as_reference(device: torch.device, bits: int, dtype: torch.dtype, capability: int) -> bool:

@@ -279,6 +279,25 @@ def test_by_name_with_modes_and_options_and_gradients() -> None:
     assert settings.save_config_portable() == before
 
 
+def test_generate_takes_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import CompileConfig
+
+    from gptq_ao.inference import backend as module
+
+    graphs: list[Any] = []
+    monkeypatch.setattr(module, "attend_once", graphs.append)
+    model = rounded(tiny_llama())
+    ids = torch.arange(6)[None]
+    settings: Any = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **settings)
+    config = CompileConfig(backend="gptq_ao", fullgraph=True)
+    config._compile_all_devices = True  # `generate` leaves it at GPUs otherwise
+    torch._dynamo.reset()
+    found = model.generate(ids, **settings, cache_implementation="static", compile_config=config)
+    assert torch.equal(found, expected)
+    assert len(graphs) == 1  # the step, for all tokens
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])

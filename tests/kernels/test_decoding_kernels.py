@@ -98,6 +98,7 @@ def residual(p: Product) -> Tensor:
 
 def interpret(folder: Path) -> None:
     """In a process of its own: run the kernels on the CPU."""
+    from gptq_ao.kernels.triton import self_check
     from gptq_ao.kernels.triton.launch import prepared
     from gptq_ao.kernels.triton.launch_around import launch_gated, launch_rms_norm
     from gptq_ao.kernels.triton.launch_attention import launch_attention
@@ -119,6 +120,12 @@ def interpret(folder: Path) -> None:
     for name, (p, c) in SUMS.items():
         call = prepared(c, p.bits, p.group, p.out_features, p.in_features, 1, p.dtype, -1)
         results[name] = call(p.x()[0], p.packed().expert(0), p.bias_values(), residual=residual(p))
+    results["self check"] = torch.tensor(self_check.decoding_same(torch.device("cpu"), FP16))
+    for name in ("launch_rms_norm", "launch_gated", "launch_attention"):
+        right = getattr(self_check, name)
+        setattr(self_check, name, lambda *a, right=right: right(*a) * (1 + 2**-4))
+        results[f"wrong {name}"] = torch.tensor(self_check.decoding_same(torch.device("cpu"), FP16))
+        setattr(self_check, name, right)
     save_file({name: t.contiguous() for name, t in results.items()}, folder / "results.safetensors")
 
 
@@ -129,6 +136,11 @@ def test_attention_in_the_interpreter(interpreted: dict[str, Tensor], number: in
 
 def test_who_sees_nothing_gets_zeros(interpreted: dict[str, Tensor]) -> None:
     assert torch.equal(interpreted["nothing seen"], torch.zeros(1, 4, 1, 32, dtype=FP16))
+
+
+def test_the_check_on_an_unknown_gpu(interpreted: dict[str, Tensor]) -> None:
+    assert interpreted["self check"]
+    assert not any(interpreted[f"wrong launch_{name}"] for name in ("rms_norm", "gated", "attention"))
 
 
 def near(y: Tensor, exact: Tensor, terms: Tensor | float = 0.0) -> None:
@@ -199,7 +211,7 @@ def test_operators_are_well_formed() -> None:
 
 def test_what_attention_is_computed_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only shapes, strides, dtypes and devices are asked."""
-    monkeypatch.setattr(cuda_decoding.cuda, "usable", lambda *_: True)
+    monkeypatch.setattr(cuda_decoding, "_usable", lambda *_: True)
 
     def tensor(*shape: int, dtype: torch.dtype = BF16) -> Any:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -236,6 +248,8 @@ def test_what_attention_is_computed_for(monkeypatch: pytest.MonkeyPatch) -> None
         (q, k, k, tensor(2, 8, 1, 50)),  # a mask for each head
         (q, k, k, tensor(2, 1, 1, 49, dtype=torch.bool)),
         (q, k, k, tensor(2, 1, 1, 50, dtype=FP32)),
+        (tensor(1, 8, 1, 64), tensor(1, 4, 2**23 + 1, 64), tensor(1, 4, 2**23 + 1, 64)),  # the kernel counts to 2³¹
+        (tensor(2**16, 8, 1, 64), tensor(2**16, 4, 50, 64), tensor(2**16, 4, 50, 64)),
     ])  # fmt: skip
     assert not any(asked(*tensors) for tensors in wrong)
     assert not cuda_decoding.attends(q, k, k, None)  # not on a GPU
