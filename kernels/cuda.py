@@ -1,8 +1,8 @@
 """What the operators run on a CUDA device: the Triton kernels where they compute this, else `reference.py`.
 
     few rows of x    one kernel that reads packed codes (`triton/linear.py`)
-    many             4 bits on Hopper: another one (`gluon/many_rows.py`); else dequantize a part of the weight,
-                     multiply by it, and so on: a part at a time bounds the memory
+    many             on Hopper another one (`gluon/many_rows.py`); else dequantize a part of the weight, multiply by
+                     it, and so on: a part at a time bounds the memory
 
 For rows that are sorted by expert, see `cuda_experts.py`.
 
@@ -55,7 +55,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     if perm is not None:
         x = x[..., perm]
     launch = None
-    if not stacked and rows >= many_rows.FEWEST_ROWS and qdata.data_ptr() % 16 == 0:
+    aligned = qdata.data_ptr() % 16 == 0 and (high_plane is None or high_plane.data_ptr() % 16 == 0)
+    if not stacked and rows >= many_rows.FEWEST_ROWS and aligned:
         launch = _launch_many(rows, out_features, in_features, bits, group_size, x.dtype, device)
     if launch is None:
         launch = few_rows(bucket(rows), out_features, in_features, bits, group_size, experts, x.dtype, device)
@@ -125,7 +126,7 @@ def reads_many_rows(device: torch.device, dtype: torch.dtype, bits: int, group_s
     multiple of 8."""
     if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available():
         return False
-    return many_rows.computes(bits, group_size, 8, in_features) and _usable_many(device)
+    return many_rows.computes(bits, group_size, 8, in_features) and _usable_many(device, bits)
 
 
 def bucket(rows: int) -> int:
@@ -183,8 +184,8 @@ def _launch_many(
     from gptq_ao.kernels.gluon.launch_many_rows import prepared
 
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    config = many_rows.choose(rows, out_features, in_features, sms)
-    return prepared(config, group_size, out_features, in_features, dtype, device, sms)
+    config = many_rows.choose(rows, out_features, in_features, bits, sms)
+    return prepared(config, bits, group_size, out_features, in_features, dtype, device, sms)
 
 
 def _config(
@@ -217,10 +218,10 @@ def usable(device: torch.device, bits: int) -> bool:
 
 
 @functools.cache
-def _usable_many(device: torch.device) -> bool:
+def _usable_many(device: torch.device, bits: int) -> bool:
     """Whether the kernel for many rows, which has Hopper's instructions, can be trusted on this device."""
-    if torch.cuda.get_device_capability(device) != (9, 0) or not usable(device, 4):
+    if torch.cuda.get_device_capability(device) != (9, 0) or not usable(device, bits):
         return False
     from gptq_ao.kernels.triton.self_check import many_rows_agree
 
-    return many_rows_agree(device)
+    return many_rows_agree(device, bits)

@@ -18,28 +18,35 @@ from gptq_ao.kernels.tuning.many_rows import BLOCK_N, ManyRowsConfig
 __all__ = ["OPTIONS", "ManyRowsLaunch", "boxes", "constants", "prepared"]
 
 STORED = 64  # rows of y that are stored at a time
-ROWS_16 = gl.NVMMASharedLayout(128, 16, rank=2)  # swizzled, as wgmma reads it
-WORDS = gl.NVMMASharedLayout(128, 32, rank=3)
+# By the number of dimensions: of 16-bit numbers, swizzled as wgmma reads them; of words.
+LAYOUTS = {2: gl.NVMMASharedLayout(128, 16, rank=2), 3: gl.NVMMASharedLayout(128, 32, rank=3)}
 OPTIONS = {"num_warps": 4, "launch_pdl": True, "enable_fp_fusion": True}
 
 
-def constants(c: ManyRowsConfig, group_size: int, in_features: int, dtype: torch.dtype) -> dict[str, Any]:
+def constants(c: ManyRowsConfig, bits: int, group_size: int, in_features: int, dtype: torch.dtype) -> dict[str, Any]:
     """The kernel's."""
     return {
+        "BITS": bits,
         "GROUP": 0 if group_size == in_features else group_size,
         "BN": BLOCK_N,
         "BM": c.block_m,
-        "STAGES": c.stages,
+        "STAGES": c.stages(bits),
         "EC": STORED,
         "SPLIT": c.split,
-        "AT_ONCE": c.at_once,
+        "AT_ONCE": c.at_once(bits),
         "DTYPE": gl.float16 if dtype == torch.float16 else gl.bfloat16,
     }
 
 
-def boxes(c: ManyRowsConfig) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """What the copy engine moves at a time: of x, of words and of y."""
-    return (c.block_m, 64), (BLOCK_N // 32, 4 * c.at_once, 32), (STORED, 64)
+def boxes(c: ManyRowsConfig, bits: int) -> dict[str, tuple[int, ...]]:
+    """What the copy engine moves at a time: of x, of words, of words of high bits, and of y."""
+    lane_words = max(bits, 2) if bits != 3 else 2  # of a step
+    return {
+        "x_desc": (c.block_m, 64),
+        "w_desc": (BLOCK_N // 32, lane_words * c.at_once(bits), 32),
+        "h_desc": (BLOCK_N // 32, 2, 32),
+        "y_desc": (STORED, 64),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +65,7 @@ def _described(address: int, dtype: torch.dtype, shape: tuple[int, ...], box: tu
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
-    layout = WORDS if len(shape) == 3 else ROWS_16
-    return TensorDescriptor(_At(address, dtype), list(shape), strides, list(box), layout)
+    return TensorDescriptor(_At(address, dtype), list(shape), strides, list(box), LAYOUTS[len(shape)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,7 @@ class ManyRowsLaunch:
     """
 
     config: ManyRowsConfig
+    bits: int
     group_size: int
     out_features: int
     in_features: int
@@ -80,7 +87,8 @@ class ManyRowsLaunch:
 
     @functools.cached_property
     def kernel(self) -> Kernel:
-        return Kernel(many_rows_kernel, constants(self.config, self.group_size, self.in_features, self.dtype), OPTIONS)
+        values = constants(self.config, self.bits, self.group_size, self.in_features, self.dtype)
+        return Kernel(many_rows_kernel, values, OPTIONS)
 
     @functools.cached_property
     def whole(self) -> "ManyRowsLaunch":
@@ -105,16 +113,21 @@ class ManyRowsLaunch:
             # Allocated in each call, so that every CUDA graph has its own.
             partial = x.new_empty(tiles * c.split * BLOCK_N * c.block_m, dtype=torch.float32)
         y = x.new_empty((*x.shape[:-1], n))
-        words = packed.qdata
-        of_x, of_words, of_y = boxes(c)
+        words, high = packed.qdata, packed.high_plane
+        tiles_k = words.shape[1]
+        box = boxes(c, self.bits)
+        of_high = None
+        if high is not None:
+            of_high = _described(high.data_ptr(), torch.int32, (len(words), tiles_k * 2, 32), box["h_desc"])
         descriptors = (
-            _described(x.data_ptr(), self.dtype, (rows, k), of_x),
-            _described(words.data_ptr(), torch.int32, (len(words), words.shape[1] * 4, 32), of_words),
-            _described(y.data_ptr(), self.dtype, (rows, n), of_y),
+            _described(x.data_ptr(), self.dtype, (rows, k), box["x_desc"]),
+            _described(words.data_ptr(), torch.int32, (len(words), tiles_k * 4, 32), box["w_desc"]),
+            of_high,
+            _described(y.data_ptr(), self.dtype, (rows, n), box["y_desc"]),
         )
         tensors = (words, packed.scale_zero, bias, partial, counters)
         last_m = max(rows - c.block_m, 0)
-        numbers = (tiles * c.split, tiles_m, last_m, words.shape[1], packed.scale_zero.shape[1], n)
+        numbers = (tiles * c.split, tiles_m, last_m, tiles_k, packed.scale_zero.shape[1], n)
         waves = -(-tiles * c.split // self.sms)
         programs = -(-tiles * c.split // waves)  # of which each gets as much work, but for one piece
         self.kernel((programs, 1, 1), stream, tensors, (*descriptors, *numbers))

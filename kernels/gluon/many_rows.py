@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
-"""x·Wᵀ for many rows of x on Hopper, with a packed W of 4 bits: tensor cores that run on while codes are unpacked.
+"""x·Wᵀ for many rows of x on Hopper, with a packed W: tensor cores that run on while codes are unpacked.
 
 The roles are exchanged, yᵀ = W·xᵀ: what is unpacked goes from registers into wgmma, xᵀ comes from shared memory, where
 the copy engine (TMA) puts it. It also puts codes there, many steps of 64 columns ahead; it reads zeros beyond the ends
@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gptq_ao.kernels.gluon.operands import STORED, WORDS, grid_of, grid_words, weights
+from gptq_ao.kernels.gluon.operands import as_stored, grid_of, grid_words, lanes_with, weights, words_of
 
 __all__ = ["STEP", "many_rows_kernel"]
 
@@ -54,15 +54,18 @@ def _piece(w, tiles_m, last_m, steps, BN: gl.constexpr, BM: gl.constexpr, SPLIT:
 
 @gluon.jit
 def _ask(
-    x_desc, w_desc, xs, ws, full, s, m, row, step, wanted, BN: gl.constexpr, BM: gl.constexpr, AT_ONCE: gl.constexpr
-):
+    x_desc, w_desc, h_desc, xs, ws, hs, full, s, m, row, step, wanted,
+    BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, AT_ONCE: gl.constexpr,
+):  # fmt: skip
     """For the copies of a stage. Beyond the last column there are zeros, and as many bytes."""
     bar = full.index(s)
-    mbarrier.expect(bar, AT_ONCE * (BM * STEP * 2 + BN * STEP // 2), pred=wanted)
+    mbarrier.expect(bar, AT_ONCE * (BM * STEP * 2 + BN * STEP * BITS // 8), pred=wanted)
     for i in gl.static_range(AT_ONCE):
         _load(x_desc, [m, (step + i) * STEP], bar, xs.index(s * AT_ONCE + i), pred=wanted)
     for g in gl.static_range(2):
-        _load(w_desc, [row + g * (BN // 32), step * 4, 0], bar, ws.index(s * 2 + g), pred=wanted)
+        _load(w_desc, [row + g * (BN // 32), step * words_of(BITS), 0], bar, ws.index(s * 2 + g), pred=wanted)
+        if BITS == 3:
+            _load(h_desc, [row + g * (BN // 32), step, 0], bar, hs.index(s * 2 + g), pred=wanted)
 
 
 @gluon.jit
@@ -81,14 +84,15 @@ def _next(
 
 @gluon.jit
 def _release(
-    LEADER: gl.constexpr, x_desc, w_desc, xs, ws, full, empty, s, phase, w, m, row, step, end,
-    work, tiles_m, last_m, steps, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, AT_ONCE: gl.constexpr,
+    LEADER: gl.constexpr, x_desc, w_desc, h_desc, xs, ws, hs, full, empty, s, phase, w, m, row, step, end,
+    work, tiles_m, last_m, steps, BITS: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
+    AT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """A group is done with stage s. The leader waits for the other one, fills the stage again, and goes on to what it
     asks for next."""
     if LEADER:
         mbarrier.wait(empty.index(s), phase)
-        _ask(x_desc, w_desc, xs, ws, full, s, m, row, step, w < work, BN, BM, AT_ONCE)
+        _ask(x_desc, w_desc, h_desc, xs, ws, hs, full, s, m, row, step, w < work, BITS, BN, BM, AT_ONCE)
         w, m, row, step, end = _next(w, m, row, step, end, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE)
     else:
         mbarrier.arrive(empty.index(s))
@@ -150,10 +154,10 @@ def _left(sums, apart, C: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _group(
-    GROUP_OF_WARPS: gl.constexpr, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, xs, ws, full, empty, ys,
-    work, tiles_m, last_m, steps, groups, rows,
-    GROUP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, EC: gl.constexpr,
-    SPLIT: gl.constexpr, AT_ONCE: gl.constexpr, DTYPE: gl.constexpr,
+    GROUP_OF_WARPS: gl.constexpr, scale_zero, bias, partial, counters,
+    x_desc, w_desc, h_desc, y_desc, xs, ws, hs, full, empty, ys, work, tiles_m, last_m, steps, groups, rows,
+    BITS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    EC: gl.constexpr, SPLIT: gl.constexpr, AT_ONCE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """What one group of warps does."""
     LEADER: gl.constexpr = GROUP_OF_WARPS == 1
@@ -162,13 +166,17 @@ def _group(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
     SIZE: gl.constexpr = 64 * BM
     ONE_GRID: gl.constexpr = GROUP == 0 or GROUP >= 128  # for the two steps
+    # Of 2 and 3 bits, the 16 bytes of a thread are two steps; of 4 bits one, of 8 bits half a step.
+    COUNT: gl.constexpr = words_of(BITS)
+    WORDS: gl.constexpr = lanes_with(COUNT)
+    READ: gl.constexpr = as_stored(4)
     row_tiles = (rows + 15) // 16
     # What the leader asks for next; it is STAGES steps ahead.
     lw = gl.program_id(0)
     lm, lrow, lstep, lend = _piece(lw, tiles_m, last_m, steps, BN, BM, SPLIT)
     if LEADER:
         for i in range(STAGES):
-            _ask(x_desc, w_desc, xs, ws, full, i, lm, lrow, lstep, lw < work, BN, BM, AT_ONCE)
+            _ask(x_desc, w_desc, h_desc, xs, ws, hs, full, i, lm, lrow, lstep, lw < work, BITS, BN, BM, AT_ONCE)
             lw, lm, lrow, lstep, lend = _next(
                 lw, lm, lrow, lstep, lend, work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE
             )
@@ -182,37 +190,48 @@ def _group(
         row += GROUP_OF_WARPS * 4
         acc = gl.zeros([64, BM], gl.float32, LAYOUT)
         last = end - 1
-        words_0 = grid_words(scale_zero, row, row_tiles, groups, first, GROUP, 4)
-        words_1 = words_0 if ONE_GRID else grid_words(scale_zero, row, row_tiles, groups, first + 1, GROUP, 4)
+        words_0 = grid_words(scale_zero, row, row_tiles, groups, first, BITS, GROUP, 4)
+        words_1 = words_0 if ONE_GRID else grid_words(scale_zero, row, row_tiles, groups, first + 1, BITS, GROUP, 4)
         # max: the compiler must know that the loop runs once. Else there is a way on which the sums are set to zero
         # just before they are waited for, and ptxas makes all products wait for each other (its remark C7515).
         for pair in range(gl.maximum((end - first) // 2, 1)):
-            grid = grid_of(words_0, GROUP, DTYPE)
+            grid = grid_of(words_0, BITS, GROUP, DTYPE)
             then = first + 2 * pair + 2  # its grids are read from memory two steps ahead
-            words_0 = grid_words(scale_zero, row, row_tiles, groups, gl.minimum(then, last), GROUP, 4)
+            words_0 = grid_words(scale_zero, row, row_tiles, groups, gl.minimum(then, last), BITS, GROUP, 4)
             for half in gl.static_range(2):
                 if half == 1 and not ONE_GRID:
-                    grid = grid_of(words_1, GROUP, DTYPE)
-                    words_1 = grid_words(scale_zero, row, row_tiles, groups, gl.minimum(then + 1, last), GROUP, 4)
+                    grid = grid_of(words_1, BITS, GROUP, DTYPE)
+                    words_1 = grid_words(scale_zero, row, row_tiles, groups, gl.minimum(then + 1, last), BITS, GROUP, 4)
                 if half == 0 or AT_ONCE == 1:
                     mbarrier.wait(full.index(s), phase)
-                    q = ws.index(s * 2 + GROUP_OF_WARPS).load(STORED).reshape([4, AT_ONCE, 4, 8, 4])
-                    q = q.permute([0, 2, 3, 4, 1])
+                    q = ws.index(s * 2 + GROUP_OF_WARPS).load(READ)
+                    if BITS < 4:
+                        q = q.reshape([4, 4, 8, AT_ONCE, COUNT]).permute([0, 1, 2, 4, 3])
+                    else:
+                        q = q.reshape([4, AT_ONCE, COUNT // 4, 4, 8, 4]).permute([0, 3, 4, 2, 5, 1])
+                        q = q.reshape([4, 4, 8, COUNT, AT_ONCE])
                     if AT_ONCE == 2:
                         words, second = q.split()
                     else:
-                        words = q.reshape([4, 4, 8, 4])
+                        words = q.reshape([4, 4, 8, COUNT])
+                    if BITS == 3:
+                        high, high_second = (
+                            hs.index(s * 2 + GROUP_OF_WARPS).load(as_stored(2)).reshape([4, 4, 8, 2]).split()
+                        )
                 else:
                     words = second
-                a = weights(gl.convert_layout(words, WORDS, assert_trivial=True), grid, 4, OPERAND, DTYPE)
+                    if BITS == 3:
+                        high = high_second
+                words = gl.convert_layout(words, WORDS, assert_trivial=True)
+                a = weights(words, high if BITS == 3 else None, grid, BITS, 4, OPERAND, DTYPE)
                 place = s if AT_ONCE == 1 else 2 * s + half
                 acc = warpgroup_mma(a, xs.index(place).permute((1, 0)), acc, is_async=True)
                 acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
                 # The step before is done. If that was the last of its stage, and there was one, that is free.
                 if (half == 1 and AT_ONCE == 1) or (half == 0 and pair > 0):
                     lw, lm, lrow, lstep, lend = _release(
-                        LEADER, x_desc, w_desc, xs, ws, full, empty, before, before_phase, lw, lm, lrow, lstep, lend,
-                        work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE,
+                        LEADER, x_desc, w_desc, h_desc, xs, ws, hs, full, empty, before, before_phase,
+                        lw, lm, lrow, lstep, lend, work, tiles_m, last_m, steps, BITS, BN, BM, SPLIT, AT_ONCE,
                     )  # fmt: skip
                 if half == 1 or AT_ONCE == 1:
                     before = s
@@ -223,8 +242,8 @@ def _group(
                         phase ^= 1
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
         lw, lm, lrow, lstep, lend = _release(
-            LEADER, x_desc, w_desc, xs, ws, full, empty, before, before_phase, lw, lm, lrow, lstep, lend,
-            work, tiles_m, last_m, steps, BN, BM, SPLIT, AT_ONCE,
+            LEADER, x_desc, w_desc, h_desc, xs, ws, hs, full, empty, before, before_phase, lw, lm, lrow, lstep, lend,
+            work, tiles_m, last_m, steps, BITS, BN, BM, SPLIT, AT_ONCE,
         )  # fmt: skip
 
         if SPLIT == 1:
@@ -255,10 +274,11 @@ def _to_cache(start, row, row_tiles, length, first, bytes, COUNT: gl.constexpr):
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["work", "tiles_m", "last_m", "steps", "groups", "rows"])
+@gluon.jit(do_not_specialize=["work", "tiles_m", "last_m", "tiles_k", "groups", "rows"])
 def many_rows_kernel(
-    qdata, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, work, tiles_m, last_m, steps, groups, rows,
-    GROUP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, EC: gl.constexpr,
+    qdata, scale_zero, bias, partial, counters, x_desc, w_desc, h_desc, y_desc,
+    work, tiles_m, last_m, tiles_k, groups, rows,
+    BITS: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, EC: gl.constexpr,
     SPLIT: gl.constexpr, AT_ONCE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K]·Wᵀ, and a bias [N] or None.
@@ -266,15 +286,18 @@ def many_rows_kernel(
     Args:
         qdata, scale_zero: see `codes/tiles.py`.
         partial: fp32 [work·BN·BM], counters: int32 [2·work / SPLIT] of zeros, left as such; None without a split.
-        x_desc: boxes [BM, 64] of x; w_desc: [BN/32, 4·AT_ONCE, 32] of qdata as [N/16, K/16, 32]; y_desc: [EC, 64] of y.
-            All with swizzles of 128 bytes.
-        work: tiles of y, times SPLIT. tiles_m: tiles along M. last_m: where the last of them begins. steps: K / 64.
+        x_desc: boxes [BM, 64] of x; w_desc: [BN/32, words, 32] of qdata as [N/16, 4·K/KE, 32], with the words that a
+            lane has in a stage; h_desc: [BN/32, 2, 32] of the high bits as [N/16, K/64, 32], None but for 3 bits;
+            y_desc: [EC, 64] of y. All with swizzles of 128 bytes.
+        work: tiles of y, times SPLIT. tiles_m: tiles along M. last_m: where the last of them begins. tiles_k: K / KE.
         groups: of a row. rows: N.
         GROUP: columns that share a scale: 32, 64, multiples of 128, or 0: all.
-        AT_ONCE: steps of a stage, one or two: what is asked for and waited for together.
+        AT_ONCE: steps of a stage, one or two (with 2 and 3 bits): what is asked for and waited for together.
     """
+    steps = (tiles_k * 4 + words_of(BITS) - 1) // words_of(BITS)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES * AT_ONCE, BM, STEP], x_desc.layout)
-    ws = gl.allocate_shared_memory(gl.int32, [STAGES * 2, BN // 32, 4 * AT_ONCE, 32], w_desc.layout)
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES * 2, BN // 32, words_of(BITS) * AT_ONCE, 32], w_desc.layout)
+    hs = gl.allocate_shared_memory(gl.int32, [STAGES * 2, BN // 32, 2, 32], h_desc.layout) if BITS == 3 else ws
     ys = gl.allocate_shared_memory(DTYPE, [2, EC, 64], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -285,8 +308,9 @@ def many_rows_kernel(
     # While the kernel before still runs. Safe, though that may write the weight: the L2 cache is where it writes.
     _, row, first, end = _piece(gl.program_id(0), tiles_m, last_m, steps, BN, BM, SPLIT)
     row_tiles = (rows + 15) // 16
-    wanted = gl.minimum(gl.minimum(end, steps) - first, 2 * STAGES * AT_ONCE) * 512
-    _to_cache(qdata, row, row_tiles, steps * 512, first * 512, wanted, BN // 16)
+    begin = first * (words_of(BITS) * 128)  # in bytes
+    wanted = gl.minimum(end - first, 2 * STAGES * AT_ONCE) * (words_of(BITS) * 128)
+    _to_cache(qdata, row, row_tiles, tiles_k * 512, begin, gl.minimum(wanted, tiles_k * 512 - begin), BN // 16)
     # Programmatic launch: the kernel before is done from here on, and the next one may be placed.
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;",
@@ -297,8 +321,10 @@ def many_rows_kernel(
         pack=1,
     )
     gl.warp_specialize([
-        (_group, (0, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, xs, ws, full, empty, ys,
-                  work, tiles_m, last_m, steps, groups, rows, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
-        (_group, (1, scale_zero, bias, partial, counters, x_desc, w_desc, y_desc, xs, ws, full, empty, ys,
-                  work, tiles_m, last_m, steps, groups, rows, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
+        (_group, (0, scale_zero, bias, partial, counters, x_desc, w_desc, h_desc, y_desc, xs, ws, hs, full, empty, ys,
+                  work, tiles_m, last_m, steps, groups, rows,
+                  BITS, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
+        (_group, (1, scale_zero, bias, partial, counters, x_desc, w_desc, h_desc, y_desc, xs, ws, hs, full, empty, ys,
+                  work, tiles_m, last_m, steps, groups, rows,
+                  BITS, GROUP, BN, BM, STAGES, EC, SPLIT, AT_ONCE, DTYPE)),
     ], [4], [248])  # fmt: skip

@@ -33,13 +33,13 @@ def agree(device: torch.device, bits: int) -> bool:
     )
 
 
-def many_rows_agree(device: torch.device) -> bool:
+def many_rows_agree(device: torch.device, bits: int) -> bool:
     """Whether `kernels/gluon/many_rows.py` computes what the reference does: a warning says so if not. With versions
     of Triton that it was run with, nothing is compared."""
     if VERSION in RUN_WITH:
         return True
     instead = f"with Triton {VERSION[0]}.{VERSION[1]}; the other kernels are used instead, which are slower"
-    return _warned(lambda: _many_rows_same(device), "the kernels for many rows", instead)
+    return _warned(lambda: _many_rows_same(device, bits), f"the {bits}-bit kernels for many rows", instead)
 
 
 def _warned(same: Callable[[], bool], what: str, instead: str) -> bool:
@@ -54,15 +54,15 @@ def _warned(same: Callable[[], bool], what: str, instead: str) -> bool:
     return False
 
 
-def _many_rows_same(device: torch.device) -> bool:
+def _many_rows_same(device: torch.device, bits: int) -> bool:
     from gptq_ao.kernels.gluon.launch_many_rows import prepared
 
     n, k, group = 136, 1024, 128
-    packed, weight = _example(1, n, k, 4, group, device, torch.bfloat16)
+    packed, weight = _example(1, n, k, bits, group, device, torch.bfloat16)
     packed = packed.expert(0)
     x = torch.linspace(-1, 1, 300 * k, device=device).view(300, k).bfloat16()
     configs = (ManyRowsConfig(block_m, split) for block_m in (128, 256) for split in (1, 2))
-    launches = (prepared(c, group, n, k, torch.bfloat16, x.get_device(), 4) for c in configs)
+    launches = (prepared(c, bits, group, n, k, torch.bfloat16, x.get_device(), 4) for c in configs)
     with torch.cuda.device(device):
         return all(_close(launch(x, packed), x, weight[0]) for launch in launches)
 

@@ -66,6 +66,11 @@ def _run(asm: str, outputs: int, inputs: list[Any]) -> list[Any]:
             result = (a & b) | more[0]
         elif operation.partition(".")[2] in ("f16x2", "bf16x2"):
             result = _of_pairs(operation, a, b)
+        elif operation in ("sub.f32", "mul.f32"):
+            result = _of_words(operation, a, b)
+        elif operation == "cvt.rn.bf16x2.f32":  # the first one becomes the upper half
+            low, high = (_rounded(word) for word in (b, a))
+            result = (high << np.uint32(16)) | low
         elif operation == "prmt.b32":
             bytes_of = [word >> np.uint32(8 * i) & 255 for word in (a, a * 0 + b) for i in range(4)]
             result = sum(bytes_of[int(more[0]) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4))
@@ -82,3 +87,15 @@ def _of_pairs(operation: str, a: Any, b: Any) -> Any:
     x, y = (torch.from_numpy(np.atleast_1d(np.asarray(word, np.uint32)).view(np.int16)).view(dtype) for word in (a, b))
     result = x - y if name == "sub" else x * y
     return result.view(torch.int16).numpy().view(np.uint32).reshape(np.shape(a))
+
+
+def _of_words(operation: str, a: Any, b: Any) -> Any:
+    """sub or mul in fp32."""
+    x, y = (np.asarray(word, np.uint32).view(np.float32) for word in (a, b))
+    return np.asarray(x - y if operation == "sub.f32" else x * y, np.float32).view(np.uint32)
+
+
+def _rounded(word: Any) -> Any:
+    """The bits of the bf16 nearest to an fp32."""
+    x = torch.from_numpy(np.atleast_1d(np.asarray(word, np.uint32)).view(np.float32)).bfloat16()
+    return x.view(torch.int16).numpy().view(np.uint16).astype(np.uint32).reshape(np.shape(word))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_ao.codes.tiles import pack_codes, pack_scale_zero
+from gptq_ao.codes.tiles import pack_codes, pack_scale_zero, tile_columns
 from gptq_ao.kernels import ops, reference
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.tuning.many_rows import FEWEST_ROWS, ManyRowsConfig, candidates, choose, computes
@@ -50,18 +50,20 @@ def test_programs_together_take_every_step_of_every_tile_once(rows: int, n: int,
 
 
 def test_a_split_is_for_few_tiles() -> None:
-    assert choose(128, 4096, 14336, SMS).split == 4
-    assert choose(2048, 28672, 4096, SMS) == ManyRowsConfig(256, 1)
+    assert choose(128, 4096, 14336, 4, SMS).split == 4
+    assert choose(2048, 28672, 4096, 4, SMS) == ManyRowsConfig(256, 1)
+    # Where tiles of 128 rows of x would take as many waves, what takes long to unpack is unpacked less often.
+    assert [choose(1024, 6144, 4096, bits, SMS).block_m for bits in (4, 3)] == [128, 256]
     assert {c.split for c in candidates(100, 8192, 4096, SMS)} == {1, 2}  # 64 tiles
     assert {c.split for c in candidates(100, 128, 1024, SMS)} == {1, 2}  # a part has eight steps at least
 
 
 def test_what_is_on_its_way_fits_into_shared_memory() -> None:
-    for block_m in (128, 256):
+    for block_m, bits in itertools.product((128, 256), (2, 3, 4, 8)):
         c = ManyRowsConfig(block_m, 1)
         stored = 2 * 64 * 64 * 2
-        assert c.stages >= 3
-        assert c.stages * c.at_once * 64 * (2 * block_m + 64) + stored + 2**10 <= 227 * 2**10
+        assert c.stages(bits) * c.at_once(bits) >= 5
+        assert c.stages(bits) * c.at_once(bits) * 64 * (2 * block_m + 16 * bits) + stored + 500 <= 227 * 2**10
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,8 @@ def test_what_is_on_its_way_fits_into_shared_memory() -> None:
         (4, 96, 64, 192, False),  # a step would lie in three groups
         (4, 128, 4100, 4096, False),  # a row of y would not begin at 16 bytes
         (4, 100, 64, 100, False),
-        (3, 128, 64, 128, False),
+        (3, 128, 64, 128, True),
+        (8, 64, 64, 128, True),
     ],
 )
 def test_what_is_computed(bits: int, group: int, n: int, k: int, right: bool) -> None:
@@ -84,31 +87,51 @@ def test_what_is_computed(bits: int, group: int, n: int, k: int, right: bool) ->
 # What is unpacked.
 
 
+# The columns of the halves of a register, of each result of two words, less 2·t and where the words' columns begin.
+PAIRS = {
+    2: [32 * word + 16 * step + 8 * k_half for word in (0, 1) for step in (0, 1) for k_half in (0, 1)],
+    4: [16 * word + 8 * k_half for word in (0, 1) for k_half in (0, 1)],
+    8: [8 * word for word in (0, 1)],
+}
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_words_become_the_weights_of_a_thread(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_become_the_weights_of_a_thread(bits: int, dtype: torch.dtype) -> None:
     """As wgmma has operand A: of a step of 16 columns, a thread 4·g + t has columns 2·t, 2·t + 1 of row g, then of row
     g + 8, and then the same eight columns further."""
     from gptq_ao.kernels.gluon import operands
 
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (16, 64), generator=generator, dtype=torch.uint8)
-    zero = torch.randint(0, 17, (16,), generator=generator)
-    scale = torch.randn(16, generator=generator).to(dtype)
-    words = pack_codes(codes, 4)[0].view(32, 4).numpy().view(np.uint32)
-    exact = ((codes - zero.unsqueeze(1)).float() * scale.float().unsqueeze(1)).to(dtype)
+    codes = torch.randint(0, 2**bits, (16, tile_columns(bits)), generator=generator, dtype=torch.uint8)
+    zero = torch.randint(0, 2**bits, (16,), generator=generator)
+    scale = torch.randn(16, generator=generator).half()
+    low, high_plane = pack_codes(codes, bits)
+    words = low.view(32, 4).numpy().view(np.uint32)
+    high = None if high_plane is None else high_plane.view(32, 2).numpy().view(np.uint32)
+    kept = scale if bits == 8 and dtype == BF16 else scale.to(dtype)  # as fp32, or else rounded first
+    exact = ((codes - zero.unsqueeze(1)).float() * kept.float().unsqueeze(1)).to(dtype)
 
-    def pair(t: Tensor) -> Any:
-        return np.uint32(int(t.view(torch.int16)) & 0xFFFF) * np.uint32(0x10001)
+    def grid(row: int) -> tuple[Any, Any]:
+        if bits == 8 and dtype == BF16:
+            return np.uint32(0x4B000000 | int(zero[row])), np.uint32(
+                int(kept[row].float().view(torch.int32)) & 2**32 - 1
+            )
+        magic = 0x6400 if dtype == FP16 else 0x4300
+        number = int(kept[row].view(torch.int16)) & 0xFFFF
+        return np.uint32((magic | int(zero[row])) * 0x10001), np.uint32(number * 0x10001)
 
-    magic = 0x6400 if dtype == FP16 else 0x4300
-    for lane, steps in itertools.product(range(32), ((0, 1), (2, 3))):
+    places = PAIRS[2 if bits == 3 else bits]
+    count = 2 * len(places)
+    for lane, first in itertools.product(range(32), (0, 2)):
         g, t = divmod(lane, 4)
-        grid = [np.uint32((magic | int(zero[r])) * 0x10001) for r in (g, g, g + 8, g + 8)]
-        grid += [pair(scale[r]) for r in (g, g, g + 8, g + 8)]
-        found = _run(operands._assembly(dtype == FP16), 8, [words[lane, steps[0]], words[lane, steps[1]], *grid])
-        for (i, step), (k_half, row_half) in itertools.product(enumerate(steps), itertools.product((0, 1), (0, 1))):
-            two = torch.from_numpy(np.atleast_1d(found[4 * i + 2 * k_half + row_half]).view(np.int16)).view(dtype)
-            column = 16 * step + 8 * k_half + 2 * t
+        inputs = [words[lane, first], words[lane, first + 1]]
+        inputs += [] if high is None else [high[lane, first // 2]] * 2
+        inputs += [grid(r)[i] for i in (0, 1) for r in (g, g, g + 8, g + 8)]
+        found = _run(operands.assembly(bits, dtype == FP16), count, inputs)
+        for i, row_half in itertools.product(range(len(places)), (0, 1)):
+            two = torch.from_numpy(np.atleast_1d(found[2 * i + row_half]).view(np.int16)).view(dtype)
+            column = first // 2 * tile_columns(bits) // 2 + places[i] + 2 * t
             assert torch.equal(two, exact[g + 8 * row_half, column : column + 2])
 
 
@@ -117,11 +140,24 @@ def test_words_become_the_weights_of_a_thread(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block_m", [128, 256])
 @pytest.mark.parametrize(
-    ("split", "group", "dtype", "bias"),
-    [(1, 128, BF16, False), (2, 64, FP16, True), (4, 32, BF16, True), (1, 0, FP16, True)],
+    ("bits", "split", "group", "dtype", "bias"),
+    [
+        (4, 1, 128, BF16, False),
+        (4, 2, 64, FP16, True),
+        (4, 4, 32, BF16, True),
+        (4, 1, 0, FP16, True),
+        (2, 1, 128, BF16, False),
+        (2, 2, 32, FP16, True),
+        (3, 1, 128, FP16, True),
+        (3, 4, 32, BF16, False),
+        (8, 1, 128, BF16, False),
+        (8, 2, 32, BF16, True),
+        (8, 1, 64, FP16, False),
+    ],
 )
 def test_products_run_while_codes_are_unpacked(
     block_m: int,
+    bits: int,
     split: int,
     group: int,
     dtype: torch.dtype,
@@ -135,15 +171,14 @@ def test_products_run_while_codes_are_unpacked(
     from gptq_ao.kernels.gluon.many_rows import many_rows_kernel
 
     c = ManyRowsConfig(block_m, split)
-    values = launch.constants(c, group or 4096, 4096, dtype)
+    values = launch.constants(c, bits, group or 4096, 4096, dtype)
     values |= {} if bias else {"bias": None}
     values |= {} if split > 1 else {"partial": None, "counters": None}
     kind = "fp16" if dtype == FP16 else "bf16"
-    layouts = (launch.ROWS_16, launch.WORDS, launch.ROWS_16)
-    names = ("x_desc", "w_desc", "y_desc")
+    values |= {} if bits == 3 else {"h_desc": None}
     types = {
-        name: f"tensordesc<{'i32' if name == 'w_desc' else kind}{list(box)},{layout!r}>"
-        for name, box, layout in zip(names, launch.boxes(c), layouts, strict=True)
+        name: f"tensordesc<{'i32' if len(box) == 3 else kind}{list(box)},{launch.LAYOUTS[len(box)]!r}>"
+        for name, box in launch.boxes(c, bits).items()
     }
     types |= {"qdata": "*i32", "scale_zero": "*i32", "bias": f"*{kind}", "partial": "*fp32", "counters": "*i32"}
     compiled, usage = compile_ahead(many_rows_kernel, values, types, "i32", launch.OPTIONS, 90)
@@ -166,14 +201,16 @@ def test_products_run_while_codes_are_unpacked(
 # On a GPU.
 
 
-def weight(n: int, k: int, group: int, perm: bool = False, seed: int = 0) -> Packed:
+def weight(n: int, k: int, group: int, perm: bool = False, seed: int = 0, bits: int = 4) -> Packed:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
     scale = (torch.rand(n, k // group, generator=generator) - 0.4).half()
-    zero_point = torch.randint(0, 16, scale.shape, generator=generator, dtype=torch.uint8)
+    zero_point = torch.randint(0, 2**bits, scale.shape, generator=generator, dtype=torch.uint8)
     order = torch.randperm(k, generator=generator).to(torch.int32).cuda() if perm else None
     grid = pack_scale_zero(scale, zero_point).cuda()
-    return Packed(pack_codes(codes, 4)[0].cuda(), grid, None, order, 4, group, n, k)
+    qdata, high_plane = pack_codes(codes, bits)
+    high_plane = None if high_plane is None else high_plane.cuda()
+    return Packed(qdata.cuda(), grid, high_plane, order, bits, group, n, k)
 
 
 def check(x: Tensor, w: Packed, bias: Tensor | None, y: Tensor) -> None:
@@ -214,18 +251,19 @@ def only_on_hopper() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("n", "k", "group", "rows"), SHAPES)
-def test_every_configuration_is_right(n: int, k: int, group: int, rows: int, dtype: torch.dtype) -> None:
+def test_every_configuration_is_right(n: int, k: int, group: int, rows: int, bits: int, dtype: torch.dtype) -> None:
     from gptq_ao.kernels.gluon.launch_many_rows import prepared
 
     only_on_hopper()
-    w = weight(n, k, group)
+    w = weight(n, k, group, bits=bits)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
     each = [(c, SMS) for c in candidates(rows, n, k, SMS)]
     each += [(ManyRowsConfig(256, 1), 3), *([(ManyRowsConfig(128, 2), 7)] if k >= 1024 else [])]  # with much work each
     for (c, sms), b in itertools.product(each, (None, bias)):
-        launch = prepared(c, group, n, k, dtype, 0, sms)
+        launch = prepared(c, bits, group, n, k, dtype, 0, sms)
         y = poisoned(lambda launch=launch, b=b: launch(x, w, b))  # type: ignore[misc]
         check(x, w, b, y)
         assert torch.equal(y, poisoned(lambda launch=launch, b=b: launch(x, w, b)))  # type: ignore[misc]
@@ -260,7 +298,7 @@ def test_graphs_and_streams_at_the_same_time() -> None:
     only_on_hopper()
     w = [weight(256, 4096, 128, seed=i) for i in range(4)]
     x = torch.randn(128, 4096, device="cuda", dtype=BF16)
-    launch = prepared(ManyRowsConfig(128, 4), 128, 256, 4096, BF16, 0, 8)
+    launch = prepared(ManyRowsConfig(128, 4), 4, 128, 256, 4096, BF16, 0, 8)
     expected = [launch(x, each) for each in w]
     torch.cuda.synchronize()
     graphs, results = [], []
@@ -299,10 +337,12 @@ def test_another_triton_is_checked_and_believed_or_not(monkeypatch: pytest.Monke
     only_on_hopper()
     device = torch.device("cuda", 0)
     monkeypatch.setattr(self_check, "RUN_WITH", set())
-    assert self_check.many_rows_agree(device)
+    assert self_check.many_rows_agree(device, 4)
     monkeypatch.setattr(self_check, "_close", lambda *_: False)
-    with pytest.warns(UserWarning, match=r"for many rows disagree with the reference with Triton .* the other kernels"):
-        assert not self_check.many_rows_agree(device)
+    with pytest.warns(
+        UserWarning, match=r"4-bit kernels for many rows disagree with the reference with Triton .* the other kernels"
+    ):
+        assert not self_check.many_rows_agree(device, 4)
     cuda._usable_many.cache_clear()
     cuda.forget()
     with pytest.warns(UserWarning, match="for many rows disagree"):
