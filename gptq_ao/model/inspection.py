@@ -71,6 +71,9 @@ def check_values(parameters: Iterable[tuple[str, Tensor]]) -> None:
         NonFiniteError: a value is NaN or infinite.
     """
     for name, parameter in parameters:
+        # Both ends are NaN if any value is. To ask each value takes more memory than the values.
+        if not parameter.numel() or torch.isfinite(torch.stack(parameter.aminmax())).all():
+            continue
         bad = int((~torch.isfinite(parameter)).sum())
         if bad:
             raise NonFiniteError(
