@@ -5,12 +5,13 @@
 
 HQQ, bitsandbytes and rounding to nearest need no calibration data. Those that do, and this package's default recipe,
 are run with --calibration; all get the same sequences. A library that is not installed is left out, and what it does
-not have (nf4 with 3 bits) too.
+not have (nf4 with 3 bits) too. AWQ is llm-compressor's; perplexities of its models are of weights rounded on the fly.
 """
 
 import argparse
 import copy
 import dataclasses
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable
@@ -73,6 +74,33 @@ def autoround(model: nn.Module, task: Task) -> nn.Module | None:
     return found[0] if isinstance(found, tuple) else found or model
 
 
+def awq(model: nn.Module, task: Task, symmetric: bool = False) -> nn.Module | None:
+    from compressed_tensors.quantization import (  # type: ignore[import-not-found]
+        QuantizationArgs,
+        QuantizationScheme,
+    )
+    from datasets import Dataset
+    from llmcompressor import oneshot  # type: ignore[import-not-found]
+    from llmcompressor.modifiers.quantization import QuantizationModifier  # type: ignore[import-not-found]
+    from llmcompressor.modifiers.transform.awq import AWQModifier  # type: ignore[import-not-found]
+    from llmcompressor.pipelines.cache import IntermediatesCache  # type: ignore[import-not-found]
+
+    assert task.sequences is not None
+    grid = QuantizationArgs(num_bits=task.bits, group_size=task.group_size, symmetric=symmetric, strategy="group")
+    scheme = QuantizationScheme(targets=["Linear"], weights=grid)
+    if task.device == "cpu":  # version 0.14 would pin memory, for an accelerator that is not there
+        IntermediatesCache.pin_memory = lambda *_, **__: None
+    return oneshot(
+        model=model,
+        dataset=Dataset.from_dict({"input_ids": task.sequences.tolist()}),
+        recipe=[AWQModifier(), QuantizationModifier(config_groups={"all": scheme}, ignore=["lm_head"])],
+        max_seq_length=task.sequences.shape[1],
+        num_calibration_samples=len(task.sequences),
+        batch_size=8,
+        shuffle_calibration_samples=False,
+    )
+
+
 def hqq(model: nn.Module, task: Task) -> nn.Module | None:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -102,6 +130,8 @@ METHODS: dict[str, tuple[str, bool, Callable[[nn.Module, Task], nn.Module | None
     "HQQ": ("hqq", False, hqq),
     "nf4, block 64": ("bitsandbytes", False, nf4),
     "AutoRound": ("auto-round", True, autoround),
+    "AWQ, asymmetric": ("llmcompressor", True, awq),
+    "AWQ, symmetric": ("llmcompressor", True, functools.partial(awq, symmetric=True)),
     "default": ("gptq_ao", True, default),
 }
 
@@ -120,6 +150,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="text; without it, only what needs none is run")
     parser.add_argument("--sequences", type=int, default=128, help="of calibration")
     parser.add_argument("--formats", nargs="*", default=["4x128"], help="bits x group size")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-chunks", type=int, default=10**9)
     parser.add_argument("--device", default="cpu")
@@ -136,7 +167,8 @@ def main() -> None:
     print(f"original: perplexity {evaluate(original, chunks).perplexity:.4f}")
     for text in args.formats:
         bits, group_size = map(int, text.split("x"))
-        for name, (package, calibrates, quantize) in METHODS.items():
+        for name in args.methods:
+            package, calibrates, quantize = METHODS[name]
             try:
                 version = VERSION if package == "gptq_ao" else importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError:

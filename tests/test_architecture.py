@@ -200,6 +200,14 @@ def test_every_folder_is_in_the_wheel() -> None:
     assert len(settings["packages"]) == len(folders)
 
 
+def test_examples_are_read_at_one_glance() -> None:
+    folder = ROOT / "examples"
+    paths = [*folder.glob("*.py"), *(folder / "training").glob("*.py")]
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert len(lines) >= 15
+    assert {name: n for name, n in lines.items() if n >= 60} == {}
+
+
 def test_files_and_folders_stay_short() -> None:
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in sources().items()}
     assert {name: n for name, n in lines.items() if n > 400} == {}

@@ -509,6 +509,16 @@ def gemma(generation: int, **changes: Any) -> Any:
         (lambda: gemma(3, hidden_activation="silu"), r"hidden_activation 'silu', and .* 'gelu_pytorch_tanh'"),
         (lambda: gemma(3, attention_bias=True), r"attention_bias True, and .* always computes False"),
         (
+            lambda: of(transformers.Qwen3Config(**SMALL, attention_bias=True)),
+            r"this Qwen3ForCausalLM has attention_bias True, and llama.cpp always computes False: write",
+        ),
+        (
+            lambda: of(transformers.Qwen3MoeConfig(
+                **SMALL, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
+                attention_bias=True)),
+            r"this Qwen3MoeForCausalLM has attention_bias True, and llama.cpp always computes False: write",
+        ),
+        (
             lambda: of(transformers.LlamaConfig(**{**SMALL, "rope_parameters": {
                 "rope_type": "yarn", "rope_theta": 1000.0, "factor": 2.0, "original_max_position_embeddings": 128}})),
             r"rope_type 'yarn', which is not written for llama.cpp's 'llama'",
@@ -529,8 +539,8 @@ def gemma(generation: int, **changes: Any) -> Any:
         (tiny_llama, r"the model has no quantized weight"),
         (lambda: nn.Sequential(nn.Linear(32, 32)), r"models that llama.cpp has code for.*: not a Sequential"),
     ],
-    ids=["gpt2", "mixtral", "body", "head", "act", "scores", "windows", "no-caps", "caps", "gelu", "biases",
-         "yarn", "rope", "experts", "2", "16", "8-asym", "dense", "plain"],
+    ids=["gpt2", "mixtral", "body", "head", "act", "scores", "windows", "no-caps", "caps", "gelu", "biases", "qwen3",
+         "qwen3moe", "yarn", "rope", "experts", "2", "16", "8-asym", "dense", "plain"],
 )  # fmt: skip
 def test_models_that_cannot_be_written(model: Any, message: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():

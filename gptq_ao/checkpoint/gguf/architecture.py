@@ -41,6 +41,7 @@ class _Known:
 
 _USUAL: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
 _WHOLE: dict[str, tuple[Any, ...]] = {**_USUAL, "partial_rotary_factor": (1.0,)}
+_UNBIASED: dict[str, tuple[Any, ...]] = {**_WHOLE, "attention_bias": (False,)}
 _GEMMA: dict[str, tuple[Any, ...]] = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,)}
 _GEMMA |= {"use_bidirectional_attention": (False, None)}
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
@@ -49,8 +50,8 @@ _ARCHITECTURES = {
     "llama": _Known("llama", _WHOLE, ropes=("linear", "llama3")),
     "mistral": _Known("llama", _WHOLE),
     "qwen2": _Known("qwen2", _WHOLE),
-    "qwen3": _Known("qwen3", _WHOLE),
-    "qwen3_moe": _Known("qwen3moe", {**_WHOLE, "norm_topk_prob": (True,)}),
+    "qwen3": _Known("qwen3", _UNBIASED),
+    "qwen3_moe": _Known("qwen3moe", {**_UNBIASED, "norm_topk_prob": (True,)}),
     "gemma2": _Known("gemma2", _GEMMA, _CAPS, windows=2, large=46),
     "gemma3_text": _Known("gemma3", _GEMMA | dict.fromkeys(_CAPS, (None,)), windows=6, large=62),
     "phi3": _Known("phi3", _USUAL, ropes=("longrope",)),
