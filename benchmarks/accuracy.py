@@ -22,6 +22,7 @@ from gptq_ao.evaluate import evaluate
 from gptq_ao.integrations.transformers import load_model, load_tokenizer
 
 FORMATS: dict[str, dict[str, Any]] = {
+    "W8 g128": {"bits": 8, "group_size": 128},
     "W4 g128": {"bits": 4, "group_size": 128},
     "W4 g32": {"bits": 4, "group_size": 32},
     "W3 g128": {"bits": 3, "group_size": 128},

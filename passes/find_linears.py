@@ -26,7 +26,7 @@ from gptq_ao.passes.products.operators import (
 from gptq_ao.passes.products.table import Product, bias_of, multiplies, products
 from gptq_ao.passes.products.token_rows import TokenRows
 from gptq_ao.passes.products.weight_views import read_matrix, trace_parameter
-from gptq_ao.passes.records import Excluded, LinearSite, Program, Rows, dim
+from gptq_ao.passes.records import HEAD, Excluded, LinearSite, Program, Rows, dim
 
 __all__ = ["ROUTER", "find_linears", "left_out_by_name"]
 
@@ -141,7 +141,7 @@ def left_out_by_name(weight: str, embedded: Collection[str], heads: Collection[s
     """Why a weight is not quantized by default, as far as that does not depend on what becomes of its products."""
     if weight in embedded:
         return "also the embedding table"
-    return "output head" if weight in heads or _HEADS.fullmatch(weight) else None
+    return HEAD if weight in heads or _HEADS.fullmatch(weight) else None
 
 
 def _choosing(program: Program) -> set[fx.Node]:

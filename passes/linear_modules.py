@@ -3,7 +3,7 @@
 from torch import nn
 
 from gptq_ao.model.inspection import output_heads
-from gptq_ao.passes.records import Excluded, Layout, LinearSite, Rows
+from gptq_ao.passes.records import HEAD, Excluded, Layout, LinearSite, Rows
 
 __all__ = ["linear_modules"]
 
@@ -19,7 +19,7 @@ def linear_modules(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[Excl
         if isinstance(module, nn.Linear) and id(module.weight) in names:
             name = names[id(module.weight)]
             embedded = "also the embedding table" if id(module.weight) in tables else None
-            head = "output head" if name in heads or name.endswith("lm_head.weight") else None
+            head = HEAD if name in heads or name.endswith("lm_head.weight") else None
             n, k = module.out_features, module.in_features
             layout = Layout((n, k), 1, n, k, transposed=False)
             sites[name] = LinearSite(name, name, layout, (0, n), (Rows(name),), left_out=embedded or head)

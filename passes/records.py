@@ -244,6 +244,9 @@ class LinearSite:
     left_out: str | None = None
 
 
+HEAD = "output head"  # why a weight stays as it is
+
+
 @dataclass(frozen=True)
 class Excluded:
     """A parameter that stays as it is.

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -22,7 +22,7 @@ from gptq_ao.kernels.ops import kernel_name
 from gptq_ao.model.ambient import own_precision
 from gptq_ao.model.unwrap import same_forward
 from gptq_ao.model.weights import ModelWeights, Weights
-from gptq_ao.passes.records import Layout, SharedInput
+from gptq_ao.passes.records import HEAD, Excluded, Layout, SharedInput
 from gptq_ao.planning.footprint import Footprint
 from gptq_ao.planning.job import FilterFn, Job
 from gptq_ao.planning.limits import MaxMemory
@@ -32,8 +32,12 @@ from gptq_ao.planning.portions import note_of
 from gptq_ao.planning.prepare import Prepared, prepare
 from gptq_ao.planning.simulate import fakes_on, simulate
 from gptq_ao.planning.speed import measure_speed
+from gptq_ao.report import names_of
 
 __all__ = ["PlannedWeight", "QuantizationPlan", "StreamedWeights", "plan", "plan_weights"]
+
+
+HEAD_SHARE = 0.1  # of the result, from which on a dense output head is worth a word
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class QuantizationPlan:
         seconds: phase → time; that of "capture" and "plan" is measured, of "calibrate" and "solve" estimated from a
             short measurement of the device, and missing where that is not there.
         warnings: what may be a problem for whoever uses the result.
-        notes: what memory makes slower than it could be.
+        notes: what memory makes slower than it could be, and an output head that is much of the result.
     """
 
     device: str
@@ -200,18 +204,33 @@ def plan_weights(
         planned = _weights(job, prepared, footprint)
     stages = prepared.calibrated.plan.stages if prepared.calibrated else ()
     divided = note_of(prepared.calibrated.plan, footprint.portions) if prepared.calibrated else None
+    size, excluded = result_size(weights.model, prepared.selection), prepared.selection.excluded
+    head = _heads_left(weights.model, excluded, size)
     return QuantizationPlan(
         device=str(job.device),
         weights=planned,
-        excluded={e.weight: e.reason for e in prepared.selection.excluded},
+        excluded={e.weight: e.reason for e in excluded},
         stages=len(stages),
         hessians=sum(len(s.inputs) for s in stages),
         peak_bytes=peak,
         activation_bytes=footprint.activations,
-        output_bytes=result_size(weights.model, prepared.selection),
+        output_bytes=size,
         seconds={**job.clock.seconds, **_seconds(footprint, job.device)},
         warnings=prepared.warnings,
-        notes=() if divided is None else (divided,),
+        notes=tuple(note for note in (divided, head) if note is not None),
+    )
+
+
+def _heads_left(model: nn.Module, excluded: Sequence[Excluded], size: int) -> str | None:
+    """What to say of output heads that are left as they are, and are more than HEAD_SHARE of the result's `size`."""
+    heads = [e.weight for e in excluded if e.reason == HEAD]
+    own = sum(model.get_parameter(name).nbytes for name in heads)
+    if own < HEAD_SHARE * size or not heads:
+        return None
+    rules = ", ".join(f'"{name.removesuffix(".weight")}": {{"bits": 8}}' for name in heads)
+    return (
+        f"{names_of(heads)} (output head) stays as it is: {readable(own)} of the result, which every step of decoding "
+        f"reads. rules={{{rules}}} quantizes it, too"
     )
 
 

@@ -153,6 +153,24 @@ def test_no_weight_and_no_data_is_needed() -> None:
     assert {w.kernel for w in real.weights} == {"cpu int4 up to 256 rows, else dequantize + matmul"}
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_dense_output_head_is_offered_to_be_quantized(calibrated: bool) -> None:
+    def notes(model: nn.Module, **settings: Any) -> tuple[str, ...]:
+        data = {"calibration": token_batches()} if calibrated else {"method": "rtn"}
+        return plan(model, gptq_config(4, 32, **data, **settings)).notes
+
+    model = tiny_llama()
+    (note,) = notes(model)
+    assert note == (
+        "lm_head.weight (output head) stays as it is: 24.00 KiB of the result, which every step of decoding reads. "
+        'rules={"lm_head": {"bits": 8}} quantizes it, too'
+    )
+    assert notes(model, rules={"lm_head": {"bits": 8}}) == ()
+    assert notes(model, rules={"lm_head": None}) == ()  # it was thought of
+    assert notes(tiny_llama(tied=True)) == ()  # the embedding's
+    assert notes(tiny_llama(layers=12)) == ()  # little
+
+
 def test_the_plan_is_readable() -> None:
     rules: dict[str, Any] = {
         "re:.*layers.0.*": {"bits": 8},
