@@ -21,12 +21,10 @@ def test_an_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.Monk
         runpy.run_path(str(example), run_name="__main__")
 
 
-def test_each_is_short_and_has_its_tutorial() -> None:
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES}
-    assert len(lengths) >= 6
-    assert {name: n for name, n in lengths.items() if n >= 60} == {}
+def test_each_has_its_short_tutorial() -> None:
+    assert len(EXAMPLES) >= 6
     pages = [page.read_text(encoding="utf-8") for page in TUTORIALS]
     assert [len(page.splitlines()) for page in pages if len(page.splitlines()) >= 80] == []
-    for name in lengths:
-        including = f"```{{literalinclude}} ../../examples/{name}\n"
-        assert sum(including in page for page in pages) == 1, name
+    for path in EXAMPLES:
+        including = f"```{{literalinclude}} ../../examples/{path.name}\n"
+        assert sum(including in page for page in pages) == 1, path.name

@@ -64,6 +64,8 @@ print(*sorted(set(sys.modules) - before))
     assert [n for n in new if n.startswith((*rooms, "gptq_ao.integrations.transformers", "gptq_ao.demo"))] == []
 
 
+# What others import that are in an environment of their own.
+OTHERS = ("integrations.vllm.", "integrations.torchtitan")
 # What only some systems have: modules, and names in `os` and `signal`.
 POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix", "_posixsubprocess")
 NAMES = [
@@ -77,8 +79,8 @@ NAMES = [
 
 
 def test_every_module_is_imported_where_there_is_neither_posix_nor_triton() -> None:
-    """Those apart that vLLM imports, and the kernels themselves, which are imported where one runs."""
-    apart = ("kernels.triton.", "kernels.gluon.", "integrations.vllm.", "tiny_lm.train", "__main__")
+    """Those apart that vLLM or torchtitan import, and the kernels themselves, which are imported where one runs."""
+    apart = ("kernels.triton.", "kernels.gluon.", *OTHERS, "tiny_lm.train", "__main__")
     names = [f"gptq_ao.{name}".rstrip(".") for name in sources() if not name.startswith(apart)]
     code = f"""
 import importlib, os, shutil, signal, sys
@@ -157,7 +159,7 @@ def test_triton_is_asked_for_where_there_is_one() -> None:
 def test_what_is_imported_is_declared() -> None:
     """At the top of a file, so that `import gptq_ao` or a command needs it; by this package or by torch."""
     declared = {re.split(r"[^\w.-]", r, maxsplit=1)[0].replace("pyyaml", "yaml") for r in PROJECT["dependencies"]}
-    apart = ("kernels.gluon.", "integrations.vllm.", "integrations.peft", "tiny_lm.train")
+    apart = ("kernels.gluon.", *OTHERS, "integrations.peft", "tiny_lm.train")
     declared |= {re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in distribution("torch").requires or []}
     imported = set()
     for name, path in sources().items():
