@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gptq_ao.kernels.gluon.many_rows import many_rows_kernel
+from gptq_ao.kernels.gluon.operands import words_of
 from gptq_ao.kernels.packed import Packed
 from gptq_ao.kernels.triton.counters import zeroed_counters
 from gptq_ao.kernels.triton.launch import Kernel
@@ -40,10 +41,9 @@ def constants(c: ManyRowsConfig, bits: int, group_size: int, in_features: int, d
 
 def boxes(c: ManyRowsConfig, bits: int) -> dict[str, tuple[int, ...]]:
     """What the copy engine moves at a time: of x, of words, of words of high bits, and of y."""
-    lane_words = max(bits, 2) if bits != 3 else 2  # of a step
     return {
         "x_desc": (c.block_m, 64),
-        "w_desc": (BLOCK_N // 32, lane_words * c.at_once(bits), 32),
+        "w_desc": (BLOCK_N // 32, words_of(bits) * c.at_once(bits), 32),
         "h_desc": (BLOCK_N // 32, 2, 32),
         "y_desc": (STORED, 64),
     }

@@ -19,6 +19,12 @@ def words_of(bits):
 
 
 @gluon.constexpr_function
+def _places(bits):
+    """Of a word: registers of two weights each that it becomes."""
+    return 16 // (2 if bits == 3 else bits)
+
+
+@gluon.constexpr_function
 def lanes_with(count):
     """[tile of 16 rows, g // 2, 4·(g % 2) + t, word], lane 4·g + t."""
     return gl.BlockedLayout([1, 1, 1, count], [1, 4, 8, 1], [4, 1, 1, 1], [3, 2, 1, 0])
@@ -36,7 +42,7 @@ def _codes(bits: int, float16: bool, word: int, place: int) -> list[str]:
     2^m + code (128 in bf16, 1024 in fp16)."""
     magic = "0x64006400" if float16 else "0x43004300"
     width = 2 if bits == 3 else bits  # in a word
-    count = 16 // width
+    count = _places(bits)
     mask = f"0x{2**width - 1:04x}{2**width - 1:04x}"
     source, lines = f"${2 * count + word}", []
     if place:
@@ -63,7 +69,7 @@ def assembly(bits: int, float16: bool) -> str:
     Operands: the results; 2 words; with 3 bits, 2 words of high bits (the same one twice); and, of row g and then of
     row g + 8, twice zero + 2^m and twice the scale."""
     kind = "f16x2" if float16 else "bf16x2"
-    count = 16 // (2 if bits == 3 else bits)
+    count = _places(bits)
     grid = 2 * count + (4 if bits == 3 else 2)
     lines = [".reg .b32 t, h;"]
     for word in range(2):
@@ -88,13 +94,12 @@ def assembly(bits: int, float16: bool) -> str:
 
 @gluon.constexpr_function
 def constraints(bits):
-    count = 2 * (16 // (2 if bits == 3 else bits))
-    return ",".join(["=&r"] * count + ["r"] * (12 if bits == 3 else 10))
+    return ",".join(["=&r"] * (2 * _places(bits)) + ["r"] * (12 if bits == 3 else 10))
 
 
 @gluon.constexpr_function
 def results(bits, dtype):
-    return (dtype,) * (2 * (16 // (2 if bits == 3 else bits)))
+    return (dtype,) * (2 * _places(bits))
 
 
 @gluon.jit
