@@ -29,7 +29,7 @@ from gptq_ao.kernels.tuning.timing import microseconds
 
 SIZES = [(4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (6144, 4096)]  # N, K
 ROWS = [1, 16, 64, 128, 256, 512, 2048]
-FORMATS = [(4, 32), (2, 128), (3, 128), (8, 128)]  # bits and group, beside 4 and 128, for few rows
+FORMATS = [(4, 32), (2, 128), (3, 128), (8, 128)]  # bits and group, beside 4 and 128
 BF16 = torch.bfloat16
 
 
@@ -137,9 +137,10 @@ def main() -> None:
     print(f"reads {roof:.0f} GB/s")
     names = " ".join(f"{p:>9}" for p in PEERS)
     print(f"{'N x K':>14} bits group     M       us   GB/s  roof TFLOP/s  bf16 us ratio {names}")
-    few = [m for m in args.rows if m <= 16]
+    few, many = [m for m in args.rows if m <= 16], [m for m in args.rows if m > 64]
     table([Shape(b, g, n, k) for b, g in formats for n, k in sizes], few, roof)
     table([Shape(4, 128, n, k) for n, k in sizes], args.rows, roof)
+    table([Shape(b, 128, n, k) for b, _ in formats if b != 4 for n, k in sizes], many, roof)
     dequantize_speed()
     overhead()
     first_call()
