@@ -47,13 +47,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt, at most")
     parser.add_argument("--length", type=int, default=512, help="of the cache: tokens of a prompt and of its text")
-    a = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(a.model or EMBEDDED, padding_side="left")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model or EMBEDDED, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any token: padding is masked
-    model = (load_quantized(a.model) if a.model else quantized(tokenizer)).to(a.device)
-    cache = StaticCache(config=model.config, max_cache_len=a.length)
-    for i in range(0, len(a.prompts), a.batch_size):
-        batch = a.prompts[i : i + a.batch_size]
-        filled = batch + batch[-1:] * (a.batch_size - len(batch))  # another size would be another graph
-        for prompt, text in zip(batch, generate(model, tokenizer, cache, filled, a.tokens), strict=False):
+    model = load_quantized(args.model, device=args.device) if args.model else quantized(tokenizer).to(args.device)
+    cache = StaticCache(config=model.config, max_cache_len=args.length)
+    for i in range(0, len(args.prompts), args.batch_size):
+        batch = args.prompts[i : i + args.batch_size]
+        filled = batch + batch[-1:] * (args.batch_size - len(batch))  # another size would be another graph
+        for prompt, text in zip(batch, generate(model, tokenizer, cache, filled, args.tokens), strict=False):
             print(f"--- {prompt}{text}")

@@ -1,4 +1,4 @@
-"""The examples of quantizing run, are short, and each is the text of a tutorial."""
+"""The examples of quantizing run, and each is the text of a short tutorial."""
 
 import runpy
 from pathlib import Path

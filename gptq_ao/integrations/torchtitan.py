@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchtitan.components.quantization import QuantizationConverter
 from torchtitan.models.common.linear import Linear
 
+from gptq_ao.codes.grid import group_columns
 from gptq_ao.tensor import GroupTensor, tensor_class
 
 __all__ = ["GroupLinear", "GroupLinearConverter"]
@@ -24,7 +25,7 @@ def _zeros(like: Tensor, bits: int, group_size: int) -> GroupTensor:
     n, k = like.shape
     with torch.device("cpu"):  # torchtitan makes models on the meta device
         codes = torch.full((n, k), 2 ** (bits - 1), dtype=torch.uint8)
-        scales = torch.ones(n, k // group_size, dtype=torch.float16)
+        scales = torch.ones(n, k // group_columns(k, group_size), dtype=torch.float16)
         zero_points = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
         weight = tensor_class(bits).from_codes(codes, scales, zero_points, dtype=like.dtype)
     return weight.to(like.device)
@@ -48,7 +49,8 @@ class GroupLinear(Linear):
 
 
 class GroupLinearConverter(QuantizationConverter):
-    """Replaces all linear layers but the output head, as `quantize_` does."""
+    """Replaces all linear layers but the output head, as `quantize_` does; with the same bits and group size, or else
+    `load_state_dict` refuses its weights."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(QuantizationConverter.Config):
